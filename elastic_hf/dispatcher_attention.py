@@ -1,0 +1,193 @@
+"""Linear dispatcher attention (LDA) as pure functions of tensors.
+
+The paper (arXiv 2408.09380) lets a few interest experts read the history ("aggregate") and each item read the experts
+("dispatch"): two softmax attentions, each [`attend`] here. The `causal_lda_*` functions are its causal form: at
+position t the experts have read items up to t only, each with its own forgetting,
+
+    a[t,m,j] = exp(scores[j,m]) * exp(sum of log_forget[l,m] for l in j+1..t)       j <= t
+    Z[t,m]   = sum_j a[t,m,j]
+    Kc[t,m]  = sum_j a[t,m,j] k_j / Z[t,m]            Vc[t,m] = sum_j a[t,m,j] v_j / Z[t,m]
+    p[t,:]   = softmax_m(q_t . Kc[t,m] / sqrt(K))     y_t     = sum_m p[t,m] Vc[t,m]
+
+and they are three ways to compute the same y: recurrent (constant cost per new item), parallel (one quadratic block)
+and chunked (linear cost; the training path).
+
+Axis letters: B batch, H heads, L history length, K head size, E interest experts, N chunks, C chunk size. The leading
+axes `...` are usually (B, H). Arguments shared by the causal functions:
+
+    query, key, value   (..., L, K)
+    scores              (..., L, E)         expert m's score of item j, P_m . k_j / sqrt(K); -inf marks padding
+    log_forget          (..., L or 1, E)    log of the share of its state that an expert keeps at each new item, <= 0;
+                                            leading axes broadcast
+    state               (..., E, 2K + 1)    [sum_j a k_j | sum_j a v_j | sum_j a]; None is an empty history
+
+Range: with |scores| <= 10 and a half-life of at least one item, every exponent in a chunk of 64 items stays within
++-33, so that even squares fit float32. Give float32 or float64 tensors, also under autocast.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+CHUNK_SIZE = 64
+# The states of up to this many chunks come from one closed form; a longer history is cut into blocks of that size.
+CHUNKS_PER_BLOCK = 64
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Softmax attention, `softmax(Q K^T / sqrt(K)) V`: the experts reading the items, or the items reading the experts.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, Q, K)`): the readers.
+        key, value (`torch.Tensor` of shape `(B, H, L, K)`): what is read.
+        attention_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): False for padding. Where a whole row is
+            padding, its readers get zeros.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, Q, K)`.
+    """
+    if attention_mask is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    # A softmax over nothing is NaN, in the gradient too: an empty row reads its padding and is zeroed afterwards.
+    has_items = attention_mask.any(dim=-1, keepdim=True)  # (B, 1)
+    readable = (attention_mask | ~has_items)[:, None, None, :]  # (B, 1, 1, L)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=readable)
+    return output * has_items[:, :, None, None]
+
+
+def dispatch(query: Tensor, state: Tensor) -> Tensor:
+    """Each query reads the E compressed interests held by its own state.
+
+    Args:
+        query (`torch.Tensor` of shape `(..., K)`).
+        state (`torch.Tensor` of shape `(..., E, 2K + 1)`).
+
+    Returns:
+        `torch.Tensor` of shape `(..., K)`; zeros where the state is empty.
+    """
+    head_size = query.shape[-1]
+    keys, values, total = state.split([head_size, head_size, 1], dim=-1)
+    total = torch.where(total == 0, 1.0, total)
+    logits = (keys / total) @ query[..., None] / math.sqrt(head_size)  # (..., E, 1)
+    weights = logits.softmax(dim=-2)
+    return ((values / total) * weights).sum(dim=-2)
+
+
+def final_state(key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, state: Tensor | None = None) -> Tensor:
+    """The state after the whole history, in one product, without the states on the way.
+
+    Returns:
+        `torch.Tensor` of shape `(..., E, 2K + 1)`.
+    """
+    elapsed = _elapsed(log_forget, key.shape[-2])  # (..., L, E)
+    weights = torch.exp(scores + (elapsed[..., -1:, :] - elapsed))  # (..., L, E)
+    items = torch.cat([key, value, torch.ones_like(key[..., :1])], dim=-1)  # (..., L, 2K + 1)
+    new = weights.transpose(-1, -2) @ items
+    return new if state is None else new + elapsed[..., -1, :].exp()[..., None] * state
+
+
+def causal_lda_recurrent(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal LDA one item at a time: O(E K) per item, whatever the length of the history behind `state`.
+
+    Returns:
+        The outputs, of shape `(..., L, K)`, and the state after the last item, of shape `(..., E, 2K + 1)`.
+    """
+    length = key.shape[-2]
+    log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
+    outputs = []
+    for t in range(length):
+        now = slice(t, t + 1)
+        state = final_state(
+            key[..., now, :], value[..., now, :], scores[..., now, :], log_forget[..., now, :], state
+        )
+        outputs.append(dispatch(query[..., t, :], state))
+    return torch.stack(outputs, dim=-2), state
+
+
+def causal_lda_parallel(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, state: Tensor | None = None
+) -> Tensor:
+    """Causal LDA as two masked (L x L) products: for one chunk, or, in float64, for a short history.
+
+    Numerator and normaliser of a compressed interest share every factor that depends on t alone, so the forgetting
+    since item j needs no (L x L) table per expert: `exp(scores_j - elapsed_j)` weighs item j at all later positions.
+
+    Returns:
+        `torch.Tensor` of shape `(..., L, K)`.
+    """
+    length, head_size = query.shape[-2:]
+    elapsed = _elapsed(log_forget, length)
+    # Counting from the middle of the block halves the largest exponent.
+    middle = elapsed[..., length // 2, None, :]
+    weights = torch.exp(scores - (elapsed - middle))  # (..., L, E)
+    total = weights.cumsum(dim=-2)
+    affinity = (query @ key.transpose(-1, -2)).tril()  # (..., L, L)
+    logits = affinity @ weights  # (..., L, E)
+    if state is not None:
+        keys, values, past_total = (middle.transpose(-1, -2).exp() * state).split([head_size, head_size, 1], dim=-1)
+        total = total + past_total.transpose(-1, -2)
+        logits = logits + query @ keys.transpose(-1, -2)
+    # Where nothing has been read yet (left padding), 0 / 1 instead of 0 / 0.
+    total = torch.where(total == 0, 1.0, total)
+    shares = (logits / total / math.sqrt(head_size)).softmax(dim=-1) / total
+    output = (shares @ weights.transpose(-1, -2)).tril() @ value
+    return output if state is None else output + shares @ values
+
+
+def causal_lda_chunked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    log_forget: Tensor,
+    state: Tensor | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor]:
+    """Causal LDA in O(L (C + E) K): parallel inside chunks of C items, a carried state between them.
+
+    Returns:
+        The outputs, of shape `(..., L, K)`, and the state after the last item, of shape `(..., E, 2K + 1)`.
+    """
+    length = key.shape[-2]
+    log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
+    block = chunk_size * CHUNKS_PER_BLOCK
+    if length > block:
+        outputs = []
+        for parts in zip(*(x.split(block, dim=-2) for x in (query, key, value, scores, log_forget)), strict=True):
+            output, state = causal_lda_chunked(*parts, state, chunk_size)
+            outputs.append(output)
+        return torch.cat(outputs, dim=-2), state
+
+    # cut into N chunks of C; the padding behind the end weighs nothing and forgets nothing
+    padding = -length % chunk_size
+    query, key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value, log_forget))
+    scores = F.pad(scores, (0, 0, 0, padding), value=-math.inf)
+    query, key, value, scores, log_forget = (
+        x.unflatten(-2, (-1, chunk_size)) for x in (query, key, value, scores, log_forget)
+    )  # (..., N, C, .)
+
+    # the state at the start of each chunk: what every earlier chunk added, faded by the chunks in between
+    added = final_state(key, value, scores, log_forget)  # (..., N, E, 2K + 1)
+    chunk_log_forget = log_forget.sum(dim=-2)  # (..., N, E)
+    end = chunk_log_forget.cumsum(dim=-2)
+    start = end - chunk_log_forget
+    fading = start[..., :, None, :] - end[..., None, :, :]  # (..., N, N, E)
+    earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=key.device).tril(-1)
+    fading = fading.masked_fill(~earlier[..., None], -math.inf).exp()
+    states = torch.einsum("...ijm,...jmk->...imk", fading, added)
+    if state is not None:
+        states = states + start.exp()[..., None] * state[..., None, :, :]
+
+    output = causal_lda_parallel(query, key, value, scores, log_forget, states).flatten(-3, -2)
+    last = chunk_log_forget[..., -1, :].exp()[..., None] * states[..., -1, :, :] + added[..., -1, :, :]
+    return output[..., :length, :], last
+
+
+def _elapsed(log_forget: Tensor, length: int) -> Tensor:
+    """Log of what is left at each position of a state held before the first: (..., L or 1, E) -> (..., L, E)."""
+    return log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1]).cumsum(dim=-2)

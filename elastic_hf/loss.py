@@ -1,0 +1,104 @@
+"""Losses of next-item prediction, as pure functions that return the sum over targets, in nats.
+
+Axis letters: T targets, D hidden size, V items, N negatives. Divide the sum by the number of targets in the whole
+(accumulated, distributed) batch to train on its mean.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+# Scores held at once by the full softmax: 2**22 float32 are 16 MiB.
+MAX_SCORES = 2**22
+
+
+def full_softmax_loss(user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy over the whole catalogue, never holding more than [`MAX_SCORES`] scores (or one target's V).
+
+    The scores of a chunk of targets are thrown away and computed again in the backward pass.
+
+    Args:
+        user_embeddings (`torch.Tensor` of shape `(T, D)`).
+        item_embeddings (`torch.Tensor` of shape `(V, D)`).
+        targets (`torch.LongTensor` of shape `(T,)`): rows of `item_embeddings`.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    chunk_size = max(1, MAX_SCORES // item_embeddings.shape[0])
+    if user_embeddings.shape[0] <= chunk_size:
+        return _cross_entropy(user_embeddings, item_embeddings, targets)
+    total = user_embeddings.new_zeros((), dtype=torch.float32)
+    for users, wanted in zip(user_embeddings.split(chunk_size), targets.split(chunk_size), strict=True):
+        total = total + checkpoint(_cross_entropy, users, item_embeddings, wanted, use_reentrant=False)
+    return total
+
+
+def _cross_entropy(user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy((user_embeddings @ item_embeddings.T).float(), targets, reduction="sum")
+
+
+def sampled_softmax_loss(
+    user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor
+) -> Tensor:
+    """Cross-entropy over the target and one shared sample of negatives, corrected for how they were drawn.
+
+    Subtracting from each negative's score the log of its expected count makes the sampled normaliser an unbiased
+    estimate of the full one (Bengio and Senecal 2008). A negative that is the target of a row is left out there.
+
+    Args:
+        user_embeddings (`torch.Tensor` of shape `(T, D)`).
+        item_embeddings (`torch.Tensor` of shape `(V, D)`).
+        targets (`torch.LongTensor` of shape `(T,)`).
+        negatives (`torch.LongTensor` of shape `(N,)`): drawn from all V items.
+        log_q (`torch.Tensor` of shape `(N,)`): log of the expected number of times each is drawn, `log(N q_i)`.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    positive = (user_embeddings * item_embeddings[targets]).sum(dim=-1, keepdim=True)  # (T, 1)
+    negative = user_embeddings @ item_embeddings[negatives].T - log_q  # (T, N)
+    negative = negative.masked_fill(negatives == targets[:, None], -math.inf)
+    scores = torch.cat([positive, negative], dim=-1).float()
+    return (scores.logsumexp(dim=-1) - scores[:, 0]).sum()
+
+
+def bce_loss(user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+    """Binary cross-entropy of the target against its own negatives (SASRec, Kang and McAuley 2018, section III.E).
+
+    Args:
+        user_embeddings (`torch.Tensor` of shape `(T, D)`).
+        item_embeddings (`torch.Tensor` of shape `(V, D)`).
+        targets (`torch.LongTensor` of shape `(T,)`).
+        negatives (`torch.LongTensor` of shape `(T, N)`). One that is the row's target is left out.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    return gbce_loss(user_embeddings, item_embeddings, targets, negatives, calibration=0.0)
+
+
+def gbce_loss(
+    user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, negatives: Tensor, calibration: float
+) -> Tensor:
+    """Generalised binary cross-entropy (gSASRec, Petrov and Macdonald 2023, equations 7 and 9).
+
+    The target's probability is raised to the power `beta = a (t (1 - 1/a) + 1/a)` where `a = N / (V - 1)` is the share
+    of negatives sampled and t the calibration: t = 0 is BCE, t = 1 undoes its overconfidence.
+
+    Args: as [`bce_loss`], and
+        calibration (`float`): t, from 0 to 1.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    sampling_rate = negatives.shape[-1] / (item_embeddings.shape[0] - 1)
+    beta = sampling_rate * (calibration * (1 - 1 / sampling_rate) + 1 / sampling_rate)
+    positive = (user_embeddings * item_embeddings[targets]).sum(dim=-1).float()  # (T,)
+    negative = torch.einsum("td,tnd->tn", user_embeddings, item_embeddings[negatives]).float()
+    penalty = F.softplus(negative).masked_fill(negatives == targets[:, None], 0.0)
+    return (beta * F.softplus(-positive)).sum() + penalty.sum()

@@ -1,0 +1,270 @@
+"""What every recommender here shares: the output class, the losses' entry, scoring and `recommend`."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .loss import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
+
+
+# Scores held at once while the catalogue is searched: 2**24 float32 are 64 MiB.
+MAX_SCORES = 2**24
+
+
+@dataclass
+class SequentialRecommendationOutput(ModelOutput):
+    """
+    Output of a sequential recommender.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, returned when `labels` is given):
+            Mean training loss per target, in nats.
+        logits (`torch.FloatTensor` of shape `(batch_size, vocab_size)`, returned when `labels` is not given):
+            Scores of every token as the item after the last position.
+        user_embeddings (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, returned when `labels` is not given):
+            The vectors whose dot products with the item embeddings are `logits`.
+        hidden_states (`tuple(torch.FloatTensor)`, returned with `output_hidden_states=True`):
+            The embeddings and the output of each layer, of shape `(batch_size, history_length, hidden_size)`; without
+            `labels` the last one holds the last position only.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    user_embeddings: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class Recommendations(NamedTuple):
+    """Token ids, best first, and their scores, both of shape `(batch_size, top_k)`."""
+
+    token_ids: torch.LongTensor
+    scores: torch.FloatTensor
+
+
+def top_k_items(
+    user_embeddings: Tensor,
+    item_embeddings: Tensor,
+    top_k: int,
+    seen_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    num_special_tokens: int = 3,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best items for each user, holding `batch_size * (chunk_size + 2 * top_k)` scores at most.
+
+    Args:
+        user_embeddings (`torch.Tensor` of shape `(B, D)`).
+        item_embeddings (`torch.Tensor` of shape `(V, D)`): one row per token id.
+        top_k (`int`): how many.
+        seen_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): token ids not to return; padding may fill it up.
+        candidate_ids (`torch.LongTensor` of shape `(C,)`, *optional*): the only token ids to return, each once.
+            Defaults to all items.
+        num_special_tokens (`int`): the first token ids, which are never returned.
+        chunk_size (`int`, *optional*): items scored at once. Defaults to as many as [`MAX_SCORES`] allows.
+
+    Returns:
+        Scores and token ids, each of shape `(B, top_k)`. Where a user has fewer unseen candidates than `top_k`, the rest
+        has score `-inf` and id -1.
+    """
+    batch_size, vocab_size = user_embeddings.shape[0], item_embeddings.shape[0]
+    if candidate_ids is None:
+        candidate_ids = torch.arange(num_special_tokens, vocab_size, device=item_embeddings.device)
+    num_candidates = candidate_ids.shape[0]
+    if top_k > num_candidates:
+        raise ValueError(f"top_k must be at most the number of candidate items ({num_candidates}), found {top_k}")
+    if chunk_size is None:
+        chunk_size = max(1, MAX_SCORES // batch_size)
+    if seen_ids is not None:
+        places = torch.full((vocab_size,), num_candidates, device=candidate_ids.device)
+        places[candidate_ids] = torch.arange(num_candidates, device=candidate_ids.device)
+        seen_places = places[seen_ids]  # (B, S), num_candidates for what is no candidate
+
+    best_scores = user_embeddings.new_empty((batch_size, 0))
+    best_ids = candidate_ids.new_empty((batch_size, 0))
+    for start in range(0, num_candidates, chunk_size):
+        ids = candidate_ids[start : start + chunk_size]
+        scores = user_embeddings @ item_embeddings[ids].T  # (B, chunk)
+        if seen_ids is not None:
+            scores = scores.masked_fill(marked(seen_places - start, ids.shape[0]), -math.inf)
+        scores, order = scores.topk(min(top_k, ids.shape[0]))
+        best_scores = torch.cat([best_scores, scores], dim=-1)
+        best_ids = torch.cat([best_ids, ids[order]], dim=-1)
+        best_scores, order = best_scores.topk(min(top_k, best_scores.shape[-1]))
+        best_ids = best_ids.gather(-1, order)
+    return best_scores, best_ids.masked_fill(best_scores == -math.inf, -1)
+
+
+def marked(places: Tensor, size: int) -> Tensor:
+    """A table that is True at the given places of each row: (B, S) -> (B, size). Places outside 0..size-1 are skipped."""
+    outside = (places < 0) | (places >= size)
+    table = torch.zeros(places.shape[0], size + 1, dtype=torch.bool, device=places.device)
+    return table.scatter_(1, places.masked_fill(outside, size), True)[:, :size]
+
+
+class SequentialRecommenderMixin:
+    """The head: `self.model` turns histories into vectors, the rows of `self.lm_head.weight` are the items."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> SequentialRecommendationOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
+                Histories, oldest item first, padded on the left.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
+            labels (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                `labels[:, t]` is the item to be predicted at position t (nothing is shifted). Special tokens and -100
+                are not predicted.
+            num_items_in_batch (`int`, *optional*):
+                What to divide the summed loss by; defaults to the number of targets in this batch.
+        """
+        if labels is None:
+            outputs = self._read_histories(input_ids, attention_mask, **kwargs)
+            user_embeddings = outputs.last_hidden_state[:, -1]
+            return SequentialRecommendationOutput(
+                logits=self.lm_head(user_embeddings),
+                user_embeddings=user_embeddings,
+                hidden_states=outputs.hidden_states,
+            )
+        outputs = self.model(input_ids, attention_mask, **kwargs)
+        return SequentialRecommendationOutput(
+            loss=self.loss(outputs.last_hidden_state, labels, num_items_in_batch), hidden_states=outputs.hidden_states
+        )
+
+    def loss(
+        self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> Tensor:
+        """The configured training loss of `(B, L, D)` hidden states against `(B, L)` labels, in nats per target."""
+        config = self.config
+        is_target = labels >= config.num_special_tokens
+        users = hidden_states[is_target]  # (T, D)
+        items = self.lm_head.weight[config.num_special_tokens :]
+        targets = labels[is_target] - config.num_special_tokens
+        if config.training_loss == "full_softmax":
+            total = full_softmax_loss(users, items, targets)
+        elif config.training_loss == "sampled_softmax":
+            negatives = torch.randint(items.shape[0], (config.num_negatives,), device=targets.device)
+            log_q = torch.full_like(negatives, math.log(config.num_negatives / items.shape[0]), dtype=torch.float32)
+            total = sampled_softmax_loss(users, items, targets, negatives, log_q)
+        else:
+            negatives = torch.randint(items.shape[0], (targets.shape[0], config.num_negatives), device=targets.device)
+            if config.training_loss == "bce":
+                total = bce_loss(users, items, targets, negatives)
+            else:
+                total = gbce_loss(users, items, targets, negatives, config.gbce_calibration)
+        return total / (is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def _read_histories(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> ModelOutput:
+        if self.config.training_objective == "masked_item":
+            if attention_mask is None:
+                attention_mask = (input_ids != self.config.pad_token_id).long()
+            input_ids = F.pad(input_ids, (0, 1), value=self.config.mask_token_id)
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        return self.model(input_ids, attention_mask, last_position_only=True, **kwargs)
+
+    @torch.no_grad()
+    def get_user_embeddings(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> Tensor:
+        """What the histories say about the next item, without scoring the catalogue.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `forward`.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `forward`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
+        """
+        return self._read_histories(input_ids, attention_mask).last_hidden_state[:, -1]
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        candidate_ids: torch.LongTensor | None = None,
+    ) -> Recommendations:
+        """The items most likely to come next. At most `2**24 + 2 * batch_size * top_k` scores are held at once.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
+                Histories, oldest item first, padded on the left.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
+            top_k (`int`, defaults to 10): how many items for each history.
+            exclude_seen (`bool`, defaults to `True`): leave out what `input_ids` already holds.
+            candidate_ids (`torch.LongTensor` of shape `(num_candidates,)`, *optional*):
+                The token ids to choose from. Defaults to the whole catalogue.
+
+        Returns:
+            [`Recommendations`]: `token_ids` and `scores`, each of shape `(batch_size, top_k)`, best first.
+
+        Raises:
+            ValueError: if a history is empty or not padded on the left, `candidate_ids` are no distinct items, fewer
+                than `top_k` items are left to recommend, or a score is NaN.
+        """
+        config = self.config
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids must have shape (batch_size, history_length >= 1), found {tuple(input_ids.shape)}"
+            )
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < config.vocab_size:
+            raise ValueError(
+                f"input_ids must be between 0 and vocab_size - 1 ({config.vocab_size - 1}), "
+                f"found {int(input_ids.min())} to {int(input_ids.max())}"
+            )
+        if attention_mask is None:
+            attention_mask = (input_ids != config.pad_token_id).long()
+        elif attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
+                f"found {tuple(attention_mask.shape)}"
+            )
+        if not bool((attention_mask[:, -1] == 1).all()):
+            row = int((attention_mask[:, -1] != 1).nonzero()[0])
+            raise ValueError(f"input_ids must hold items up to the last position (left padding), row {row} does not")
+        if not bool((attention_mask.diff(dim=-1) >= 0).all()):
+            raise ValueError("attention_mask must be zeros, then ones (left padding)")
+        if candidate_ids is not None:
+            candidate_ids = torch.as_tensor(candidate_ids, dtype=torch.long, device=input_ids.device)
+            if candidate_ids.dim() != 1 or candidate_ids.unique().numel() != candidate_ids.numel():
+                raise ValueError("candidate_ids must be one list of distinct token ids")
+            if candidate_ids.numel() and not (
+                config.num_special_tokens <= int(candidate_ids.min()) <= int(candidate_ids.max()) < config.vocab_size
+            ):
+                raise ValueError(
+                    f"candidate_ids must be items, from {config.num_special_tokens} to {config.vocab_size - 1}, "
+                    f"found {int(candidate_ids.min())} to {int(candidate_ids.max())}"
+                )
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, found {top_k}")
+
+        scores, token_ids = top_k_items(
+            self.get_user_embeddings(input_ids, attention_mask),
+            self.lm_head.weight,
+            top_k,
+            seen_ids=input_ids.masked_fill(attention_mask == 0, config.pad_token_id) if exclude_seen else None,
+            candidate_ids=candidate_ids,
+            num_special_tokens=config.num_special_tokens,
+        )
+        if bool(scores.isnan().any()):
+            raise ValueError("the model's scores contain NaN: its weights or its input are broken")
+        if bool((token_ids < 0).any()):
+            row = int((token_ids < 0).any(dim=-1).nonzero()[0])
+            raise ValueError(
+                f"top_k={top_k} asks for more than the {int((token_ids[row] >= 0).sum())} items left to recommend in "
+                f"row {row} (exclude_seen={exclude_seen})"
+            )
+        return Recommendations(token_ids, scores)

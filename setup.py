@@ -1,0 +1,42 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "elastic_hf" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+examples = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16", "tqdm>=4.66"]
+
+setup(
+    name="elastic_hf",
+    version=version,
+    description="Long-history sequential recommendation with ELASTIC for the Hugging Face ecosystem",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["elastic_hf", "elastic_hf.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=5.0",
+        "huggingface-hub>=2.0",
+        "jinja2>=3.1",
+        "numpy>=2.0",
+        "polars>=1.30",
+        "pyarrow>=20",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "torch>=2.8",
+        "tqdm>=4.66",
+        "transformers>=5.20,<6",
+    ],
+    extras_require={"examples": examples, "test": [*examples, "pytest>=8", "ruff>=0.12"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

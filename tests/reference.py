@@ -1,0 +1,96 @@
+"""Slow, obvious loop versions of the mathematics: what the fast code in elastic_hf must equal."""
+
+import math
+
+import torch
+
+
+def causal_lda(query, key, value, scores, log_forget):
+    """(B, H, L, K) queries, keys, values and (B, H, L, E) scores and log-forgetting -> (B, H, L, K), term by term."""
+    B, H, L, K = query.shape
+    E = scores.shape[-1]
+    rows = []
+    for b in range(B):
+        for h in range(H):
+            for t in range(L):
+                logits, interests = [], []
+                for m in range(E):
+                    kept = log_forget[b, h, :, m].cumsum(dim=0)
+                    weights = torch.exp(scores[b, h, : t + 1, m] + kept[t] - kept[: t + 1])
+                    total = weights.sum()
+                    if total == 0:
+                        logits.append(query.new_zeros(()))
+                        interests.append(query.new_zeros(K))
+                        continue
+                    compressed_key = (weights[:, None] * key[b, h, : t + 1]).sum(dim=0) / total
+                    logits.append(query[b, h, t] @ compressed_key / math.sqrt(K))
+                    interests.append((weights[:, None] * value[b, h, : t + 1]).sum(dim=0) / total)
+                shares = torch.stack(logits).softmax(dim=0)
+                rows.append(sum(shares[m] * interests[m] for m in range(E)))
+    return torch.stack(rows).reshape(B, H, L, K)
+
+
+def attend(query, key, value, attention_mask):
+    """Softmax attention of (B, H, Q, K) readers over the (B, H, L, K) positions that (B, L) marks, reader by reader."""
+    B, H, Q, K = query.shape
+    rows = []
+    for b in range(B):
+        real = attention_mask[b].nonzero()[:, 0].tolist()
+        for h in range(H):
+            for i in range(Q):
+                if not real:
+                    rows.append(query.new_zeros(K))
+                    continue
+                logits = torch.stack([query[b, h, i] @ key[b, h, j] / math.sqrt(K) for j in real])
+                weights = logits.softmax(dim=0)
+                rows.append(sum(weights[n] * value[b, h, j] for n, j in enumerate(real)))
+    return torch.stack(rows).reshape(B, H, Q, K)
+
+
+def bidirectional_layer(hidden_states, experts, attention_mask, attention):
+    """The paper's two attentions with the weights of an `ElasticBidirectionalAttention`, head by head."""
+    H = attention.num_heads
+
+    def heads(states):
+        return torch.stack(states.chunk(H, dim=-1), dim=1)  # (B, H, L, K)
+
+    interests = attend(
+        heads(attention.aggregate_query(experts)),
+        heads(attention.aggregate_key(hidden_states)),
+        heads(attention.aggregate_value(hidden_states)),
+        attention_mask,
+    )
+    interests = torch.cat(interests.unbind(dim=1), dim=-1)  # (B, E, D)
+    output = attend(
+        heads(attention.dispatch_query(hidden_states)),
+        heads(attention.dispatch_key(interests)),
+        heads(attention.dispatch_value(interests)),
+        torch.ones(interests.shape[:2], dtype=torch.bool),
+    )
+    return attention.output(torch.cat(output.unbind(dim=1), dim=-1))
+
+
+def retrieve_slots(query, sub_keys, top_k):
+    """The top_k of all S x S slots, every one scored: (..., G, 2, key_size) queries -> scores and slots."""
+    first, second = sub_keys[:, 0], sub_keys[:, 1]  # (G, S, key_size)
+    G, S, _ = first.shape
+    all_scores = []
+    for g in range(G):
+        one = [query[..., g, 0, :] @ first[g, i] for i in range(S)]
+        two = [query[..., g, 1, :] @ second[g, j] for j in range(S)]
+        all_scores.append(torch.stack([one[i] + two[j] for i in range(S) for j in range(S)], dim=-1))
+    return torch.stack(all_scores, dim=-2).topk(top_k, dim=-1)
+
+
+def causal_convolution(hidden_states, weight):
+    """y_t = sum_i weight_i * x_(t-i) over the positions that exist."""
+    output = torch.zeros_like(hidden_states)
+    for t in range(hidden_states.shape[1]):
+        for i in range(min(weight.shape[0], t + 1)):
+            output[:, t] += weight[i] * hidden_states[:, t - i]
+    return output
+
+
+def softmax_loss(scores, targets):
+    """Sum over rows of -log softmax at the target."""
+    return sum(-torch.log(torch.exp(row[t]) / torch.exp(row).sum()) for row, t in zip(scores, targets, strict=True))

@@ -1,0 +1,140 @@
+import math
+
+import pytest
+import torch
+
+import reference
+from elastic_hf import dispatcher_attention
+from elastic_hf.dispatcher_attention import (
+    attend,
+    causal_lda_chunked,
+    causal_lda_parallel,
+    causal_lda_recurrent,
+    dispatch,
+    final_state,
+)
+
+
+B, H, K, E = 2, 3, 4, 5
+LENGTHS = [1, 2, 63, 64, 65, 200]
+
+
+def make_inputs(length, padding=0, per_position=False, dtype=torch.float64):
+    """Random query, key, value, scores and log-forgetting; the first row has `padding` positions to the left."""
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = torch.randn(3, B, H, length, K, generator=generator, dtype=dtype)
+    scores = 2 * torch.randn(B, H, length, E, generator=generator, dtype=dtype)
+    scores[0, :, :padding] = -math.inf
+    if per_position:
+        log_forget = -math.log(2) * torch.rand(B, H, length, E, generator=generator, dtype=dtype)
+    else:
+        half_life = torch.logspace(0, 4, H * E, dtype=dtype).view(H, 1, E)  # from one item, the shortest allowed
+        log_forget = -math.log(2) / half_life
+    return [x.requires_grad_() for x in (query, key, value, scores, log_forget)]
+
+
+def outputs_and_gradients(function, inputs):
+    output = function(*inputs)
+    torch.manual_seed(0)
+    return output, torch.autograd.grad((output * torch.randn_like(output)).sum(), inputs)
+
+
+def loop(query, key, value, scores, log_forget):
+    return reference.causal_lda(query, key, value, scores, log_forget.expand_as(scores))
+
+
+FORMS = {
+    "recurrent": lambda *inputs: causal_lda_recurrent(*inputs)[0],
+    "parallel": causal_lda_parallel,
+    "chunked": lambda *inputs: causal_lda_chunked(*inputs)[0],
+    "chunked by 5": lambda *inputs: causal_lda_chunked(*inputs, chunk_size=5)[0],
+}
+
+
+@pytest.mark.parametrize("padding", [0, 3], ids=["full", "padded"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_causal_form_equals_the_loop(length, padding):
+    inputs = make_inputs(length, min(padding, length))
+    expected, expected_gradients = outputs_and_gradients(loop, inputs)
+    for name, form in FORMS.items():
+        output, gradients = outputs_and_gradients(form, inputs)
+        torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+        for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forgetting_may_differ_at_every_position(form):
+    inputs = make_inputs(65, padding=3, per_position=True)
+    expected, expected_gradients = outputs_and_gradients(loop, inputs)
+    output, gradients = outputs_and_gradients(FORMS[form], inputs)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_a_history_longer_than_a_block_equals_the_recurrence(monkeypatch):
+    monkeypatch.setattr(dispatcher_attention, "CHUNKS_PER_BLOCK", 2)
+    inputs = make_inputs(65, padding=3)
+    expected, expected_gradients = outputs_and_gradients(loop, inputs)
+    output, gradients = outputs_and_gradients(lambda *x: causal_lda_chunked(*x, chunk_size=8)[0], inputs)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("form", [causal_lda_recurrent, causal_lda_chunked])
+@pytest.mark.parametrize("cut", [1, 64, 70])
+def test_a_state_carries_the_history(form, cut):
+    inputs = make_inputs(130, padding=3)
+    *items, log_forget = inputs
+    whole, last = causal_lda_recurrent(*inputs)
+    first, state = form(*(x[..., :cut, :] for x in items), log_forget)
+    second, end = form(*(x[..., cut:, :] for x in items), log_forget, state)
+    torch.testing.assert_close(torch.cat([first, second], dim=-2), whole)
+    torch.testing.assert_close(end, last)
+
+
+def test_final_state_is_where_the_recurrence_ends():
+    query, *inputs = make_inputs(65, padding=3)
+    outputs, state = causal_lda_recurrent(query, *inputs)
+    torch.testing.assert_close(final_state(*inputs), state)
+    torch.testing.assert_close(dispatch(query[..., -1, :], final_state(*inputs)), outputs[..., -1, :])
+
+
+def test_an_empty_history_gives_zeros_and_finite_gradients():
+    inputs = make_inputs(4, padding=4)
+    for form in FORMS.values():
+        output, gradients = outputs_and_gradients(form, inputs)
+        assert (output[0] == 0).all() and (output[1] != 0).any()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_float32_holds_the_stated_range():
+    """Scores of +-10 and half-lives from one item on, at several chunks, against float64."""
+    inputs = make_inputs(200)
+    with torch.no_grad():
+        inputs[3].copy_(10 * torch.sign(inputs[3]))
+    expected, expected_gradients = outputs_and_gradients(FORMS["chunked"], inputs)
+    single = [x.detach().float().requires_grad_() for x in inputs]
+    output = causal_lda_chunked(*single)[0]
+    torch.manual_seed(0)
+    gradients = torch.autograd.grad((output * torch.randn_like(expected).float()).sum(), single)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-4)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        error = (gradient.double() - wanted).norm() / wanted.norm()
+        assert error < 1e-3, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("num_readers", [1, 5])
+def test_attend_equals_the_loop(num_readers):
+    torch.manual_seed(0)
+    query = torch.randn(3, H, num_readers, K, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(3, H, 7, K, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    mask[2] = False  # an empty history
+    expected, expected_gradients = outputs_and_gradients(
+        lambda *inputs: reference.attend(*inputs, mask), [query, key, value]
+    )
+    output, gradients = outputs_and_gradients(lambda *inputs: attend(*inputs, mask), [query, key, value])
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
