@@ -164,11 +164,14 @@ def causal_lda_chunked(
         return torch.cat(outputs, dim=-2), state
 
     # cut into N chunks of C; the padding behind the end weighs nothing and forgets nothing
-    padding = -length % chunk_size
+    num_chunks = (length + chunk_size - 1) // chunk_size
+    if torch.compiler.is_exporting():
+        num_chunks = torch.sym_max(num_chunks, 2)  # a program for any length must not specialise to one chunk
+    padding = num_chunks * chunk_size - length
     query, key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value, log_forget))
     scores = F.pad(scores, (0, 0, 0, padding), value=-math.inf)
     query, key, value, scores, log_forget = (
-        x.unflatten(-2, (-1, chunk_size)) for x in (query, key, value, scores, log_forget)
+        x.unflatten(-2, (num_chunks, chunk_size)) for x in (query, key, value, scores, log_forget)
     )  # (..., N, C, .)
 
     # the state at the start of each chunk: what every earlier chunk added, faded by the chunks in between

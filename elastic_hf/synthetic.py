@@ -1,0 +1,149 @@
+"""The embedded default dataset: a seeded generator of long histories whose next item depends on the far past.
+
+Every item has one *interest*, one *form* and one *style*: "Harbour Jazz Waltz No. 12". What a user does next hangs on
+three time scales:
+
+- the last few items: a session stays in one interest and walks through its forms in a fixed order, with some jumps;
+- the last sessions: a user has two interests at a time. They drift: now and then one gives way to the next in the
+  user's rotation, so that an interest that went away comes back after hundreds of items;
+- the whole past: for every interest and form a user has a personal style and keeps to it, though not always. An item
+  shows one of these many styles, so that when an interest comes back only the far past tells which styles to expect.
+
+Interests, styles and the items of one kind have Zipf popularity. Nobody has the same item twice.
+"""
+
+import numpy as np
+import polars as pl
+
+
+INTERESTS = ("Jazz", "Folk", "Choral", "Tango", "Organ", "Fiddle", "Brass", "Piano")
+FORMS = ("Waltz", "March", "Ballad", "Nocturne", "Serenade", "Lullaby")
+STYLES = ("Harbour", "Winter", "Meadow")
+INTERESTS_PER_USER = 6
+SESSION_LENGTH = (4, 12)
+# Chance that one of the two current interests gives way to the next, at the start of a session.
+ROTATION_PROBABILITY = 0.15
+# Chance that an item jumps to any form instead of walking on to the next one.
+JUMP_PROBABILITY = 0.2
+# Chance that an item has the user's personal style.
+LOYALTY = 0.75
+# Exponents of Zipf's law: popularity is proportional to rank ** -exponent.
+ITEM_EXPONENT, INTEREST_EXPONENT, STYLE_EXPONENT = 1.5, 1.5, 0.7
+DAY = 24 * 60 * 60
+FIRST_TIMESTAMP = 1_600_000_000
+
+
+def make_interactions(
+    num_users: int = 800, num_items: int = 2160, history_length: tuple[int, int] = (250, 550), seed: int = 0
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Generates interactions; the same arguments give the same tables.
+
+    Args:
+        num_users (`int`, *optional*, defaults to 800): Number of users.
+        num_items (`int`, *optional*, defaults to 2160):
+            Size of the catalogue, at least 144: one item for every interest, form and style.
+        history_length (`tuple[int, int]`, *optional*, defaults to `(250, 550)`):
+            Shortest and longest history, in items; lengths are uniform in between.
+        seed (`int`, *optional*, defaults to 0): Seed of the generator.
+
+    Returns:
+        `tuple[polars.DataFrame, polars.DataFrame]`: The interactions in time order, with `user_id` (int64), `item_id`
+        (int64) and `timestamp` (int64, Unix seconds, increasing within a user), and the items, sorted by `item_id`,
+        with their `title`.
+
+    Raises:
+        ValueError: If an argument is out of range, or if the catalogue is too small for histories without repeats.
+    """
+    shortest, longest = history_length
+    num_topics = len(INTERESTS) * len(FORMS)
+    num_pools = num_topics * len(STYLES)
+    if num_users < 1:
+        raise ValueError(f"num_users must be at least 1, found {num_users}")
+    if num_items < num_pools:
+        raise ValueError(f"num_items must be at least {num_pools}, found {num_items}")
+    if not 1 <= shortest <= longest:
+        raise ValueError(f"history_length must be positive and (shortest, longest), found {history_length}")
+
+    # Axis letters: U users, T steps, N sessions. A topic is an interest and a form, a pool is a topic in one style.
+    rng = np.random.default_rng(seed)
+    # Twice the steps: a step whose pool is used up is left out.
+    num_steps = 2 * longest
+    num_sessions = num_steps // SESSION_LENGTH[0] + 1
+    session_lengths = rng.integers(*SESSION_LENGTH, size=(num_users, num_sessions), endpoint=True)
+    is_start = np.zeros((num_users, session_lengths.sum(axis=1).max()), dtype=bool)
+    np.put_along_axis(is_start, np.cumsum(session_lengths, axis=1) - session_lengths, True, axis=1)
+    is_start = is_start[:, :num_steps]  # (U, T)
+    sessions = np.cumsum(is_start, axis=1) - 1  # (U, T)
+
+    # each session's interest: one of two neighbours in the user's rotation
+    noise = rng.gumbel(size=(num_users, len(INTERESTS)))
+    user_interests = np.argsort(-noise - _log_zipf(len(INTERESTS), INTEREST_EXPONENT), axis=1)[:, :INTERESTS_PER_USER]
+    user_interests = rng.permuted(user_interests, axis=1)
+    rotation = np.cumsum(rng.random(session_lengths.shape) < ROTATION_PROBABILITY, axis=1)
+    rotation += rng.integers(2, size=session_lengths.shape)
+    session_interests = np.take_along_axis(user_interests, rotation % INTERESTS_PER_USER, axis=1)  # (U, N)
+
+    # each step's form, and the style that goes with it
+    jumps = is_start | (rng.random((num_users, num_steps)) < JUMP_PROBABILITY)
+    forms = np.cumsum(np.where(jumps, rng.integers(len(FORMS), size=jumps.shape), 1), axis=1) % len(FORMS)
+    topics = np.take_along_axis(session_interests, sessions, axis=1) * len(FORMS) + forms
+    style_popularity = rng.permuted(np.tile(_log_zipf(len(STYLES), STYLE_EXPONENT), (num_topics, 1)), axis=1)
+    noise = rng.gumbel(size=(num_users, num_topics, len(STYLES)))
+    user_styles = np.argmax(noise + style_popularity, axis=2)  # (U, topics)
+    styles = np.take_along_axis(user_styles, topics, axis=1)
+    other_styles = (styles + rng.integers(1, len(STYLES), size=styles.shape)) % len(STYLES)
+    styles = np.where(rng.random(styles.shape) < LOYALTY, styles, other_styles)
+
+    # each user's order within every pool
+    pool_size = -(-num_items // num_pools)
+    log_weights = np.repeat(_log_zipf(pool_size, ITEM_EXPONENT), num_pools)
+    log_weights[num_items:] = -np.inf
+    noise = rng.gumbel(size=(num_users, pool_size, num_pools))
+    preferences = np.argsort(-noise - log_weights.reshape(pool_size, num_pools), axis=1)  # (U, pool_size, pools)
+
+    # minutes between the items of a session, hours to days between sessions
+    pauses = rng.uniform(60, 600, size=is_start.shape) + is_start * rng.exponential(3 * DAY, size=is_start.shape)
+    pauses = (pauses + is_start * DAY / 8).astype(np.int64)
+    timestamps = FIRST_TIMESTAMP + rng.integers(180 * DAY, size=(num_users, 1)) + np.cumsum(pauses, axis=1)
+
+    lengths = rng.integers(shortest, longest, size=num_users, endpoint=True)
+    pools = topics * len(STYLES) + styles
+    steps = (
+        pl.DataFrame(
+            {
+                "user": np.repeat(np.arange(num_users), num_steps),
+                "length": np.repeat(lengths, num_steps),
+                "timestamp": timestamps.ravel(),
+                "pool": pools.ravel(),
+                "pool_size": np.bincount(np.arange(num_items) % num_pools)[pools].ravel(),
+            }
+        )
+        .with_columns(visit=pl.int_range(pl.len()).over("user", "pool"))
+        .filter(pl.col("visit") < pl.col("pool_size"))
+        .filter(pl.int_range(pl.len()).over("user") < pl.col("length"))
+        .sort("timestamp", "user")
+    )
+    if len(steps) < lengths.sum():
+        raise ValueError(
+            f"num_items must be large enough for histories of {longest} different items, found {num_items}: "
+            "give more items or a shorter history_length"
+        )
+
+    # item ids tell nothing about the items
+    item_ids = rng.permutation(num_items) + 1
+    user, visit, pool = (steps[name].to_numpy() for name in ("user", "visit", "pool"))
+    interactions = pl.DataFrame(
+        {
+            "user_id": user + 1,
+            "item_id": item_ids[preferences[user, visit, pool] * num_pools + pool],
+            "timestamp": steps["timestamp"],
+        }
+    )
+    kinds = [f"{style} {interest} {form}" for interest in INTERESTS for form in FORMS for style in STYLES]
+    titles = [f"{kinds[item % num_pools]} No. {item // num_pools + 1}" for item in range(num_items)]
+    return interactions, pl.DataFrame({"item_id": item_ids, "title": titles}).sort("item_id")
+
+
+def _log_zipf(num_ranks: int, exponent: float) -> np.ndarray:
+    """Logarithms of unnormalised weights; adding Gumbel noise and sorting draws from them without replacement."""
+    return -exponent * np.log(np.arange(1, num_ranks + 1))

@@ -1,0 +1,310 @@
+"""Item tokenizer: item ids <-> token ids, one item = one token.
+
+The vocabulary is a WordLevel `tokenizer.json`, so that plain `AutoTokenizer.from_pretrained` gives the same token ids
+where this package is not installed. `items.parquet` lies beside it and keeps what a vocabulary of strings cannot: the
+original type of the item ids, and the titles.
+
+Token ids: `[PAD]` 0, `[UNK]` 1, `[MASK]` 2, then the items from 3 on, in the order they were given.
+"""
+
+import os
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, Features, List, Value
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import TokenizersBackend
+from transformers.utils import to_py_obj
+
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[MASK]")
+PAD_TOKEN, UNK_TOKEN, MASK_TOKEN = SPECIAL_TOKENS
+NUM_SPECIAL_TOKENS = len(SPECIAL_TOKENS)
+ITEMS_FILE = "items.parquet"
+# Every batch hashes the catalogue once: batches are large so that this is little beside the histories.
+HISTORIES_PER_BATCH = 10_000
+
+
+class ElasticItemTokenizer(TokenizersBackend):
+    """Turns item ids into token ids and back; pads and truncates on the left, so that the most recent items stay.
+
+    A history is a list of item ids, given with `is_split_into_words=True`. Integer item ids stand in the vocabulary as
+    their decimal strings; wherever this class takes item ids, it takes them as integers or as strings. Unknown items
+    become `[UNK]`.
+
+    Example:
+
+    ```python
+    >>> tokenizer = ElasticItemTokenizer.from_items(["id one", "é2"], model_max_length=200)
+    >>> tokenizer([["é2"], ["id one", "é2"]], is_split_into_words=True, padding=True)["input_ids"]
+    [[0, 4], [3, 4]]
+    ```
+    """
+
+    # No `__init__`: a tokenizer with its own constructor is rebuilt from its vocabulary, not read from its file.
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": ITEMS_FILE}
+    _items: pa.Table | None = None
+
+    @classmethod
+    def from_items(
+        cls, items: Dataset | pa.Table | pl.DataFrame | Iterable[int | str], model_max_length: int
+    ) -> "ElasticItemTokenizer":
+        """Builds the tokenizer of a catalogue.
+
+        Args:
+            items (`datasets.Dataset`, `pyarrow.Table`, `polars.DataFrame` or iterable of `int` or `str`):
+                The catalogue in token order: a table with the column `item_id` (integers or strings) and, optionally,
+                `title` (strings, null where unknown), or the item ids alone.
+            model_max_length (`int`): Longest history, in items, that `truncation=True` keeps.
+
+        Raises:
+            ValueError: If an item id is null, empty, given twice or contains a special token, if the ids are neither
+                integers nor strings, or if there are none.
+        """
+        if isinstance(model_max_length, bool) or not isinstance(model_max_length, Integral) or model_max_length < 1:
+            raise ValueError(f"model_max_length must be an integer of at least 1, found {model_max_length!r}")
+        table = _as_item_table(items)
+        vocabulary = [*SPECIAL_TOKENS, *table["item_id"].cast(pa.string()).to_pylist()]
+        # No pre-tokenizer: an item id with spaces stays whole.
+        backend = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNK_TOKEN))
+        tokenizer = cls(
+            tokenizer_object=backend,
+            pad_token=PAD_TOKEN,
+            unk_token=UNK_TOKEN,
+            mask_token=MASK_TOKEN,
+            padding_side="left",
+            truncation_side="left",
+            model_max_length=int(model_max_length),
+            model_input_names=["input_ids", "attention_mask"],
+        )
+        tokenizer._items = table
+        return tokenizer
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "ElasticItemTokenizer":
+        """As `PreTrainedTokenizerBase.from_pretrained`; also reads `items.parquet`, where there is one.
+
+        Raises:
+            ValueError: If `items.parquet` lists other items than the vocabulary.
+        """
+        tokenizer = super().from_pretrained(*args, **kwargs)
+        items_file = tokenizer.init_kwargs.pop("items_file", None)
+        if items_file is not None:
+            table = _as_item_table(pq.read_table(items_file))
+            vocabulary = [*SPECIAL_TOKENS, *table["item_id"].cast(pa.string()).to_pylist()]
+            token_ids = tokenizer.convert_tokens_to_ids(vocabulary)
+            if tokenizer.vocab_size != len(vocabulary) or token_ids != list(range(len(vocabulary))):
+                raise ValueError(
+                    f"{items_file} must list the items of tokenizer.json in token order, found other items: "
+                    "the two files come from different tokenizers"
+                )
+            tokenizer._items = table
+        return tokenizer
+
+    @property
+    def items(self) -> pa.Table:
+        """`pyarrow.Table`: the catalogue in token order: `item_id` (int64 or string), `title` (string, nullable)."""
+        if self._items is None:
+            vocabulary = sorted(self.get_vocab().items(), key=lambda token_and_id: token_and_id[1])
+            self._items = _as_item_table([token for token, _ in vocabulary[NUM_SPECIAL_TOKENS:]])
+        return self._items
+
+    def __call__(self, text: Any = None, *args, **kwargs):
+        return super().__call__(None if text is None else _as_strings(text), *args, **kwargs)
+
+    def convert_tokens_to_ids(self, tokens: int | str | list[int | str]) -> int | list[int]:
+        """Token ids of item ids, given as integers or strings; unknown items become `[UNK]`."""
+        return super().convert_tokens_to_ids(_as_strings(tokens))
+
+    def convert_ids_to_titles(self, ids: Any) -> str | list:
+        """Titles of token ids; an item without a title gives its item id, a special token its name.
+
+        Args:
+            ids (`int`, `list`, `np.ndarray` or `torch.Tensor` of any shape): Token ids.
+
+        Returns:
+            `str` or (nested) `list[str]`: As `ids` is shaped.
+
+        Raises:
+            ValueError: If an id is not an integer from 0 to the size of the vocabulary - 1.
+        """
+        ids = np.asarray(to_py_obj(ids))
+        num_tokens = NUM_SPECIAL_TOKENS + self.items.num_rows
+        if ids.size == 0:
+            return ids.tolist()
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= num_tokens:
+            raise ValueError(f"ids must be token ids from 0 to {num_tokens - 1}, found {ids.tolist()}")
+        rows = self.items.take(np.maximum(ids.ravel() - NUM_SPECIAL_TOKENS, 0))
+        titles = pc.coalesce(rows["title"], rows["item_id"].cast(pa.string())).to_numpy().reshape(ids.shape)
+        special = np.array(SPECIAL_TOKENS, dtype=object)[np.minimum(ids, NUM_SPECIAL_TOKENS - 1)]
+        return np.where(ids < NUM_SPECIAL_TOKENS, special, titles).tolist()
+
+    def encode_histories(self, histories: pa.ListArray | pa.LargeListArray | pa.ChunkedArray) -> pa.ListArray:
+        """The fast path of `tokenizer(histories, is_split_into_words=True)["input_ids"]`, in Arrow from end to end.
+
+        Args:
+            histories (`pyarrow.ListArray` or `pyarrow.ChunkedArray` of lists): Item ids, integers or strings.
+
+        Returns:
+            `pyarrow.ListArray` of int32: Token ids, untruncated, the lists as long as they came.
+
+        Raises:
+            ValueError: If a history or an item id is null, or if `histories` are not lists of integers or strings.
+        """
+        return _encode_lists(histories, self.items["item_id"])
+
+    def tokenize_histories(self, histories: DatasetDict, num_proc: int | None = None) -> DatasetDict:
+        """Token ids of every split of [`load_histories`].
+
+        Args:
+            histories (`datasets.DatasetDict`): Splits with the column `item_ids` and, in evaluation splits, `target`.
+            num_proc (`int`, *optional*): Number of processes of `Dataset.map`.
+
+        Returns:
+            `datasets.DatasetDict`: The same splits with `user_id` (where there is one), `input_ids` (`List(int32)`,
+            the whole history, untruncated) and `target` (int32 token id, in evaluation splits).
+
+        Raises:
+            ValueError: If a split is empty or has no `item_ids`, and as [`encode_histories`].
+        """
+        tokenized = DatasetDict()
+        for name, split in histories.items():
+            if "item_ids" not in split.column_names:
+                raise ValueError(f"split {name!r} must have the column 'item_ids', found {split.column_names}")
+            # `Dataset.map` would hand an empty split back with its old columns.
+            if len(split) == 0:
+                raise ValueError(f"split {name!r} must have at least one history, found none")
+            features = {"input_ids": List(Value("int32"))}
+            if "user_id" in split.column_names:
+                features = {"user_id": split.features["user_id"], **features}
+            if "target" in split.column_names:
+                features["target"] = Value("int32")
+            tokenized[name] = (
+                split.with_format("arrow")
+                .map(
+                    _tokenize_batch,
+                    fn_kwargs={"item_ids": self.items["item_id"]},
+                    batched=True,
+                    batch_size=HISTORIES_PER_BATCH,
+                    remove_columns=split.column_names,
+                    features=Features(features),
+                    num_proc=num_proc,
+                    desc=f"Tokenizing {name} histories",
+                )
+                .with_format(None)
+            )
+        return tokenized
+
+    def _save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> tuple[str, ...]:
+        file_names = super()._save_pretrained(save_directory, *args, **kwargs)
+        items_file = os.path.join(save_directory, ITEMS_FILE)
+        pq.write_table(self.items, items_file + ".tmp", compression="zstd")
+        os.replace(items_file + ".tmp", items_file)
+        return (*file_names, items_file)
+
+
+def _as_item_table(items: Any) -> pa.Table:
+    """Checks a catalogue and reduces it to `item_id` (int64 or string) and `title` (string)."""
+    if isinstance(items, Dataset):
+        items = items.with_format("arrow")[:]
+    elif not hasattr(items, "__arrow_c_stream__"):
+        try:
+            items = pa.table({"item_id": pa.array(list(items))})
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError("item ids must be all integers or all strings, found both or others") from error
+    table = pa.table(items)
+    if "item_id" not in table.column_names:
+        raise ValueError(f"items must have the column 'item_id', found {table.column_names}")
+    if table.num_rows == 0:
+        raise ValueError("items must list at least one item, found none")
+
+    item_ids = table["item_id"].combine_chunks()
+    if item_ids.null_count:
+        raise ValueError(f"item ids must not be null, found {item_ids.null_count} nulls")
+    item_ids = _as_int64_or_string(item_ids)
+    counts = item_ids.value_counts()
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(repeated):
+        raise ValueError(f"item ids must be unique, found {repeated[0].as_py()!r} more than once")
+    if pa.types.is_large_string(item_ids.type):
+        if pc.any(pc.equal(item_ids, "")).as_py():
+            raise ValueError("item ids must not be empty strings, found one")
+        # The backend cuts a special token out of the middle of an id as well.
+        for token in SPECIAL_TOKENS:
+            reserved = item_ids.filter(pc.match_substring(item_ids, token))
+            if len(reserved):
+                raise ValueError(f"item ids must not contain the special token {token}, found {reserved[0].as_py()!r}")
+        item_ids = item_ids.cast(pa.string())
+
+    if "title" in table.column_names:
+        titles = table["title"].combine_chunks().cast(pa.string())
+    else:
+        titles = pa.nulls(table.num_rows, pa.string())
+    return pa.table({"item_id": item_ids, "title": titles})
+
+
+def _as_strings(ids: Any) -> Any:
+    """Item ids, nested or not, as the strings of the vocabulary."""
+    if isinstance(ids, str):
+        return ids
+    if isinstance(ids, Integral) and not isinstance(ids, bool):
+        return str(int(ids))
+    if hasattr(ids, "tolist"):
+        return _as_strings(ids.tolist())
+    if isinstance(ids, list | tuple):
+        return [_as_strings(item) for item in ids]
+    raise ValueError(f"item ids must be integers or strings, found {ids!r}")
+
+
+def _as_int64_or_string(values: pa.Array) -> pa.Array:
+    """Item ids in one of the two types they are compared in: int64 or large_string."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_integer(values.type):
+        return values.cast(pa.int64())
+    is_string = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    if is_string or pa.types.is_string_view(values.type) or pa.types.is_null(values.type):
+        return values.cast(pa.large_string())
+    raise ValueError(f"item ids must be integers or strings, found {values.type}")
+
+
+def _encode(values: pa.Array, item_ids: pa.ChunkedArray) -> pa.Array:
+    """Token ids (int32) of item ids; `item_ids` is the catalogue in token order."""
+    if values.null_count:
+        raise ValueError(f"histories must not hold null item ids, found {values.null_count}")
+    values = _as_int64_or_string(values)
+    catalogue = _as_int64_or_string(item_ids.combine_chunks())
+    if values.type != catalogue.type:
+        values, catalogue = values.cast(pa.large_string()), catalogue.cast(pa.large_string())
+    indices = pc.index_in(values, value_set=catalogue)
+    token_ids = pc.add(indices, pa.scalar(NUM_SPECIAL_TOKENS, pa.int32()))
+    return pc.fill_null(token_ids, SPECIAL_TOKENS.index(UNK_TOKEN))
+
+
+def _encode_lists(lists: pa.Array | pa.ChunkedArray, item_ids: pa.ChunkedArray) -> pa.ListArray:
+    if isinstance(lists, pa.ChunkedArray):
+        empty = pa.array([], pa.list_(pa.int32()))
+        return pa.concat_arrays([empty, *(_encode_lists(chunk, item_ids) for chunk in lists.chunks)])
+    if not isinstance(lists, pa.ListArray | pa.LargeListArray):
+        raise ValueError(f"histories must be an Arrow array of lists, found {getattr(lists, 'type', type(lists))}")
+    if lists.null_count:
+        raise ValueError(f"histories must not be null, found {lists.null_count} nulls")
+    # A slice keeps its parent's offsets, while `flatten` gives the items of the slice alone.
+    offsets = pc.subtract(lists.offsets, lists.offsets[0]).cast(pa.int32())
+    return pa.ListArray.from_arrays(offsets, _encode(lists.flatten(), item_ids))
+
+
+def _tokenize_batch(table: pa.Table, item_ids: pa.ChunkedArray) -> pa.Table:
+    columns = {"input_ids": _encode_lists(table["item_ids"], item_ids)}
+    if "user_id" in table.column_names:
+        columns = {"user_id": table["user_id"], **columns}
+    if "target" in table.column_names:
+        columns["target"] = _encode(table["target"].combine_chunks(), item_ids)
+    return pa.table(columns)

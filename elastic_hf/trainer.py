@@ -1,0 +1,211 @@
+"""A thin [`Trainer`]: ranks instead of logits in evaluation, batches of similar lengths, honest model cards."""
+
+import os
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .data_collator import SequentialRecommendationCollator
+from .metrics import CUTOFFS, rank_targets, ranking_metrics
+from .modeling_recommender import top_k_items
+
+
+class LengthGroupedEpochSampler(LengthGroupedSampler):
+    """
+    A [`LengthGroupedSampler`] whose order depends on the seed and the epoch alone. The stock one draws from the global
+    generator, which processes consume at different rates and which a run resumed within an epoch has moved on.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class SequentialRecommendationTrainer(Trainer):
+    """
+    [`Trainer`] for sequential recommenders. It differs from the stock one in this:
+
+    - Datasets have rows of `input_ids` (a user's whole history of token ids, oldest first) and, for evaluation, a
+      `target` (the token id of the item to rank). Other columns are ignored.
+    - Evaluation ranks each target in the full catalogue, chunk by chunk, and gathers ranks and the 20 best unseen
+      items, never logits. The metrics are those of [`ranking_metrics`], for example `eval_ndcg@10`; there is no
+      `eval_loss`. `predict` returns `predictions = (ranks, top_ids)` in the order of the dataset: ranks of shape
+      `(num_users, 2)` (seen items excluded, seen items kept) and top_ids of shape `(num_users, 20)`, -1 where nothing
+      is left to recommend. Seen means the whole history, also what the model's window cuts off.
+    - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
+    - Weight decay applies to the weights of linear layers only: not to embeddings, norms and biases.
+    - The model card states what was trained and measured, and nothing else.
+
+    Args:
+        data_collator ([`SequentialRecommendationCollator`], *optional*):
+            Defaults to the objective of the model's configuration, and the tokenizer's `model_max_length`.
+        kwargs: All other arguments of [`Trainer`]; `compute_metrics` defaults to [`ranking_metrics`].
+
+    Raises:
+        `ValueError`: without a `data_collator`, if `model` or `processing_class` is missing; in evaluation, if a row
+        has no `target`.
+    """
+
+    def __init__(self, model=None, args=None, data_collator=None, **kwargs) -> None:
+        if data_collator is None:
+            tokenizer = kwargs.get("processing_class")
+            if model is None or tokenizer is None:
+                raise ValueError("without a data_collator both model and processing_class must be given")
+            data_collator = SequentialRecommendationCollator(
+                pad_token_id=model.config.pad_token_id,
+                mask_token_id=model.config.mask_token_id,
+                max_length=tokenizer.model_max_length,
+                objective=model.config.training_objective,
+            )
+        kwargs.setdefault("compute_metrics", self._compute_ranking_metrics)
+        super().__init__(model, args, data_collator, **kwargs)
+
+    def _compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        ranks, top_ids = prediction.predictions
+        return ranking_metrics(ranks, top_ids, self.model.config.vocab_size - self.model.config.num_special_tokens)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "target" not in self._signature_columns:
+            self._signature_columns.append("target")
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(train_dataset, datasets.Dataset):
+            return super()._get_train_sampler(train_dataset)
+        histories = train_dataset.with_format("arrow")[:]["input_ids"]
+        num_inputs = pc.min_element_wise(
+            pc.subtract(pc.list_value_length(histories), 1), pa.scalar(self.data_collator.max_length, pa.int32())
+        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedEpochSampler(batch_size, num_inputs.to_pylist(), seed)
+
+    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler | None:
+        # Always the order of the dataset: the stock sampler shuffles the predictions with group_by_length.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        embeddings.add(id(self.model.get_output_embeddings().weight))
+        return [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and id(module.weight) not in embeddings
+        ]
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """
+        Returns no loss, `(ranks, top_ids)` of shapes `(batch_size, 2)` and `(batch_size, 20)`, and the target ids of
+        shape `(batch_size,)`.
+        """
+        if "target_ids" not in inputs:
+            raise ValueError("evaluation rows must have a target, found rows without one")
+        inputs = self._prepare_inputs(inputs)
+        model = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), self.accelerator.autocast():
+            user_embeddings = model.get_user_embeddings(inputs["input_ids"], inputs["attention_mask"])
+        user_embeddings = user_embeddings.float()
+        item_embeddings = model.get_output_embeddings().weight.detach().float()
+        target_ids, seen_ids = inputs["target_ids"], inputs["seen_ids"]
+        num_special_tokens = model.config.num_special_tokens
+        ranks = rank_targets(user_embeddings, item_embeddings, target_ids, seen_ids, num_special_tokens)
+        num_items = item_embeddings.shape[0] - num_special_tokens
+        top_ids = torch.full((len(target_ids), max(CUTOFFS)), -1, device=target_ids.device)
+        top_k = min(max(CUTOFFS), num_items)
+        _, top_ids[:, :top_k] = top_k_items(
+            user_embeddings, item_embeddings, top_k, seen_ids=seen_ids, num_special_tokens=num_special_tokens
+        )
+        return None, (ranks, top_ids), target_ids
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | None = None,
+    ) -> None:
+        """
+        Writes `README.md` into `args.output_dir`: what was trained, on what, and the metrics of the last evaluation
+        (with `load_best_model_at_end`, those of the best checkpoint). What is unknown is left out.
+
+        Args:
+            language (`str`, *optional*): Language of the items' titles.
+            license (`str`, *optional*): License of the model.
+            tags (`str` or `list[str]`, *optional*): Tags beside `"sequential-recommendation"`.
+            model_name (`str`, *optional*): Defaults to the name of the output folder.
+            finetuned_from (`str`, *optional*): The Hub id of the model that this one was trained on from.
+            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the training data.
+            dataset (`str`, *optional*): Name of the training data, as it is to be read.
+        """
+        if not self.is_world_process_zero():
+            return
+        model_name = model_name or os.path.basename(os.path.abspath(self.args.output_dir))
+        tags = [tags] if isinstance(tags, str) else tags or []
+        config = self.model.config
+        card_data = ModelCardData(
+            language=language,
+            license=license,
+            library_name="transformers",
+            tags=["sequential-recommendation", config.model_type, *tags],
+            base_model=finetuned_from,
+            datasets=dataset_tags,
+            metrics=["hr", "ndcg", "mrr"],
+        )
+        settings = {
+            "Model": type(self.model).__name__,
+            "Data": dataset,
+            "Items": config.vocab_size - config.num_special_tokens,
+            "Parameters": self.model.num_parameters(),
+            "Longest input": f"{self.data_collator.max_length} items",
+            "Training objective": config.training_objective,
+            "Epochs": None if self.state.epoch is None else f"{self.state.epoch:g}",
+            "Seed": self.args.seed,
+            "Versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
+        }
+        lines = [f"# {model_name}", "", "A sequential recommender: a user's history of items in, the next item out."]
+        lines += ["", "| setting | value |", "| --- | --- |"]
+        lines += [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
+        metrics = self._metrics_for_card()
+        if metrics:
+            lines += ["", "## Evaluation", ""]
+            lines += ["Each user's target ranked in the full catalogue; ties count against the model.", ""]
+            lines += ["| metric | seen items excluded | seen items kept |", "| --- | --- | --- |"]
+            for name in ("HR", "NDCG", "MRR"):
+                for k in CUTOFFS:
+                    key = f"eval_{name.lower()}@{k}"
+                    lines.append(f"| {name}@{k} | {metrics[key]:.4f} | {metrics[f'{key}_seen_kept']:.4f} |")
+            lines.append(f"| Coverage@10 | {metrics['eval_coverage@10']:.4f} | |")
+        card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _metrics_for_card(self) -> dict[str, float] | None:
+        logs = [log for log in self.state.log_history if "eval_ndcg@10" in log and "eval_coverage@10" in log]
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            logs = [log for log in logs if log["step"] == self.state.best_global_step]
+        return logs[-1] if logs else None

@@ -1,0 +1,123 @@
+"""Measures what the README states. One sub-command for each subject, and one JSON file of results for each.
+
+    python examples/run_benchmark.py data    # 20 million interactions from a file to split histories
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_fresh_process(function, *args):
+    """Runs a function in a new process, so that one measurement's memory does not count into the next one's peak."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *args).result()
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def write_results(path: Path, results: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(temporary, path)
+    print(json.dumps(results, indent=2))
+
+
+# 1. data: rows in a file -> split histories
+
+
+def make_files(folder: str, formats: list[str], num_rows: int, num_users: int, num_items: int, seed: int) -> None:
+    """Writes rows in random order: popularity and activity follow Zipf's law, times are uniform over five years."""
+    import numpy as np
+    import polars as pl
+
+    rng = np.random.default_rng(seed)
+
+    def zipf(size: int, offset: int) -> np.ndarray:
+        cumulative = np.cumsum(1 / (np.arange(size) + offset))
+        return np.searchsorted(cumulative, rng.random(num_rows) * cumulative[-1]) + 1
+
+    rows = pl.DataFrame(
+        {
+            "user_id": zipf(num_users, offset=num_users // 10),
+            "item_id": zipf(num_items, offset=1),
+            "timestamp": rng.integers(1_500_000_000, 1_500_000_000 + 5 * 365 * 86_400, num_rows),
+        }
+    )
+    if "parquet" in formats:
+        rows.write_parquet(Path(folder) / "interactions.parquet")
+    if "csv" in formats:
+        rows.write_csv(Path(folder) / "interactions.csv")
+
+
+def measure_load(path: str, cache_dir: str) -> dict:
+    from elastic_hf.interactions import load_histories
+
+    start = time.perf_counter()
+    _, _, counts = load_histories(path, cache_dir=cache_dir)
+    seconds = time.perf_counter() - start
+    bytes_per_unit = 1 if platform.system() == "Darwin" else 1024
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
+    return {"seconds": round(seconds, 1), "peak_memory_gb": round(peak_bytes / 1e9, 2), **counts}
+
+
+def benchmark_data(args: argparse.Namespace) -> None:
+    results = {
+        "benchmark": "data",
+        "num_rows": args.num_rows,
+        "num_users": args.num_users,
+        "num_items": args.num_items,
+        "seed": args.seed,
+        "cpu_count": os.cpu_count(),
+        "cpu_model": cpu_model(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("datasets", "numpy", "pyarrow")},
+        },
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        settings = (args.num_rows, args.num_users, args.num_items, args.seed)
+        in_fresh_process(make_files, folder, args.formats, *settings)
+        for name in args.formats:
+            path = Path(folder) / f"interactions.{name}"
+            measured = in_fresh_process(measure_load, str(path), str(Path(folder) / "cache"))
+            results[name] = {"file_mb": round(path.stat().st_size / 1e6), **measured}
+    write_results(args.output, results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    subjects = parser.add_subparsers(required=True)
+
+    data = subjects.add_parser("data", help="seconds and peak memory from a file of interactions to split histories")
+    data.add_argument("--num_rows", type=int, default=20_000_000)
+    data.add_argument("--num_users", type=int, default=150_000)
+    data.add_argument("--num_items", type=int, default=60_000)
+    data.add_argument("--formats", nargs="+", choices=("parquet", "csv"), default=["parquet", "csv"])
+    data.add_argument("--seed", type=int, default=0)
+    data.add_argument("--output", type=Path, default=RESULTS / "benchmark-data.json")
+    data.set_defaults(run=benchmark_data)
+
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

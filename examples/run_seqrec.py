@@ -1,0 +1,405 @@
+#!/usr/bin/env python
+"""
+Trains a sequential recommender, evaluates it on the full catalogue and recommends.
+
+    python examples/run_seqrec.py                                       # the synthetic dataset, minutes on a CPU
+    python examples/run_seqrec.py --dataset_name ml-1m --output_dir outputs/ml-1m
+    python examples/run_seqrec.py --train_file shop.csv --items_file titles.csv --output_dir outputs/shop
+    python examples/run_seqrec.py arguments.yaml                        # the same arguments from a JSON or YAML file
+    torchrun --nproc_per_node 2 examples/run_seqrec.py
+
+Without `--do_train`, `--do_eval` or `--do_predict` it does all three. An interrupted run goes on from its last
+checkpoint when it is started again. `--help` lists all arguments.
+"""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import matplotlib
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import elastic_hf
+from elastic_hf.data_collator import SequentialRecommendationCollator
+from elastic_hf.interactions import load_histories
+from elastic_hf.metrics import rank_targets, ranking_metrics
+from elastic_hf.modeling_recommender import top_k_items
+from elastic_hf.tokenization_elastic import ElasticItemTokenizer
+from elastic_hf.trainer import SequentialRecommendationTrainer
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_TYPES = ("elastic",)
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    model_type: str = field(default="elastic", metadata={"help": f"One of: {', '.join(MODEL_TYPES)}."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a trained model to go on from, or to evaluate."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Fields of the configuration, such as `hidden_size=128,training_loss=sampled_softmax`."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which interactions to train on, and how to read them."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "synthetic (default), ml-100k, ml-1m, ml-20m, ml-25m, ml-latest-small, or a Hub dataset. "
+            "With --train_file: what the results call that file."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "File or folder of interactions instead."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the raw MovieLens files: no download."})
+    items_file: str | None = field(default=None, metadata={"help": "File with the items' titles."})
+    user_column: str | None = field(default=None, metadata={"help": "Column of the user ids."})
+    item_column: str | None = field(default=None, metadata={"help": "Column of the item ids."})
+    timestamp_column: str | None = field(default=None, metadata={"help": "Column of the timestamps."})
+    title_column: str | None = field(default=None, metadata={"help": "Column of the items' titles."})
+    k_core: int = field(default=5, metadata={"help": "Fewest interactions of each user and item; 0 filters nothing."})
+    split: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
+    test_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
+    max_length: int = field(default=200, metadata={"help": "Number of most recent items that the model sees."})
+    mask_probability: float = field(default=0.2, metadata={"help": "Share of masked items (masked_item objective)."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
+
+
+@dataclass
+class SeqRecTrainingArguments(TrainingArguments):
+    """[`TrainingArguments`] with the defaults of this script."""
+
+    output_dir: str = "outputs/seqrec"
+    num_train_epochs: float = 20
+    per_device_train_batch_size: int = 128
+    per_device_eval_batch_size: int = 256
+    learning_rate: float = 1e-3
+    train_sampling_strategy: str = "group_by_length"
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    logging_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "ndcg@10"
+    greater_is_better: bool | None = True
+    ddp_find_unused_parameters: bool | None = False
+    dataloader_pin_memory: bool = torch.cuda.is_available()
+    early_stopping_patience: int = field(
+        default=10, metadata={"help": "Evaluations without a better validation metric before stopping; 0: never."}
+    )
+    results_file: str | None = field(default=None, metadata={"help": "Where to copy all_results.json to."})
+
+    def __post_init__(self) -> None:
+        if not (self.do_train or self.do_eval or self.do_predict):
+            self.do_train = self.do_eval = self.do_predict = True
+        do_eval = self.do_eval
+        super().__post_init__()
+        # The evaluation after training is asked for by name; the stock arguments infer it from eval_strategy.
+        self.do_eval = do_eval
+
+
+def describe_hardware() -> str:
+    """The accelerator's name, or the processor's with the number of usable cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpu_info = Path("/proc/cpuinfo")
+    names = [line for line in cpu_info.read_text().splitlines() if "model name" in line] if cpu_info.exists() else []
+    name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads per process"
+
+
+def git_commit() -> str | None:
+    """The commit of this script, `-dirty` if it was changed since; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def plot_training_curve(log_history: list[dict], file: Path) -> None:
+    """Training loss and validation NDCG@10 by epoch."""
+    figure, loss_axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    metric_axis = loss_axis.twinx()
+    for axis, key, label, color in (
+        (loss_axis, "loss", "training loss (nats per target)", "tab:gray"),
+        (metric_axis, "eval_ndcg@10", "validation NDCG@10", "tab:blue"),
+    ):
+        points = [(log["epoch"], log[key]) for log in log_history if key in log]
+        axis.plot(*zip(*points, strict=True), color=color) if points else None
+        axis.set_ylabel(label, color=color)
+    loss_axis.set_xlabel("epoch")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    start_time = time.time()
+
+    # 1. Arguments
+    parser = HfArgumentParser((ModelArguments, DataArguments, SeqRecTrainingArguments))
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        model_args, data_args, training_args = parser.parse_json_file(sys.argv[1])
+    elif len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+        model_args, data_args, training_args = parser.parse_yaml_file(sys.argv[1])
+    else:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    if model_args.model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, found {model_args.model_type!r}")
+    if not training_args.do_train and model_args.model_name_or_path is None:
+        raise ValueError("without do_train there is no model to evaluate: set model_name_or_path")
+
+    output_dir = Path(training_args.output_dir)
+    results_file = output_dir / "all_results.json"
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None and output_dir.is_dir():
+        if training_args.do_train:
+            checkpoint = get_last_checkpoint(output_dir)
+        holds_model = training_args.do_train and checkpoint is None and (output_dir / "model.safetensors").exists()
+        if holds_model or results_file.exists():
+            raise ValueError(
+                f"output_dir {output_dir} already holds a finished run: choose another one, or set "
+                "resume_from_checkpoint to train that run further"
+            )
+
+    is_main_process = training_args.process_index == 0
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main_process else logging.ERROR)
+    if not is_main_process:
+        datasets.disable_progress_bars()
+    if checkpoint is not None:
+        logger.info(f"Resuming from {checkpoint}")
+    set_seed(training_args.seed)
+
+    # 2. Interactions -> histories
+    source = data_args.train_file or data_args.dataset_name or "synthetic"
+    dataset_name = data_args.dataset_name or source
+    with training_args.main_process_first(local=False, desc="loading the interactions"):
+        histories, items, counts = load_histories(
+            source,
+            data_dir=data_args.data_dir,
+            user_column=data_args.user_column,
+            item_column=data_args.item_column,
+            timestamp_column=data_args.timestamp_column,
+            title_column=data_args.title_column,
+            items_file=data_args.items_file,
+            dataset_config_name=data_args.dataset_config_name,
+            dataset_split=data_args.dataset_split,
+            k_core=data_args.k_core,
+            split=data_args.split,
+            validation_fraction=data_args.validation_fraction,
+            test_fraction=data_args.test_fraction,
+            cache_dir=data_args.cache_dir,
+        )
+    logger.info(", ".join(f"{key}: {value:,}" for key, value in counts.items()))
+
+    # 3. Histories -> token ids
+    if model_args.model_name_or_path is None:
+        tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=data_args.max_length)
+    else:
+        tokenizer = ElasticItemTokenizer.from_pretrained(model_args.model_name_or_path)
+    item_token_ids = np.array(tokenizer.convert_tokens_to_ids(items["item_id"][:]))
+    num_unknown = int((item_token_ids == tokenizer.unk_token_id).sum())
+    if num_unknown:
+        raise ValueError(
+            f"the tokenizer of {model_args.model_name_or_path} does not know {num_unknown:,} of the {len(items):,} "
+            f"items of {source}"
+        )
+    with training_args.main_process_first(local=False, desc="tokenizing the histories"):
+        splits = tokenizer.tokenize_histories(histories, num_proc=data_args.preprocessing_num_workers)
+    splits = splits.with_format("numpy")
+    train_lengths = pc.list_value_length(splits["train"].with_format("arrow")[:]["input_ids"]).to_numpy()
+    (trainable,) = np.nonzero(train_lengths >= 2)
+    if len(trainable) < len(train_lengths):
+        logger.info(f"{len(train_lengths) - len(trainable):,} users have one item to train on, nothing to predict")
+        splits["train"] = splits["train"].select(trainable)
+
+    # 4. Model
+    if model_args.model_name_or_path is None:
+        config = AutoConfig.for_model(model_args.model_type, vocab_size=len(tokenizer))
+    else:
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    try:
+        if model_args.config_overrides:
+            config.update_from_string(model_args.config_overrides)
+        config.validate()
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"config_overrides={model_args.config_overrides!r}: {error}") from error
+    if config.vocab_size != len(tokenizer):
+        raise ValueError(f"vocab_size must be the tokenizer's, {len(tokenizer)}, found {config.vocab_size}")
+    if checkpoint is not None:
+        trained_config = AutoConfig.from_pretrained(checkpoint)
+        trained_items = ElasticItemTokenizer.from_pretrained(checkpoint).items
+        fields = type(config).__annotations__
+        changed = [name for name in fields if getattr(config, name) != getattr(trained_config, name)]
+        if not trained_items["item_id"].equals(tokenizer.items["item_id"]):
+            changed.append("catalogue")
+        if changed:
+            raise ValueError(f"{checkpoint} was trained with another {', '.join(changed)}: choose another output_dir")
+    if model_args.model_name_or_path is None:
+        model = AutoModel.from_config(config)
+    else:
+        model = AutoModel.from_pretrained(model_args.model_name_or_path, config=config)
+    logger.info(f"{config.model_type} with {model.num_parameters():,} parameters")
+
+    # 5. Trainer
+    collator = SequentialRecommendationCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        max_length=data_args.max_length,
+        objective=config.training_objective,
+        mask_probability=data_args.mask_probability,
+    )
+    callbacks = []
+    if training_args.early_stopping_patience > 0:
+        callbacks.append(EarlyStoppingCallback(training_args.early_stopping_patience))
+    trainer = SequentialRecommendationTrainer(
+        model=model,
+        args=training_args,
+        data_collator=collator,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    world_size = training_args.world_size
+    launcher = "python" if world_size == 1 else f"torchrun --nproc_per_node {world_size}"
+    results = {
+        "dataset": dataset_name,
+        "model_type": config.model_type,
+        "seed": training_args.seed,
+        "command": f"{launcher} {shlex.join(sys.argv)}",
+        "protocol": f"{data_args.split}, full ranking",
+        **counts,
+        "num_parameters": model.num_parameters(),
+        "max_length": data_args.max_length,
+    }
+
+    # 6. Training
+    if training_args.do_train:
+        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        state = trainer.state
+        best_epochs = [log["epoch"] for log in state.log_history if log["step"] == state.best_global_step]
+        results |= {
+            "epochs": state.epoch,
+            "best_epoch": best_epochs[0] if best_epochs else None,
+            "stopped_early": state.global_step < state.max_steps,
+            "resumed_from_checkpoint": checkpoint,
+            "train_seconds": train_metrics["train_runtime"],
+            "train_loss": train_metrics["train_loss"],
+        }
+        trainer.save_model()
+
+    # 7. Evaluation
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        results |= {key.replace("eval_", "validation_"): metrics[key] for key in metrics if "@" in key}
+    if training_args.do_predict:
+        prediction = trainer.predict(splits["test"])
+        results |= {key: value for key, value in prediction.metrics.items() if "@" in key}
+
+    # 8. The popularity baseline, results, model card and training curve
+    if is_main_process:
+        if training_args.do_predict:
+            popularity = torch.zeros(len(tokenizer), 1)
+            popularity[item_token_ids, 0] = torch.from_numpy(np.array(items["count"][:], dtype=np.float32))
+            ranks, top_ids = [], []
+            loader = DataLoader(
+                splits["test"], batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
+            )
+            for batch in tqdm(loader, desc="Popularity baseline", disable=training_args.disable_tqdm):
+                users = torch.ones(len(batch["target_ids"]), 1)
+                ranks.append(rank_targets(users, popularity, batch["target_ids"], batch["seen_ids"]))
+                top_ids.append(top_k_items(users, popularity, min(10, len(items)), seen_ids=batch["seen_ids"])[1])
+            metrics = ranking_metrics(torch.cat(ranks).numpy(), torch.cat(top_ids).numpy(), len(items))
+            results |= {f"popularity_{key}": value for key, value in metrics.items()}
+
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if training_args.do_train:
+            # The model folder holds no pickle; the checkpoints keep theirs.
+            (output_dir / "training_args.bin").unlink(missing_ok=True)
+            trainer.create_model_card(model_name=output_dir.name, dataset=dataset_name)
+            plot_training_curve(trainer.state.log_history, output_dir / "training_curve.png")
+        results |= {
+            "total_seconds": round(time.time() - start_time, 1),
+            "hardware": describe_hardware(),
+            "num_processes": world_size,
+            "python_version": platform.python_version(),
+            "torch_version": torch.__version__,
+            "transformers_version": transformers.__version__,
+            "elastic_hf_version": elastic_hf.__version__,
+            "git_commit": git_commit(),
+        }
+        results_file.with_suffix(".tmp").write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(results_file.with_suffix(".tmp"), results_file)
+        if training_args.results_file:
+            Path(training_args.results_file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(results_file, training_args.results_file)
+
+        # 9. Metrics beside the baseline, and recommendations for the first test user
+        if training_args.do_predict:
+            print(f"\n{'test, seen items':24}{'excluded':>12}{'popularity':>12}{'kept':>12}{'popularity':>12}")
+            for name in ("hr", "ndcg", "mrr"):
+                for k in (1, 5, 10, 20):
+                    keys = (f"{name}@{k}", f"{name}@{k}_seen_kept")
+                    values = [results[f"{prefix}_{key}"] for key in keys for prefix in ("test", "popularity")]
+                    print(f"{f'{name.upper()}@{k}':24}" + "".join(f"{value:12.4f}" for value in values))
+            print(f"{'Coverage@10':24}{results['test_coverage@10']:12.4f}{results['popularity_coverage@10']:12.4f}")
+
+            user = splits["test"][0]
+            print(f"\nThe last items of user {user['user_id']}:")
+            for title in tokenizer.convert_ids_to_titles(user["input_ids"][-10:]):
+                print(f"    {title}")
+            print("Recommended:")
+            recommended = prediction.predictions[1][0, :10]
+            for rank, title in enumerate(tokenizer.convert_ids_to_titles(recommended[recommended >= 0]), start=1):
+                print(f"{rank:4}  {title}")
+            print(f"What came next: {tokenizer.convert_ids_to_titles(int(user['target']))}")
+        print(f"\nResults: {results_file}")
+
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

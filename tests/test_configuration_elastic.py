@@ -1,0 +1,40 @@
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from elastic_hf import ElasticConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", "64", "hidden_size"),
+        ("hidden_size", 0, "hidden_size must be at least 1, found 0"),
+        ("num_attention_heads", 5, "multiple of num_attention_heads, found 64 and 5"),
+        ("conv_kernel_size", -1, "conv_kernel_size must be at least 0, found -1"),
+        ("hidden_dropout", 1.5, "hidden_dropout must be between 0 and 1, found 1.5"),
+        ("vocab_size", 3, "vocab_size must exceed num_special_tokens"),
+        ("mask_token_id", 3, "mask_token_id must be between 0 and num_special_tokens - 1"),
+        ("num_memory_heads", 5, "multiple of 2 \\* num_memory_heads, found 64 and 5"),
+        ("memory_top_k", 64**2 + 1, "memory_top_k asks for 4097 slots"),
+        ("is_causal", False, "needs is_causal=True"),
+        ("training_objective", "next", "training_objective must be one of"),
+        ("training_objective", "masked_item", "needs is_causal=False"),
+        ("training_loss", "ce", "training_loss must be one of"),
+    ],
+)
+def test_a_wrong_field_is_named(field, value, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        ElasticConfig(**{field: value})
+
+
+def test_bidirectional_experts_are_shared_out_among_memory_heads():
+    settings = {"is_causal": False, "training_objective": "prefix", "num_interest_experts": 7}
+    with pytest.raises(StrictDataclassError, match="multiple of num_memory_heads"):
+        ElasticConfig(**settings)
+    ElasticConfig(**settings, num_memory_subkeys=0)
+
+
+def test_round_trip(tmp_path):
+    config = ElasticConfig(vocab_size=77, hidden_size=24, num_attention_heads=3, hidden_dropout=0, conv_kernel_size=4)
+    config.save_pretrained(tmp_path)
+    assert ElasticConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

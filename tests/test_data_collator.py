@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+import torch
+
+from elastic_hf.data_collator import SequentialRecommendationCollator
+
+
+LONG, SHORT = [3, 4, 5, 6, 7, 8, 9], [13, 14, 15]
+
+
+def collator(objective="next_item", max_length=5, **kwargs):
+    return SequentialRecommendationCollator(
+        pad_token_id=0, mask_token_id=2, max_length=max_length, objective=objective, **kwargs
+    )
+
+
+def rows(*histories, **columns):
+    return [
+        {"input_ids": history, **{name: values[i] for name, values in columns.items()}}
+        for i, history in enumerate(histories)
+    ]
+
+
+@pytest.mark.parametrize("as_row", [list, np.array, torch.tensor])
+def test_next_item_labels_are_aligned(as_row):
+    batch = collator()(rows(as_row(LONG), as_row(SHORT)))
+    assert batch["input_ids"].tolist() == [[4, 5, 6, 7, 8], [0, 0, 0, 13, 14]]
+    assert batch["labels"].tolist() == [[5, 6, 7, 8, 9], [-100, -100, -100, 14, 15]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_batches_are_padded_to_their_longest_row():
+    assert collator()(rows(SHORT, [3, 4]))["input_ids"].tolist() == [[13, 14], [0, 3]]
+
+
+def test_masked_items():
+    torch.manual_seed(0)
+    histories = [list(range(3, 3 + n)) for n in (2, 40, 30, 1000)] * 20
+    batch = collator("masked_item", max_length=40, mask_probability=0.3)(rows(*histories))
+    recent = torch.tensor([[0] * (40 - min(40, len(h))) + h[-40:] for h in histories])
+    is_masked = batch["labels"] != -100
+    assert torch.equal(batch["attention_mask"], (recent != 0).long())
+    assert torch.equal(batch["input_ids"], torch.where(is_masked, 2, recent))
+    assert torch.equal(batch["labels"][is_masked], recent[is_masked])
+    assert is_masked.any(1).all()
+    assert not is_masked[recent == 0].any()
+    assert 0.27 < is_masked.sum() / (recent != 0).sum() < 0.33
+
+
+def test_a_row_without_a_masked_item_masks_its_last():
+    batch = collator("masked_item", mask_probability=1e-12)(rows(LONG, SHORT))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2], [0, 0, 13, 14, 2]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [9], [-100] * 4 + [15]]
+
+
+def test_prefixes_end_everywhere_and_predict_the_item_after_them():
+    torch.manual_seed(0)
+    batch = collator("prefix")(rows(*[LONG] * 200))
+    assert (batch["labels"][:, :-1] == -100).all()
+    assert batch["labels"][:, -1].unique().tolist() == LONG[1:]
+    assert torch.equal(batch["input_ids"][:, -1] + 1, batch["labels"][:, -1])
+    for tokens, label in zip(batch["input_ids"].tolist(), batch["labels"][:, -1].tolist(), strict=True):
+        prefix = list(range(3, label))[-5:]
+        assert tokens == [0] * (5 - len(prefix)) + prefix
+
+
+@pytest.mark.parametrize("objective", ["masked_item", "prefix"])
+def test_the_global_generator_decides_the_draw(objective):
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws += [collator(objective, max_length=50)(rows(*[list(range(3, 53))] * 4)) for _ in range(2)]
+    first, second, again, _, other, _ = (draw["labels"] for draw in draws)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("objective", ["masked_item", "prefix"])
+def test_processes_in_the_same_state_draw_differently(objective, monkeypatch):
+    draws = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        draws.append(collator(objective, max_length=50)(rows(*[list(range(3, 53))] * 4))["labels"])
+    assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("objective", ["next_item", "masked_item", "prefix"])
+def test_evaluation_rows_keep_the_whole_history(objective):
+    batch = collator(objective)(rows(LONG, [13], target=[np.int32(30), np.int32(31)]))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [0, 0, 0, 0, 13]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 0, 0, 1]]
+    assert batch["target_ids"].tolist() == [30, 31]
+    assert batch["seen_ids"].tolist() == [LONG, [0] * 6 + [13]]
+    assert "labels" not in batch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"objective": "next"}, "objective must be one of .*'prefix'.*, found 'next'"),
+        ({"max_length": 0}, "max_length"),
+        ({"mask_probability": 0}, "mask_probability"),
+        ({"mask_probability": 1.5}, "mask_probability"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        collator(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (rows(LONG, [3]), "at least 2 items, found one of 1"),
+        (rows(LONG, [], target=[3, 4]), "at least 1 item"),
+        (rows(LONG) + rows(LONG, target=[3]), "found 1 of 2"),
+    ],
+)
+def test_bad_rows_are_named(features, message):
+    with pytest.raises(ValueError, match=message):
+        collator()(features)

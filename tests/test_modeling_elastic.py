@@ -1,0 +1,407 @@
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+import reference
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel
+from elastic_hf.modeling_elastic import (
+    ElasticBidirectionalAttention,
+    ElasticCausalAttention,
+    ElasticInterestMemory,
+    causal_convolution,
+    retrieve_slots,
+)
+
+
+CAUSAL = {}
+PREFIX = {"is_causal": False, "training_objective": "prefix"}
+MASKED = {"is_causal": False, "training_objective": "masked_item"}
+FLAGS = {
+    "causal": CAUSAL,
+    "causal prefix": {"training_objective": "prefix"},
+    "no memory": {"num_memory_subkeys": 0},
+    "no convolution": {"conv_kernel_size": 0},
+    "positions": {"max_position_embeddings": 13},
+    "untied": {"tie_word_embeddings": False},
+    "sampled_softmax": {"training_loss": "sampled_softmax"},
+    "gbce": {"training_loss": "gbce"},
+    "bce": {"training_loss": "bce", "num_negatives": 1},
+    "prefix": PREFIX,
+    "masked": MASKED,
+    "bidirectional, no memory": {**PREFIX, "num_memory_subkeys": 0},
+}
+every_flag = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
+every_mode = pytest.mark.parametrize("flags", [CAUSAL, PREFIX, MASKED], ids=["causal", "prefix", "masked"])
+
+
+def tiny_config(**changes):
+    sizes = {
+        "vocab_size": 31,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_interest_experts": 6,
+        "intermediate_size": 20,
+        "num_memory_subkeys": 5,
+        "num_memory_heads": 2,
+        "memory_top_k": 4,
+        "num_negatives": 9,
+    }
+    return ElasticConfig(**{**sizes, **changes})
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    return ElasticForSequentialRecommendation(tiny_config(**changes)).eval()
+
+
+def histories(length=7, batch_size=3, padding=2):
+    input_ids = torch.randint(3, 31, (batch_size, length), generator=torch.Generator().manual_seed(1))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :padding] = 0
+    return input_ids * attention_mask, attention_mask
+
+
+# The mathematics
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_bidirectional_attention_is_the_papers_two_attentions(length):
+    torch.manual_seed(0)
+    attention = ElasticBidirectionalAttention(tiny_config(**PREFIX)).double()
+    hidden_states = torch.randn(3, length, 24, dtype=torch.float64, requires_grad=True)
+    experts = torch.randn(3, 6, 24, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(3, length, dtype=torch.bool)
+    mask[0, : length // 2] = False
+    inputs = [hidden_states, experts, *attention.parameters()]
+    results = []
+    for output in (
+        attention(hidden_states, mask, experts, last_position_only=False),
+        reference.bidirectional_layer(hidden_states, experts, mask, attention),
+    ):
+        results.append((output, *torch.autograd.grad((output**2).sum(), inputs)))
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def test_causal_attention_is_the_loop_between_its_projections():
+    torch.manual_seed(0)
+    model = ElasticModel(tiny_config()).double()
+    attention = model.layers[0].attention
+    hidden_states = torch.randn(3, 7, 24, dtype=torch.float64)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[0, :2] = False
+    query, key, value = (
+        torch.stack(projection(hidden_states).chunk(3, dim=-1), dim=1)
+        for projection in (attention.query, attention.key, attention.value)
+    )
+    scores = 10 * torch.tanh(torch.einsum("bhlk,hmk->bhlm", key, attention.experts) / math.sqrt(8) / 10)
+    scores = scores.masked_fill(~mask[:, None, :, None], -math.inf)
+    half_life = 1 + attention.log_half_life.exp()
+    log_forget = (math.log(0.5) / half_life)[None, :, None].expand_as(scores)
+    expected = reference.causal_lda(query, key, value, scores, log_forget)
+    expected = attention.output(torch.cat(expected.unbind(dim=1), dim=-1))
+    torch.testing.assert_close(attention(hidden_states, mask, None, last_position_only=False), expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 7, 25])
+def test_product_keys_find_the_best_of_all_slots(top_k):
+    """S = 5 sub-keys, so that 7 and 25 retrieve more slots than one half has sub-keys."""
+    torch.manual_seed(0)
+    query = torch.randn(3, 7, 2, 2, 6, dtype=torch.float64, requires_grad=True)
+    sub_keys = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    scores, slots = retrieve_slots(query, sub_keys, top_k)
+    expected, expected_slots = reference.retrieve_slots(query, sub_keys, top_k)
+    torch.testing.assert_close(scores, expected)
+    assert (slots == expected_slots).all()
+    for gradient, wanted in zip(
+        torch.autograd.grad((scores**2).sum(), (query, sub_keys)),
+        torch.autograd.grad((expected**2).sum(), (query, sub_keys)),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_memory_adds_up_the_weighted_values_of_its_heads():
+    model = tiny_model().double()
+    memory = model.model.layers[-1].memory
+    hidden_states = torch.randn(3, 7, 24, dtype=torch.float64)
+    weights, slots = memory.retrieve(hidden_states, 4)
+    assert weights.shape == slots.shape == (3, 7, 2, 4)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 7, 2, dtype=torch.float64))
+    expected = torch.zeros_like(hidden_states)
+    for b in range(3):
+        for t in range(7):
+            for g in range(2):
+                for r in range(4):
+                    expected[b, t] += weights[b, t, g, r] * memory.values.weight[slots[b, t, g, r]]
+    torch.testing.assert_close(memory(hidden_states), expected)
+
+
+def test_memory_gives_a_history_its_experts():
+    memory = tiny_model(**PREFIX).model.memory
+    history = torch.randn(3, 24)
+    weights, slots = memory.retrieve(history, 3)  # 6 experts from 2 heads
+    expected = torch.stack(
+        [
+            torch.stack([3 * weights[b, g, r] * memory.values.weight[slots[b, g, r]] for g in range(2) for r in range(3)])
+            for b in range(3)
+        ]
+    )
+    torch.testing.assert_close(memory.retrieve_experts(history, 6), expected)
+
+
+def test_memory_sits_where_each_mode_reads_it():
+    causal, bidirectional = tiny_model(), tiny_model(**PREFIX)
+    assert [layer.memory is not None for layer in causal.model.layers] == [False, True]
+    assert causal.model.memory is None and isinstance(bidirectional.model.memory, ElasticInterestMemory)
+    assert all(layer.memory is None for layer in bidirectional.model.layers)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 9])
+def test_convolution_equals_the_loop(kernel_size):
+    torch.manual_seed(0)
+    hidden_states, weight = torch.randn(3, 7, 5), torch.randn(kernel_size, 5)
+    torch.testing.assert_close(
+        causal_convolution(hidden_states, weight), reference.causal_convolution(hidden_states, weight)
+    )
+
+
+# No item after t reaches t
+
+
+def layer_outputs(model, input_ids, attention_mask):
+    outputs = model.model(input_ids, attention_mask, output_hidden_states=True)
+    return [*outputs.hidden_states, outputs.last_hidden_state]
+
+
+@pytest.mark.parametrize("t", [0, 63, 64, 100])
+@pytest.mark.parametrize("flags", [CAUSAL, {"max_position_embeddings": 130}], ids=["no positions", "positions"])
+def test_causal_positions_do_not_see_the_future(flags, t):
+    model = tiny_model(**flags).double()
+    input_ids, attention_mask = histories(length=130)
+    changed = input_ids.clone()
+    changed[:, t + 1 :] = 3 + (changed[:, t + 1 :] - 2) % 28
+    before = layer_outputs(model, input_ids, attention_mask)
+    after = layer_outputs(model, changed, attention_mask)
+    assert len(before) == 4
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one[:, : t + 1], other[:, : t + 1], rtol=0, atol=1e-12)
+        assert not torch.allclose(one[:, t + 1 :], other[:, t + 1 :])
+
+
+@pytest.mark.parametrize("flags", [PREFIX, {**PREFIX, "num_memory_subkeys": 0}], ids=["memory", "no memory"])
+def test_bidirectional_positions_see_the_future(flags):
+    model = tiny_model(**flags).double()
+    input_ids, attention_mask = histories()
+    changed = input_ids.clone()
+    changed[:, -1] = 3 + (changed[:, -1] - 2) % 28
+    before = layer_outputs(model, input_ids, attention_mask)
+    after = layer_outputs(model, changed, attention_mask)
+    for one, other in zip(before[1:], after[1:], strict=True):
+        assert (one[1, 0] - other[1, 0]).abs().max() > 1e-9
+
+
+# Padding, batching, length
+
+
+@every_flag
+def test_extra_left_padding_changes_nothing(flags):
+    model = tiny_model(**flags).double()
+    input_ids, attention_mask = histories()
+    padded = [torch.cat([x.new_zeros(3, 4), x], dim=-1) for x in (input_ids, attention_mask)]
+    torch.testing.assert_close(model(*padded).logits, model(input_ids, attention_mask).logits)
+    hidden, padded_hidden = layer_outputs(model, input_ids, attention_mask), layer_outputs(model, *padded)
+    for one, other in zip(hidden, padded_hidden, strict=True):
+        real = attention_mask.bool()
+        torch.testing.assert_close(other[:, 4:][real], one[real])
+
+
+@every_flag
+def test_a_row_alone_equals_the_row_in_a_batch(flags):
+    model = tiny_model(**flags).double()
+    input_ids, attention_mask = histories()
+    together = model(input_ids, attention_mask).logits
+    torch.testing.assert_close(model(input_ids[:1, 2:]).logits, together[:1])
+    for row in (1, 2):
+        torch.testing.assert_close(model(input_ids[row : row + 1]).logits, together[row : row + 1])
+
+
+def test_the_mask_defaults_to_everything_but_padding():
+    model = tiny_model()
+    input_ids, attention_mask = histories()
+    assert torch.equal(model(input_ids).logits, model(input_ids, attention_mask).logits)
+
+
+@every_flag
+def test_the_last_position_alone_equals_the_last_of_all(flags):
+    model = tiny_model(**flags).double()
+    input_ids, attention_mask = histories()
+    every = model.model(input_ids, attention_mask).last_hidden_state
+    last = model.model(input_ids, attention_mask, last_position_only=True).last_hidden_state
+    assert last.shape == (3, 1, 24)
+    torch.testing.assert_close(last[:, 0], every[:, -1])
+
+
+@every_mode
+def test_a_history_20_times_longer_than_trained_on_runs(flags):
+    model = tiny_model(**flags).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    input_ids, attention_mask = histories(length=200)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    model(input_ids, attention_mask, labels=labels).loss.backward()
+    optimizer.step()
+    model.eval()
+    long = torch.randint(3, 31, (2, 4000))
+    assert model(long).logits.isfinite().all()
+
+
+def test_positions_cap_the_length():
+    model = tiny_model(max_position_embeddings=7)
+    with pytest.raises(ValueError, match=r"max_position_embeddings \(7\), found 8"):
+        model(histories(length=8)[0])
+
+
+# Training
+
+
+def train_batch(model):
+    input_ids, attention_mask = histories(length=13)
+    labels = torch.roll(input_ids, -1, dims=1).masked_fill(attention_mask == 0, -100)
+    if model.config.training_objective == "prefix":
+        labels[:, :-1] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@every_flag
+def test_every_parameter_gets_a_gradient(flags):
+    model = tiny_model(**flags, hidden_dropout=0.0).train()
+    model(**train_batch(model)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@every_mode
+def test_bfloat16_autocast_trains_200_steps(flags):
+    model = tiny_model(**flags).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = train_batch(model)
+    losses = []
+    for _ in range(200):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model = tiny_model(hidden_dropout=0.0).train()
+    batch = train_batch(model)
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("flags", [CAUSAL, PREFIX], ids=["causal", "bidirectional"])
+def test_initial_scale(flags):
+    """Standard deviations (or values) of every parameter of a model of the default size."""
+    torch.manual_seed(0)
+    model = ElasticForSequentialRecommendation(ElasticConfig(**flags))
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[-2] + "." + name.split(".")[-1]
+        if "norm" in part:
+            assert (parameter == (1 if name.endswith("weight") else 0)).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif name.endswith("log_half_life"):
+            half_life = 1 + parameter.exp()
+            torch.testing.assert_close(half_life.min().item(), 2.0)
+            torch.testing.assert_close(half_life.max().item(), 1025.0, rtol=1e-4, atol=0)
+        elif name.endswith("experts"):
+            assert 0.9 < parameter.std() < 1.1, name
+        elif name.endswith("sub_keys"):
+            assert 0.23 < parameter.std() < 0.27, name  # 1 / sqrt(16)
+        elif name.endswith("convolution"):
+            assert 0.017 < parameter.std() < 0.023, name  # 192 values only
+        else:
+            assert 0.019 < parameter.std() < 0.021, name
+
+
+# Saving, loading, compiling
+
+
+@every_flag
+def test_safetensors_round_trip_is_exact(flags, tmp_path):
+    model = tiny_model(**flags)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is ElasticForSequentialRecommendation
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ElasticConfig
+    for (name, saved), (other_name, restored) in zip(
+        [*model.named_parameters(), *model.named_buffers()],
+        [*loaded.named_parameters(), *loaded.named_buffers()],
+        strict=True,
+    ):
+        assert name == other_name and torch.equal(saved, restored), name
+    input_ids, attention_mask = histories()
+    assert torch.equal(loaded(input_ids, attention_mask).logits, model(input_ids, attention_mask).logits)
+
+
+def test_base_model_and_head_load_each_other(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "head")
+    base, info = ElasticModel.from_pretrained(tmp_path / "head", output_loading_info=True)
+    assert not info["missing_keys"]
+    base.save_pretrained(tmp_path / "base")
+    head = ElasticForSequentialRecommendation.from_pretrained(tmp_path / "base")
+    input_ids, attention_mask = histories()
+    assert torch.equal(head(input_ids, attention_mask).logits, model(input_ids, attention_mask).logits)
+
+
+def test_bfloat16_weights_run():
+    model = tiny_model().to(torch.bfloat16)
+    input_ids, attention_mask = histories()
+    assert model(input_ids, attention_mask).logits.isfinite().all()
+
+
+@every_mode
+def test_compiled_equals_eager(flags):
+    model = tiny_model(**flags)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager", dynamic=True)
+    for length, batch_size in ((7, 3), (70, 2)):
+        inputs = histories(length, batch_size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs).logits, model(*inputs).logits)
+
+
+@every_mode
+def test_exported_equals_eager(flags):
+    model = tiny_model(**flags)
+    batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", min=2, max=4000)
+    shape = {0: batch, 1: length}
+    program = torch.export.export(
+        model, histories(), dynamic_shapes={"input_ids": shape, "attention_mask": shape}
+    ).module()
+    for length, batch_size, padding in ((7, 3, 2), (70, 2, 5), (200, 5, 0)):
+        inputs = histories(length, batch_size, padding)
+        with torch.no_grad():
+            torch.testing.assert_close(program(*inputs).logits, model(*inputs).logits)

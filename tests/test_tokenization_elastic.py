@@ -1,0 +1,327 @@
+"""The item tokenizer: vocabulary, both encoding paths, saving and loading with and without the package."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, List, Value
+from transformers import AutoTokenizer
+
+from elastic_hf.tokenization_elastic import ElasticItemTokenizer
+
+
+STRING_IDS = ["id one", "é2", " padded ", "日本 語", "a.b , c", "[pad]", "007", "7", "line\nbreak"]
+INTEGER_IDS = [50, 7, -3, 2**40, 0, 700]
+
+
+@pytest.fixture(scope="module")
+def string_tokenizer() -> ElasticItemTokenizer:
+    titles = [None, "Second", None, "四", "Fifth", "", None, None, None]
+    return ElasticItemTokenizer.from_items(pa.table({"item_id": STRING_IDS, "title": titles}), model_max_length=4)
+
+
+@pytest.fixture(scope="module")
+def integer_tokenizer() -> ElasticItemTokenizer:
+    items = Dataset.from_dict({"item_id": INTEGER_IDS, "title": list("ABCDEF"), "count": [1] * 6})
+    return ElasticItemTokenizer.from_items(items, model_max_length=4)
+
+
+def slow(tokenizer, histories):
+    return tokenizer(histories, is_split_into_words=True)["input_ids"]
+
+
+def test_token_ids_follow_the_order_of_the_items(string_tokenizer):
+    assert [string_tokenizer.pad_token_id, string_tokenizer.unk_token_id, string_tokenizer.mask_token_id] == [0, 1, 2]
+    assert len(string_tokenizer) == string_tokenizer.vocab_size == 3 + len(STRING_IDS)
+    assert string_tokenizer.convert_tokens_to_ids(STRING_IDS) == list(range(3, 3 + len(STRING_IDS)))
+    assert string_tokenizer.convert_ids_to_tokens([3, 6]) == ["id one", "日本 語"]
+
+
+def test_pads_and_truncates_on_the_left(string_tokenizer):
+    history = STRING_IDS[:6]
+    batch = string_tokenizer(
+        [history, ["é2", "id one"], []], is_split_into_words=True, padding=True, truncation=True, return_tensors="pt"
+    )
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 4, 3], [0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        STRING_IDS,
+        pa.table({"item_id": pa.array(STRING_IDS, pa.large_string())}),
+        pa.table({"item_id": pa.array(STRING_IDS).dictionary_encode()}),
+        pl.DataFrame({"item_id": STRING_IDS, "title": STRING_IDS}),
+        Dataset.from_dict({"item_id": STRING_IDS[::-1]}).select(range(len(STRING_IDS) - 1, -1, -1)),
+    ],
+    ids=["list", "large_string", "dictionary", "polars", "dataset with indices"],
+)
+def test_every_source_of_items_gives_the_same_vocabulary(items, string_tokenizer):
+    assert ElasticItemTokenizer.from_items(items, 4).get_vocab() == string_tokenizer.get_vocab()
+
+
+def test_integer_ids_are_taken_as_integers_and_as_strings(integer_tokenizer):
+    histories = [[7, 700], [2**40, -3, 99]]
+    expected = [[4, 8], [6, 5, 1]]
+    assert slow(integer_tokenizer, histories) == expected
+    assert slow(integer_tokenizer, [[str(item) for item in history] for history in histories]) == expected
+    assert slow(integer_tokenizer, [np.array(history) for history in histories]) == expected
+    assert integer_tokenizer.convert_tokens_to_ids(np.int64(7)) == integer_tokenizer.convert_tokens_to_ids("7") == 4
+    assert integer_tokenizer.convert_tokens_to_ids(INTEGER_IDS) == [3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("item", [None, 1.5, True])
+def test_slow_path_refuses_what_is_no_item_id(integer_tokenizer, item):
+    with pytest.raises(ValueError, match="item ids must be integers or strings"):
+        integer_tokenizer([[7, item]], is_split_into_words=True)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["a", "b", "a"], "unique, found 'a'"),
+        ([3, 1, 3], "unique, found 3"),
+        (["a", None], "not be null"),
+        ([1, None], "not be null"),
+        (["a", "[PAD]"], r"special token \[PAD\]"),
+        (["a", "x[MASK]y"], r"special token \[MASK\]"),
+        (["a", ""], "not be empty strings"),
+        ([], "at least one item"),
+        ([1, "a"], "all integers or all strings"),
+        ([1.5, 2.5], "integers or strings, found double"),
+        (pa.table({"item": [1]}), "column 'item_id', found"),
+    ],
+)
+def test_bad_items_are_refused(items, message):
+    with pytest.raises(ValueError, match=message):
+        ElasticItemTokenizer.from_items(items, model_max_length=4)
+
+
+@pytest.mark.parametrize("model_max_length", [0, 2.5, True, None])
+def test_bad_model_max_length_is_refused(model_max_length):
+    with pytest.raises(ValueError, match="model_max_length"):
+        ElasticItemTokenizer.from_items(["a"], model_max_length)
+
+
+# ---- the Arrow path
+
+
+def random_histories(ids: list, seed: int) -> list[list]:
+    rng = np.random.default_rng(seed)
+    lengths = [0, 5, 0, 1, 30, 0, 7, 0]
+    return [[ids[i] for i in rng.integers(len(ids), size=length)] for length in lengths]
+
+
+@pytest.mark.parametrize("list_type", [pa.list_, pa.large_list])
+@pytest.mark.parametrize(
+    ("ids", "value_type"),
+    [
+        ([*STRING_IDS, "unknown", "8"], pa.string()),
+        ([*STRING_IDS, "unknown", "8"], pa.large_string()),
+        ([*STRING_IDS, "unknown", "8"], pa.dictionary(pa.int32(), pa.string())),
+        ([*STRING_IDS, "unknown", "8"], pa.string_view()),
+        ([7, 8, -1], pa.int32()),
+    ],
+    ids=str,
+)
+def test_arrow_path_equals_slow_path_for_string_items(string_tokenizer, ids, value_type, list_type):
+    histories = random_histories(ids, seed=0)
+    encoded = string_tokenizer.encode_histories(pa.array(histories, list_type(value_type)))
+    assert encoded.type == pa.list_(pa.int32())
+    assert encoded.to_pylist() == slow(string_tokenizer, histories)
+    assert 1 in encoded.flatten().to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("ids", "value_type"),
+    [
+        ([*INTEGER_IDS, 1, -(2**50)], pa.int64()),
+        ([50, 7, 0, 700, 1], pa.uint16()),
+        ([str(item) for item in INTEGER_IDS] + ["07", "x"], pa.string()),
+    ],
+    ids=str,
+)
+def test_arrow_path_equals_slow_path_for_integer_items(integer_tokenizer, ids, value_type):
+    histories = random_histories(ids, seed=1)
+    encoded = integer_tokenizer.encode_histories(pa.array(histories, pa.list_(value_type)))
+    assert encoded.to_pylist() == slow(integer_tokenizer, histories)
+    assert 1 in encoded.flatten().to_pylist()
+
+
+def test_arrow_path_takes_slices_and_chunks(integer_tokenizer):
+    histories = random_histories(INTEGER_IDS, seed=2)
+    lists = pa.array(histories)
+    expected = slow(integer_tokenizer, histories)
+    sliced = integer_tokenizer.encode_histories(lists.slice(3, 4))
+    sliced.validate(full=True)
+    assert sliced.to_pylist() == expected[3:7]
+    chunked = pa.chunked_array([lists.slice(1, 2), lists.slice(3, 0), lists.slice(3)])
+    assert integer_tokenizer.encode_histories(chunked).to_pylist() == expected[1:]
+    assert integer_tokenizer.encode_histories(pa.array([], pa.list_(pa.int64()))).to_pylist() == []
+    assert integer_tokenizer.encode_histories(pa.chunked_array([], pa.list_(pa.int64()))).to_pylist() == []
+    assert integer_tokenizer.encode_histories(pa.array([[], []])).to_pylist() == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("histories", "message"),
+    [
+        (pa.array([[7], [7, None]]), "null item ids, found 1"),
+        (pa.array([[7], None]), "histories must not be null"),
+        (pa.array([[7.0]]), "integers or strings, found double"),
+        (pa.array([7]), "array of lists, found int64"),
+        ([[7]], "array of lists"),
+    ],
+)
+def test_arrow_path_refuses_bad_histories(integer_tokenizer, histories, message):
+    with pytest.raises(ValueError, match=message):
+        integer_tokenizer.encode_histories(histories)
+
+
+def split_dataset(ids: list) -> DatasetDict:
+    histories = [history for history in random_histories(ids, seed=3) if history] * 5
+    users = [f"user {i}" for i in range(len(histories))]
+    train = Dataset.from_dict(
+        {"user_id": users, "item_ids": histories, "timestamps": [[float(i) for i in range(len(h))] for h in histories]}
+    )
+    return DatasetDict(train=train, test=train.add_column("target", [ids[i % len(ids)] for i in range(len(train))]))
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("ids", [INTEGER_IDS, STRING_IDS], ids=["int", "string"])
+def test_tokenize_histories(ids, num_proc, tmp_path):
+    ElasticItemTokenizer.from_items(ids, 4).save_pretrained(tmp_path)
+    tokenizer = pickle.loads(pickle.dumps(ElasticItemTokenizer.from_pretrained(tmp_path)))
+    histories = split_dataset(ids)
+    tokenized = tokenizer.tokenize_histories(histories, num_proc=num_proc)
+    assert tokenized["train"].features == {"user_id": Value("string"), "input_ids": List(Value("int32"))}
+    assert tokenized["test"].features == {**tokenized["train"].features, "target": Value("int32")}
+    for name in ("train", "test"):
+        assert tokenized[name]["user_id"][:] == histories[name]["user_id"][:]
+        assert tokenized[name]["input_ids"][:] == slow(tokenizer, histories[name]["item_ids"][:])
+    assert tokenized["test"]["target"][:] == tokenizer.convert_tokens_to_ids(histories["test"]["target"][:])
+
+
+def test_tokenize_histories_names_the_bad_split(integer_tokenizer):
+    train = split_dataset(INTEGER_IDS)["train"]
+    with pytest.raises(ValueError, match="split 'test' must have the column 'item_ids'"):
+        integer_tokenizer.tokenize_histories(DatasetDict(test=train.remove_columns("item_ids")))
+    with pytest.raises(ValueError, match="split 'validation' must have at least one history"):
+        integer_tokenizer.tokenize_histories(DatasetDict(validation=train.select([])))
+
+
+# ---- titles
+
+
+def test_titles_fall_back_to_item_ids(string_tokenizer, integer_tokenizer):
+    assert string_tokenizer.convert_ids_to_titles([[3, 4], [0, 6]]) == [["id one", "Second"], ["[PAD]", "四"]]
+    assert string_tokenizer.convert_ids_to_titles(torch.tensor([2, 8, 1])) == ["[MASK]", "", "[UNK]"]
+    assert integer_tokenizer.convert_ids_to_titles(np.int64(8)) == "F"
+    assert ElasticItemTokenizer.from_items(INTEGER_IDS, 4).convert_ids_to_titles([5, 6]) == ["-3", str(2**40)]
+    assert string_tokenizer.convert_ids_to_titles([]) == []
+
+
+@pytest.mark.parametrize("ids", [-1, [3, 9], [3.0], ["a"]])
+def test_titles_of_no_token_are_refused(integer_tokenizer, ids):
+    with pytest.raises(ValueError, match="token ids from 0 to 8"):
+        integer_tokenizer.convert_ids_to_titles(ids)
+
+
+def test_decode_gives_item_ids(string_tokenizer, integer_tokenizer):
+    assert string_tokenizer.decode([0, 3, 6], skip_special_tokens=True) == "id one 日本 語"
+    assert integer_tokenizer.decode([[4, 8], [2, 5]]) == ["7 700", "[MASK] -3"]
+
+
+# ---- saving and loading
+
+
+@pytest.mark.parametrize("fixture", ["string_tokenizer", "integer_tokenizer"])
+def test_save_and_load(fixture, request, tmp_path):
+    tokenizer = request.getfixturevalue(fixture)
+    tokenizer.save_pretrained(tmp_path / "first")
+    loaded = ElasticItemTokenizer.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    # What has been loaded stays whole when its folder goes, as checkpoints do.
+    for file in (tmp_path / "first").iterdir():
+        file.unlink()
+    reloaded = ElasticItemTokenizer.from_pretrained(tmp_path / "second")
+    for other in (loaded, reloaded, pickle.loads(pickle.dumps(loaded))):
+        assert other.items.equals(tokenizer.items)
+        assert other.get_vocab() == tokenizer.get_vocab()
+        assert (other.padding_side, other.truncation_side, other.model_max_length) == ("left", "left", 4)
+    names = {file.name for file in (tmp_path / "second").iterdir()}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "items.parquet"}
+    assert "items_file" not in json.loads((tmp_path / "second" / "tokenizer_config.json").read_text())
+
+
+def test_load_without_items_file(integer_tokenizer, tmp_path):
+    integer_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "items.parquet").unlink()
+    loaded = ElasticItemTokenizer.from_pretrained(tmp_path)
+    assert loaded.convert_ids_to_titles([3, 4, 6]) == ["50", "7", str(2**40)]
+    assert loaded.encode_histories(pa.array([[7, 2**40, 1]])).to_pylist() == [[4, 6, 1]]
+
+
+def test_items_file_of_another_tokenizer_is_refused(integer_tokenizer, tmp_path):
+    integer_tokenizer.save_pretrained(tmp_path)
+    other = ElasticItemTokenizer.from_items(INTEGER_IDS[::-1], 4)
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "items.parquet").replace(tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match="items.parquet must list the items of tokenizer.json"):
+        ElasticItemTokenizer.from_pretrained(tmp_path)
+
+
+def test_load_from_the_hub_cache(integer_tokenizer, tmp_path):
+    revision = "0" * 40
+    repository = tmp_path / "models--someone--tokenizer"
+    integer_tokenizer.save_pretrained(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    loaded = ElasticItemTokenizer.from_pretrained("someone/tokenizer", cache_dir=tmp_path, local_files_only=True)
+    assert loaded.items.equals(integer_tokenizer.items)
+
+
+def test_auto_tokenizer_gives_this_class(string_tokenizer, tmp_path):
+    import elastic_hf  # noqa: F401
+
+    string_tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is ElasticItemTokenizer
+    assert loaded.items.equals(string_tokenizer.items)
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "elastic"}], ids=["no config.json", "unknown model_type"])
+def test_auto_tokenizer_without_the_package(string_tokenizer, tmp_path, config):
+    folder = tmp_path / "saved"
+    string_tokenizer.save_pretrained(folder)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    histories = [[*STRING_IDS, "unknown"], ["é2"]]
+    arguments = {"is_split_into_words": True, "padding": True, "truncation": True}
+    (tmp_path / "input.json").write_text(json.dumps([str(folder), histories, arguments]))
+    script = """
+import json, sys
+sys.modules["elastic_hf"] = None  # an import raises ImportError
+from transformers import AutoTokenizer
+folder, histories, arguments = json.load(open("input.json"))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+batch = tokenizer(histories, **arguments)
+print(json.dumps([type(tokenizer).__name__, batch["input_ids"], batch["attention_mask"], tokenizer.decode([0, 6])]))
+"""
+    command = [sys.executable, "-I", "-c", script]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    expected = string_tokenizer(histories, **arguments)
+    assert json.loads(run.stdout.splitlines()[-1]) == [
+        "TokenizersBackend",
+        expected["input_ids"],
+        expected["attention_mask"],
+        "[PAD] 日本 語",
+    ]

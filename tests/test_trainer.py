@@ -1,0 +1,391 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+
+import elastic_hf
+from elastic_hf.configuration_elastic import ElasticConfig
+from elastic_hf.data_collator import SequentialRecommendationCollator
+from elastic_hf.modeling_elastic import ElasticForSequentialRecommendation
+from elastic_hf.trainer import SequentialRecommendationTrainer
+
+
+NUM_ITEMS, NUM_USERS, MAX_LENGTH = 61, 97, 20
+
+
+def make_histories(num_users=NUM_USERS, longest=40, seed=0):
+    """Histories that walk through the catalogue in steps of 7: easy to learn."""
+    generator = np.random.default_rng(seed)
+    starts = generator.integers(NUM_ITEMS, size=num_users)
+    lengths = generator.integers(4, longest + 1, size=num_users)
+    return [
+        ((start + 7 * np.arange(length)) % NUM_ITEMS + 3).tolist()
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+
+
+def train_rows(histories):
+    return Dataset.from_dict(
+        {"user_id": [f"user {i}" for i in range(len(histories))], "input_ids": [h[:-2] for h in histories]}
+    )
+
+
+def evaluation_rows(histories):
+    return Dataset.from_dict({"input_ids": [h[:-1] for h in histories], "target": [h[-1] for h in histories]})
+
+
+def make_model(**overrides):
+    config = dict(
+        vocab_size=NUM_ITEMS + 3,
+        hidden_size=16,
+        intermediate_size=24,
+        num_interest_experts=5,
+        num_memory_subkeys=6,
+        memory_top_k=4,
+    )
+    set_seed(0)
+    return ElasticForSequentialRecommendation(ElasticConfig(**{**config, **overrides}))
+
+
+def make_trainer(output_dir, model=None, callbacks=None, histories=None, **arguments):
+    defaults = dict(
+        use_cpu=True,
+        per_device_train_batch_size=16,
+        num_train_epochs=3,
+        learning_rate=5e-3,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        metric_for_best_model="ndcg@10",
+        greater_is_better=True,
+        train_sampling_strategy="group_by_length",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    histories = make_histories() if histories is None else histories
+    model = make_model() if model is None else model
+    return SequentialRecommendationTrainer(
+        model,
+        TrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments}),
+        SequentialRecommendationCollator(0, 2, MAX_LENGTH, objective=model.config.training_objective),
+        train_dataset=train_rows(histories),
+        eval_dataset=evaluation_rows(histories),
+        callbacks=callbacks,
+    )
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_training_learns_and_keeps_the_best_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, load_best_model_at_end=True, num_train_epochs=4, save_total_limit=1)
+    untrained = trainer.evaluate()["eval_ndcg@10"]
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_ndcg@10" in log and log["step"] > 0]
+    best = max(logs, key=lambda log: log["eval_ndcg@10"])
+    assert best["eval_ndcg@10"] > 2 * untrained
+    assert trainer.state.best_metric == best["eval_ndcg@10"]
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    assert trainer.evaluate()["eval_ndcg@10"] == best["eval_ndcg@10"]
+
+
+def test_early_stopping(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        callbacks=[EarlyStoppingCallback(2)],
+        load_best_model_at_end=True,
+        learning_rate=0.0,  # the metric cannot get better
+        num_train_epochs=10,
+    )
+    trainer.train()
+    assert trainer.state.epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "overrides"),
+    [
+        ("group_by_length", {}),
+        ("random", {}),
+        ("group_by_length", {"training_objective": "masked_item", "is_causal": False, "num_interest_experts": 4}),
+        ("group_by_length", {"training_objective": "prefix", "training_loss": "sampled_softmax", "num_negatives": 8}),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(tmp_path, strategy, overrides):
+    def trainer(folder):
+        return make_trainer(tmp_path / folder, make_model(**overrides), train_sampling_strategy=strategy)
+
+    whole = trainer("whole")
+    whole.train()
+    first, *_, last = sorted((tmp_path / "whole").iterdir(), key=lambda folder: int(folder.name.split("-")[1]))
+    shutil.copytree(first, tmp_path / "resumed" / first.name)
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / first.name))
+
+    expected = load_file(last / "model.safetensors")
+    found = load_file(tmp_path / "resumed" / last.name / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+def test_a_run_resumed_within_an_epoch_is_the_same_run(tmp_path, strategy):
+    steps = dict(save_strategy="steps", save_steps=10, eval_strategy="no", train_sampling_strategy=strategy)
+    whole = make_trainer(tmp_path, **steps)  # 7 steps an epoch
+    whole.train()
+    expected = {name: parameter.clone() for name, parameter in whole.model.named_parameters()}
+    resumed = make_trainer(tmp_path / "resumed", **steps)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert all(torch.equal(expected[name], parameter) for name, parameter in resumed.model.named_parameters())
+
+
+def test_gradient_accumulation_changes_nothing(tmp_path):
+    arguments = dict(train_sampling_strategy="random", num_train_epochs=2, optim="sgd", learning_rate=0.5)
+    trainers = [
+        make_trainer(
+            tmp_path,
+            make_model(hidden_dropout=0.0),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=16 // batch_size,
+            **arguments,
+        )
+        for batch_size in (16, 4)
+    ]
+    start = make_model(hidden_dropout=0.0).model.embed_tokens.weight
+    for trainer in trainers:
+        trainer.train()
+    assert losses(trainers[0]) == pytest.approx(losses(trainers[1]), abs=2e-4)
+    weights = [trainer.model.model.embed_tokens.weight for trainer in trainers]
+    assert (weights[0] - start).abs().max() > 1e-3
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+
+
+def test_bfloat16(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True, save_strategy="no")
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert trainer.predict(trainer.eval_dataset).predictions[0].min() >= 1
+
+
+def test_dataloader_workers(tmp_path):
+    trainers = [
+        make_trainer(tmp_path / str(n), make_model(hidden_dropout=0.0), dataloader_num_workers=n, num_train_epochs=1)
+        for n in (0, 2)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert losses(trainers[0]) == losses(trainers[1])
+
+
+def test_evaluation_is_the_same_for_any_batch_size(tmp_path):
+    trainers = [
+        make_trainer(tmp_path, per_device_eval_batch_size=batch_size, eval_accumulation_steps=2)
+        for batch_size in (1, 7, 64, 1000)
+    ]
+    predictions = [trainer.predict(trainer.eval_dataset).predictions for trainer in trainers]
+    ranks, top_ids = predictions[0]
+    assert ranks.shape == (NUM_USERS, 2) and top_ids.shape == (NUM_USERS, 20)
+    for other_ranks, other_top_ids in predictions[1:]:
+        np.testing.assert_array_equal(other_ranks, ranks)
+        np.testing.assert_array_equal(other_top_ids, top_ids)
+
+
+def test_ranks_and_recommendations_agree(tmp_path):
+    """The target stands in the list of recommendations at its rank, and the list holds nothing seen."""
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    prediction = trainer.predict(trainer.eval_dataset)
+    ranks, top_ids = prediction.predictions
+    np.testing.assert_array_equal(prediction.label_ids, trainer.eval_dataset["target"][:])
+    num_hits = 0
+    for row, (rank, _), recommended in zip(trainer.eval_dataset, ranks, top_ids, strict=True):
+        assert not set(row["input_ids"]) & set(recommended.tolist())
+        if rank <= 20:
+            num_hits += 1
+            assert recommended[rank - 1] == row["target"]
+        else:
+            assert row["target"] not in recommended
+    assert num_hits > NUM_USERS / 2
+
+
+def test_seen_items_beyond_the_window_are_excluded_too(tmp_path):
+    *history, a, b, c, d, e = range(3, NUM_ITEMS + 3)
+    assert len(history) > 2 * MAX_LENGTH
+    ranks, top_ids = make_trainer(tmp_path).predict(evaluation_rows([[*history, e]])).predictions
+    assert sorted(top_ids[0, :5]) == [a, b, c, d, e]
+    assert (top_ids[0, 5:] == -1).all()
+    assert top_ids[0, ranks[0, 0] - 1] == e
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan])
+def test_a_constant_or_nan_scorer_has_no_hits(tmp_path, value):
+    model = make_model()
+    torch.nn.init.constant_(model.get_output_embeddings().weight, value)
+    metrics = make_trainer(tmp_path, model).evaluate()
+    hits = [metrics[f"eval_{name}@20{suffix}"] for name in ("hr", "ndcg", "mrr") for suffix in ("", "_seen_kept")]
+    assert hits == [0] * 6
+
+
+def test_evaluation_never_makes_logits(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer.model.lm_head, "forward", lambda *_: pytest.fail("scored the whole catalogue at once"))
+    assert "eval_coverage@10" in trainer.evaluate()
+
+
+def test_evaluation_rows_need_a_target(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="target"):
+        trainer.evaluate(trainer.train_dataset)
+
+
+def test_own_metrics_and_several_evaluation_sets(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rows = evaluation_rows(make_histories())
+    metrics = trainer.evaluate({"first": rows.select(range(5)), "rest": rows.select(range(5, NUM_USERS))})
+    assert {"eval_first_ndcg@10", "eval_rest_ndcg@10"} <= metrics.keys()
+    trainer.compute_metrics = lambda prediction: {"median_rank": np.median(prediction.predictions[0][:, 0])}
+    assert trainer.evaluate()["eval_median_rank"] > 1
+
+
+def padding_share(trainer):
+    masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+    return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+def test_grouping_by_length_saves_padding(tmp_path):
+    generator = np.random.default_rng(0)
+    lengths = np.minimum(4 + generator.lognormal(1.5, 1.0, size=640).astype(int), 500)
+    histories = [list(range(3, 3 + length % NUM_ITEMS)) + [3] * (length - length % NUM_ITEMS) for length in lengths]
+    shares = {
+        strategy: padding_share(make_trainer(tmp_path, histories=histories, train_sampling_strategy=strategy))
+        for strategy in ("random", "group_by_length")
+    }
+    assert shares["random"] > 0.5
+    assert shares["group_by_length"] < 0.15
+
+
+def test_grouped_batches_cover_the_data_in_a_new_order_each_epoch(tmp_path):
+    trainer = make_trainer(tmp_path)
+    loader = trainer.get_train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append([row.tolist() for batch in loader for row in batch["labels"][:, -4:]])
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == epochs[2]
+
+
+def test_histories_longer_than_the_window_count_as_equally_long(tmp_path):
+    """Otherwise users who fill the window would be sorted by what the model does not see."""
+    trainer = make_trainer(tmp_path)
+    lengths = trainer._get_train_sampler().lengths
+    assert lengths == [min(len(row) - 1, MAX_LENGTH) for row in trainer.train_dataset["input_ids"]]
+    # The same for a selection, whose rows are not the table's.
+    selection = trainer.train_dataset.select([5, 2, 90])
+    assert trainer._get_train_sampler(selection).lengths == [lengths[i] for i in (5, 2, 90)]
+
+
+def test_weight_decay_spares_embeddings_norms_and_biases(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(tie_word_embeddings=False), weight_decay=0.1)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    decayed, spared = (
+        {names[id(parameter)] for group in groups for parameter in group["params"] if group["weight_decay"] == decay}
+        for decay in (0.1, 0.0)
+    )
+    assert decayed | spared == set(names.values())
+    assert "model.layers.0.feed_forward.up.weight" in decayed
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.memory.values.weight"} <= spared
+    assert not [name for name in decayed if "norm" in name or "bias" in name]
+
+
+def test_model_card_tells_the_best_checkpoint_and_no_more(tmp_path):
+    trainer = make_trainer(tmp_path, load_best_model_at_end=True)
+    trainer.create_model_card()
+    assert "## Evaluation" not in (tmp_path / "README.md").read_text()
+    trainer.train()
+    trainer.create_model_card(model_name="toy", dataset="walks", license="mit", tags="test")
+    card = (tmp_path / "README.md").read_text()
+    assert "# toy" in card and "| Data | walks |" in card and "license: mit" in card and "- test" in card
+    best = next(log for log in trainer.state.log_history if log.get("eval_ndcg@10") == trainer.state.best_metric)
+    assert f"| NDCG@10 | {best['eval_ndcg@10']:.4f} | {best['eval_ndcg@10_seen_kept']:.4f} |" in card
+    assert "fine-tuned" not in card and "None" not in card and "base_model" not in card
+
+
+def test_without_a_collator_the_tokenizer_is_needed(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="processing_class"):
+        SequentialRecommendationTrainer(make_model(), arguments)
+
+
+def run_everything(output_dir, num_processes):
+    """An evaluation, then a training run; what must not depend on the number of processes."""
+    trainer = make_trainer(
+        output_dir,
+        make_model(hidden_dropout=0.0),
+        histories=make_histories(96),
+        per_device_train_batch_size=16 // num_processes,
+        per_device_eval_batch_size=7,
+        train_sampling_strategy="random",
+        optim="sgd",  # Adam's first steps turn rounding into whole steps
+        learning_rate=0.5,
+        ddp_find_unused_parameters=False,
+        num_train_epochs=2,
+        save_strategy="no",
+    )
+    assert trainer.args.world_size == num_processes
+    prediction = trainer.predict(evaluation_rows(make_histories()))
+    ranks, top_ids = (array.tolist() for array in prediction.predictions)
+    trainer.train()
+    # Grouped by length, the processes' batches are different halves of the same order.
+    trainer.args.train_sampling_strategy = "group_by_length"
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(1)
+    # Dropout and padding move the processes' generators apart.
+    torch.rand(trainer.args.process_index)
+    lengths = torch.tensor([batch["attention_mask"].sum() for batch in loader])
+    lengths = trainer.accelerator.gather(lengths).tolist()
+    if trainer.is_world_process_zero():
+        result = {
+            "ranks": ranks,
+            "top_ids": top_ids,
+            "metrics": {key: value for key, value in prediction.metrics.items() if "@" in key},
+            "losses": losses(trainer),
+            "num_inputs": sum(lengths),
+        }
+        Path(output_dir, "result.json").write_text(json.dumps(result))
+    trainer.end()
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    results = []
+    for num_processes in (1, 2):
+        output_dir = tmp_path / str(num_processes)
+        output_dir.mkdir()
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        command = [sys.executable, "-m", *launcher, __file__, str(output_dir), str(num_processes)]
+        package_folder = str(Path(elastic_hf.__file__).parents[1])
+        subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": package_folder})
+        results.append(json.loads((output_dir / "result.json").read_text()))
+    one, two = results
+    assert len(one["ranks"]) == NUM_USERS
+    assert one["ranks"] == two["ranks"]
+    assert one["top_ids"] == two["top_ids"]
+    assert one["metrics"] == two["metrics"]
+    assert one["losses"] == pytest.approx(two["losses"], abs=2e-4)
+    assert one["num_inputs"] == two["num_inputs"]
+
+
+if __name__ == "__main__":
+    run_everything(sys.argv[1], int(sys.argv[2]))
