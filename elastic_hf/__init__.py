@@ -3,10 +3,25 @@
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .configuration_elastic import ElasticConfig
+from .data_collator import SequentialRecommendationCollator
+from .interactions import load_histories
 from .modeling_elastic import ElasticForSequentialRecommendation, ElasticModel
+from .tokenization_elastic import ElasticItemTokenizer
+from .trainer import SequentialRecommendationTrainer
 
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "ElasticConfig",
+    "ElasticForSequentialRecommendation",
+    "ElasticItemTokenizer",
+    "ElasticModel",
+    "SequentialRecommendationCollator",
+    "SequentialRecommendationTrainer",
+    "load_histories",
+]
+
 AutoConfig.register(ElasticConfig.model_type, ElasticConfig, exist_ok=True)
 AutoModel.register(ElasticConfig, ElasticForSequentialRecommendation, exist_ok=True)
+AutoTokenizer.register(ElasticConfig, tokenizer_class=ElasticItemTokenizer, exist_ok=True)

@@ -166,7 +166,8 @@ def causal_lda_chunked(
     # cut into N chunks of C; the padding behind the end weighs nothing and forgets nothing
     num_chunks = (length + chunk_size - 1) // chunk_size
     if torch.compiler.is_exporting():
-        num_chunks = torch.sym_max(num_chunks, 2)  # a program for any length must not specialise to one chunk
+        # A program for every length must not specialise to one chunk, nor to the lengths that need no padding.
+        num_chunks = torch.sym_max(length // chunk_size + 1, 2)
     padding = num_chunks * chunk_size - length
     query, key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value, log_forget))
     scores = F.pad(scores, (0, 0, 0, padding), value=-math.inf)

@@ -203,7 +203,7 @@ def _read_json(path: Path, wanted: list[str]) -> pa.Table:
 def _read_parquet(path: Path, wanted: list[str]) -> pa.Table:
     try:
         _check_columns(pq.read_schema(path).names, wanted, path)
-        return pq.read_table(path, columns=wanted)
+        return pq.read_table(path, columns=wanted, partitioning=None)
     except pa.ArrowException as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -277,14 +277,17 @@ def _checked(table: pa.Table, columns: Columns, source: str | Path, position: Ca
 
         if column.null_count and role != "title":
             reject(column.is_null(), "a value")
-        if role == "timestamp":
-            try:
+        try:
+            if role == "timestamp":
                 seconds = _unix_seconds(column, reject)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"{source}: column {name!r}: {error}") from error
+            elif pa.types.is_integer(column.type):
+                column = column.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{source}: column {name!r}: {error}") from error
+        if role == "timestamp":
             reject(~(np.isfinite(seconds) & (seconds >= 0)), "a finite timestamp of at least 0 Unix seconds")
             column = pa.chunked_array([seconds])
-        elif column.type != TEXT_ID and not pa.types.is_integer(column.type):
+        elif column.type not in (TEXT_ID, pa.int64()):
             value_type = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
             if not (pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
                 raise ValueError(f"{source}: column {name!r} must hold integers or strings, found type {column.type}")
@@ -440,22 +443,24 @@ def _read_source(
     if path.exists():
         return _read_rows([path], _default_columns(path)._replace(**overrides)), None
 
+    columns = Columns()._replace(**overrides)
     titles = None
     if source == "synthetic":
         from .synthetic import make_interactions
 
         interactions, items = make_interactions()
+        _check_columns(interactions.columns, columns.wanted(), source)
         table, titles = interactions.to_arrow(), items.to_arrow()
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in SUFFIXES:
-        table = datasets.load_dataset(source, dataset_config_name, split=dataset_split).with_format("arrow")[:]
+        dataset = datasets.load_dataset(source, dataset_config_name, split=dataset_split)
+        _check_columns(dataset.column_names, columns.wanted(), source)
+        table = dataset.select_columns(columns.wanted()).with_format("arrow")[:]
     else:
         raise ValueError(
             f"source must be 'synthetic', one of {list(MOVIELENS_SHA256)}, an existing file or folder, or a dataset "
             f"on the Hub as 'org/name', found {source!r}"
         )
-    columns = Columns()._replace(**overrides)
-    _check_columns(table.column_names, columns.wanted(), source)
-    return _checked(table.select(columns.wanted()), columns, source, lambda row: f"row {row + 1}"), titles
+    return _checked(table, columns, source, lambda row: f"row {row + 1}"), titles
 
 
 def _integers_if_canonical(ids: pa.Array) -> pa.Array:
@@ -476,9 +481,10 @@ def _encode_ids(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.chunk(0)
     ids = encoded.dictionary
-    ids = ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string())
     if is_text:
         ids = _integers_if_canonical(ids)
+    elif ids.type != pa.int64():
+        ids = ids.cast(pa.string())
     order = pc.sort_indices(ids)
     ranks = np.empty(len(ids), np.int32)
     ranks[order.to_numpy()] = np.arange(len(ids), dtype=np.int32)

@@ -16,17 +16,19 @@ import numpy as np
 import polars as pl
 
 
-INTERESTS = ("Jazz", "Folk", "Choral", "Tango", "Organ", "Fiddle", "Brass", "Piano")
-FORMS = ("Waltz", "March", "Ballad", "Nocturne", "Serenade", "Lullaby")
+INTERESTS = ("Jazz", "Folk", "Choral", "Tango", "Organ", "Fiddle", "Brass")
+FORMS = ("Waltz", "March", "Ballad", "Nocturne", "Serenade", "Lullaby", "Prelude", "Rondo")
 STYLES = ("Harbour", "Winter", "Meadow")
 INTERESTS_PER_USER = 6
-SESSION_LENGTH = (4, 12)
-# Chance that one of the two current interests gives way to the next, at the start of a session.
-ROTATION_PROBABILITY = 0.15
+CURRENT_INTERESTS = 2
+# Shortest and longest, in items.
+SESSION_LENGTH = (4, 8)
+# Chance that one of the current interests gives way to the next in the rotation, at the start of a session.
+ROTATION_PROBABILITY = 0.12
 # Chance that an item jumps to any form instead of walking on to the next one.
 JUMP_PROBABILITY = 0.2
 # Chance that an item has the user's personal style.
-LOYALTY = 0.75
+LOYALTY = 0.85
 # Exponents of Zipf's law: popularity is proportional to rank ** -exponent.
 ITEM_EXPONENT, INTEREST_EXPONENT, STYLE_EXPONENT = 1.5, 1.5, 0.7
 DAY = 24 * 60 * 60
@@ -34,14 +36,14 @@ FIRST_TIMESTAMP = 1_600_000_000
 
 
 def make_interactions(
-    num_users: int = 800, num_items: int = 2160, history_length: tuple[int, int] = (250, 550), seed: int = 0
+    num_users: int = 800, num_items: int = 2352, history_length: tuple[int, int] = (250, 550), seed: int = 0
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Generates interactions; the same arguments give the same tables.
 
     Args:
         num_users (`int`, *optional*, defaults to 800): Number of users.
-        num_items (`int`, *optional*, defaults to 2160):
-            Size of the catalogue, at least 144: one item for every interest, form and style.
+        num_items (`int`, *optional*, defaults to 2352):
+            Size of the catalogue, at least 168: one item for every interest, form and style.
         history_length (`tuple[int, int]`, *optional*, defaults to `(250, 550)`):
             Shortest and longest history, in items; lengths are uniform in between.
         seed (`int`, *optional*, defaults to 0): Seed of the generator.
@@ -75,12 +77,12 @@ def make_interactions(
     is_start = is_start[:, :num_steps]  # (U, T)
     sessions = np.cumsum(is_start, axis=1) - 1  # (U, T)
 
-    # each session's interest: one of two neighbours in the user's rotation
+    # each session's interest: one of the current neighbours in the user's rotation
     noise = rng.gumbel(size=(num_users, len(INTERESTS)))
     user_interests = np.argsort(-noise - _log_zipf(len(INTERESTS), INTEREST_EXPONENT), axis=1)[:, :INTERESTS_PER_USER]
     user_interests = rng.permuted(user_interests, axis=1)
     rotation = np.cumsum(rng.random(session_lengths.shape) < ROTATION_PROBABILITY, axis=1)
-    rotation += rng.integers(2, size=session_lengths.shape)
+    rotation += rng.integers(CURRENT_INTERESTS, size=session_lengths.shape)
     session_interests = np.take_along_axis(user_interests, rotation % INTERESTS_PER_USER, axis=1)  # (U, N)
 
     # each step's form, and the style that goes with it

@@ -101,6 +101,13 @@ class SequentialRecommendationTrainer(Trainer):
         # Always the order of the dataset: the stock sampler shuffles the predictions with group_by_length.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
+    def _prepare_for_training(self, *args, **kwargs):
+        # Accelerate takes a model that was evaluated before for one that is ready to be trained and would not wrap it
+        # in DistributedDataParallel: every process would silently train a model of its own.
+        if self.model_wrapped is self.model and not self.is_fsdp_enabled:
+            self.model._is_accelerate_prepared = False
+        return super()._prepare_for_training(*args, **kwargs)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         embeddings.add(id(self.model.get_output_embeddings().weight))

@@ -365,6 +365,7 @@ def run_everything(output_dir, num_processes):
             "num_inputs": sum(lengths),
         }
         Path(output_dir, "result.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
