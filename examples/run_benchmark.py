@@ -70,12 +70,17 @@ def make_files(folder: str, formats: list[str], num_rows: int, num_users: int, n
 def measure_load(path: str, cache_dir: str) -> dict:
     from elastic_hf.interactions import load_histories
 
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     _, _, counts = load_histories(path, cache_dir=cache_dir)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     bytes_per_unit = 1 if platform.system() == "Darwin" else 1024
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
-    return {"seconds": round(seconds, 1), "peak_memory_gb": round(peak_bytes / 1e9, 2), **counts}
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "peak_memory_gb": round(peak_bytes / 1e9, 2),
+        **counts,
+    }
 
 
 def benchmark_data(args: argparse.Namespace) -> None:
@@ -87,6 +92,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "cpu_count": os.cpu_count(),
         "cpu_model": cpu_model(),
+        "load_average_before": round(os.getloadavg()[0], 2),  # other work on the machine, in busy cores
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("datasets", "numpy", "pyarrow")},

@@ -354,6 +354,14 @@ def main() -> None:
             metrics = ranking_metrics(torch.cat(ranks).numpy(), torch.cat(top_ids).numpy(), len(items))
             results |= {f"popularity_{key}": value for key, value in metrics.items()}
 
+            user, recommended = splits["test"].with_format(None)[0], prediction.predictions[1][0, :10]
+            results["sample"] = {
+                "user_id": user["user_id"],
+                "history": tokenizer.convert_ids_to_titles(user["input_ids"][-10:]),
+                "recommended": tokenizer.convert_ids_to_titles(recommended[recommended >= 0]),
+                "target": tokenizer.convert_ids_to_titles(user["target"]),
+            }
+
         output_dir.mkdir(parents=True, exist_ok=True)
         if training_args.do_train:
             # The model folder holds no pickle; the checkpoints keep theirs.
@@ -386,15 +394,14 @@ def main() -> None:
                     print(f"{f'{name.upper()}@{k}':24}" + "".join(f"{value:12.4f}" for value in values))
             print(f"{'Coverage@10':24}{results['test_coverage@10']:12.4f}{results['popularity_coverage@10']:12.4f}")
 
-            user = splits["test"][0]
-            print(f"\nThe last items of user {user['user_id']}:")
-            for title in tokenizer.convert_ids_to_titles(user["input_ids"][-10:]):
+            sample = results["sample"]
+            print(f"\nThe last items of user {sample['user_id']}:")
+            for title in sample["history"]:
                 print(f"    {title}")
             print("Recommended:")
-            recommended = prediction.predictions[1][0, :10]
-            for rank, title in enumerate(tokenizer.convert_ids_to_titles(recommended[recommended >= 0]), start=1):
+            for rank, title in enumerate(sample["recommended"], start=1):
                 print(f"{rank:4}  {title}")
-            print(f"What came next: {tokenizer.convert_ids_to_titles(int(user['target']))}")
+            print(f"What came next: {sample['target']}")
         print(f"\nResults: {results_file}")
 
     trainer.accelerator.wait_for_everyone()

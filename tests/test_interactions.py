@@ -170,7 +170,6 @@ def test_equal_to_loops(tmp_path, load, monkeypatch, makers, suffix, users_per_b
 
 
 def test_temporal_split_by_hand(tmp_path, load, caplog):
-    # 10 rows with times 0..9: the cutoffs are the times 6 and 8
     times = {"a": [0, 1, 2, 6, 8], "b": [3, 4, 5], "c": [7, 9, 9.5]}
     rows = [(user, f"{user}{time}", time) for user, user_times in times.items() for time in map(float, user_times)]
     path = write(tmp_path / "rows.parquet", frame(rows))
@@ -188,6 +187,16 @@ def test_temporal_split_by_hand(tmp_path, load, caplog):
         {"user_id": "c", "item_ids": ["c7.0"], "timestamps": [7], "target": "c9.0"},
     ]
     assert "validation leaves out 1 users" in caplog.text
+
+
+def test_temporal_split_tells_the_windows_apart(tmp_path, load):
+    # the quantiles 0.4 and 0.7 of the times 0..10 are 4 and 7: b has nothing between them and a nothing after
+    rows = [("a", time, time) for time in (0, 1, 4, 5, 6)] + [("b", time, time) for time in (2, 3, 7, 8, 9, 10)]
+    path = write(tmp_path / "rows.parquet", frame(rows))
+    result = load(path, split="temporal", validation_fraction=0.3, test_fraction=0.3)
+    assert result.histories["train"]["user_id"][:] == ["a", "b"]
+    assert [(row["user_id"], row["target"]) for row in split_rows(result, "validation")] == [("a", 4)]
+    assert [(row["user_id"], row["target"]) for row in split_rows(result, "test")] == [("b", 7)]
 
 
 def test_temporal_split_never_trains_on_the_future(tmp_path, load):

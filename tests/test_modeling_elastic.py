@@ -2,14 +2,13 @@ import copy
 import math
 
 import pytest
+import reference
 import torch
 from transformers import AutoConfig, AutoModel
 
-import reference
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel
 from elastic_hf.modeling_elastic import (
     ElasticBidirectionalAttention,
-    ElasticCausalAttention,
     ElasticInterestMemory,
     causal_convolution,
     retrieve_slots,
@@ -145,13 +144,12 @@ def test_memory_gives_a_history_its_experts():
     memory = tiny_model(**PREFIX).model.memory
     history = torch.randn(3, 24)
     weights, slots = memory.retrieve(history, 3)  # 6 experts from 2 heads
-    expected = torch.stack(
-        [
-            torch.stack([3 * weights[b, g, r] * memory.values.weight[slots[b, g, r]] for g in range(2) for r in range(3)])
-            for b in range(3)
-        ]
-    )
-    torch.testing.assert_close(memory.retrieve_experts(history, 6), expected)
+    experts = memory.retrieve_experts(history, 6)
+    for b in range(3):
+        for g in range(2):
+            for r in range(3):
+                expected = 3 * weights[b, g, r] * memory.values.weight[slots[b, g, r]]
+                torch.testing.assert_close(experts[b, 3 * g + r], expected)
 
 
 def test_memory_sits_where_each_mode_reads_it():

@@ -7,7 +7,7 @@ import pytest
 from elastic_hf.synthetic import make_interactions
 
 
-SMALL = {"num_users": 30, "num_items": 400, "history_length": (20, 60)}
+SMALL = {"num_users": 30, "num_items": 1000, "history_length": (20, 60)}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_arguments_are_kept():
         ({"num_items": 167}, "num_items must be at least 168, found 167"),
         ({"history_length": (0, 10)}, "history_length"),
         ({"history_length": (20, 10)}, "history_length"),
-        ({**SMALL, "history_length": (200, 390)}, "num_items must be large enough for histories of 390"),
+        ({**SMALL, "history_length": (300, 900)}, "num_items must be large enough for histories of 900"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

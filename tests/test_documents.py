@@ -1,0 +1,61 @@
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+render_results = runpy.run_path(str(ROOT / "examples" / "render_results.py"))
+
+
+@pytest.mark.parametrize("document", render_results["DOCUMENTS"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_what_the_results_say(document):
+    assert render_results["render"](document) == document.read_text(), "run python examples/render_results.py"
+
+
+def test_the_readme_snippet_runs(tmp_path):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    ndcg, titles = [line for line in result.stdout.splitlines() if not line.startswith("{")]
+    assert 0 <= float(ndcg) <= 1
+    assert len(re.findall(r"No\. \d+", titles)) == 5
+
+
+def test_a_fresh_process_loads_a_checkpoint_and_recommends_titles(tmp_path):
+    """Only elastic_hf and transformers are imported; the checkpoint is made in another process."""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    make = """
+import pyarrow as pa
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
+
+items = pa.table({"item_id": ["a b", "ü", "c", "d", "e"], "title": ["First", "Second", "Third", "Fourth", None]})
+ElasticItemTokenizer.from_items(items, model_max_length=7).save_pretrained("model")
+ElasticForSequentialRecommendation(ElasticConfig(vocab_size=8)).save_pretrained("model")
+"""
+    recommend = """
+import elastic_hf
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("model")
+tokenizer = AutoTokenizer.from_pretrained("model")
+history = tokenizer([["ü", "a b"]], is_split_into_words=True, return_tensors="pt")
+print(type(model).__name__, type(tokenizer).__name__, history["input_ids"].tolist())
+print(sorted(tokenizer.convert_ids_to_titles(model.recommend(**history, top_k=3).token_ids[0])))
+"""
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for code in (make, recommend)
+    ]
+    assert outputs[1].splitlines() == [
+        "ElasticForSequentialRecommendation ElasticItemTokenizer [[4, 3]]",
+        "['Fourth', 'Third', 'e']",
+    ]
