@@ -5,7 +5,8 @@ from setuptools import find_packages, setup
 
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "elastic_hf" / "__init__.py").read_text(encoding="utf-8")).group(1)
+init = (here / "elastic_hf" / "__init__.py").read_text(encoding="utf-8")
+version = re.search(r'__version__ = "(.+)"', init).group(1)
 
 examples = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16", "tqdm>=4.66"]
 

@@ -38,7 +38,7 @@ CHUNKS_PER_BLOCK = 64
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, `softmax(Q K^T / sqrt(K)) V`: the experts reading the items, or the items reading the experts.
+    """Softmax attention, `softmax(Q K^T / sqrt(K)) V`: experts reading items, or items reading experts.
 
     Args:
         query (`torch.Tensor` of shape `(B, H, Q, K)`): the readers.

@@ -1,7 +1,7 @@
 """ELASTIC: linear dispatcher attention over a whole history, widened by a sparsely read interest memory.
 
-Axis letters: B batch, L history length, D hidden size, H heads, K head size (D / H), E interest experts, S sub-keys per
-half of the interest memory, M = S * S memory slots, R retrieved slots, G memory heads.
+Axis letters: B batch, L history length, D hidden size, H heads, K head size (D / H), E interest experts, G memory
+heads, S sub-keys per half of the interest memory, M = S * S memory slots, R retrieved slots.
 """
 
 import math
@@ -22,7 +22,7 @@ from .dispatcher_attention import attend, causal_lda_chunked, dispatch, final_st
 from .modeling_recommender import SequentialRecommenderMixin
 
 
-# Bound on an expert's score of an item: exp(+-10) is contrast enough, and stays in the range of dispatcher_attention.py.
+# Bound on an expert's score of an item: contrast enough, and within the range that dispatcher_attention.py states.
 SCORE_CAP = 10.0
 
 
@@ -230,7 +230,7 @@ class ElasticLayer(GradientCheckpointingLayer):
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L, D)`).
             attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding.
-            experts (`torch.Tensor` of shape `(B, E, D)`, *optional*): the history's experts, in the bidirectional mode.
+            experts (`torch.Tensor` of shape `(B, E, D)`, *optional*): the history's experts (bidirectional mode).
             last_position_only (`bool`): compute the output of the last position only.
 
         Returns:

@@ -26,7 +26,7 @@ class SequentialRecommendationOutput(ModelOutput):
             Mean training loss per target, in nats.
         logits (`torch.FloatTensor` of shape `(batch_size, vocab_size)`, returned when `labels` is not given):
             Scores of every token as the item after the last position.
-        user_embeddings (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, returned when `labels` is not given):
+        user_embeddings (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, returned without `labels`):
             The vectors whose dot products with the item embeddings are `logits`.
         hidden_states (`tuple(torch.FloatTensor)`, returned with `output_hidden_states=True`):
             The embeddings and the output of each layer, of shape `(batch_size, history_length, hidden_size)`; without
@@ -68,8 +68,8 @@ def top_k_items(
         chunk_size (`int`, *optional*): items scored at once. Defaults to as many as [`MAX_SCORES`] allows.
 
     Returns:
-        Scores and token ids, each of shape `(B, top_k)`. Where a user has fewer unseen candidates than `top_k`, the rest
-        has score `-inf` and id -1.
+        Scores and token ids, each of shape `(B, top_k)`. Where a user has fewer unseen candidates than `top_k`, the
+        rest has score `-inf` and id -1.
     """
     batch_size, vocab_size = user_embeddings.shape[0], item_embeddings.shape[0]
     if candidate_ids is None:
@@ -100,7 +100,7 @@ def top_k_items(
 
 
 def marked(places: Tensor, size: int) -> Tensor:
-    """A table that is True at the given places of each row: (B, S) -> (B, size). Places outside 0..size-1 are skipped."""
+    """A table that is True at the given places of each row: (B, S) -> (B, size). Places outside it are skipped."""
     outside = (places < 0) | (places >= size)
     table = torch.zeros(places.shape[0], size + 1, dtype=torch.bool, device=places.device)
     return table.scatter_(1, places.masked_fill(outside, size), True)[:, :size]
@@ -175,7 +175,9 @@ class SequentialRecommenderMixin:
         return self.model(input_ids, attention_mask, last_position_only=True, **kwargs)
 
     @torch.no_grad()
-    def get_user_embeddings(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> Tensor:
+    def get_user_embeddings(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
+    ) -> Tensor:
         """What the histories say about the next item, without scoring the catalogue.
 
         Args:

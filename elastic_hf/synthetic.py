@@ -16,19 +16,19 @@ import numpy as np
 import polars as pl
 
 
-INTERESTS = ("Jazz", "Folk", "Choral", "Tango", "Organ", "Fiddle", "Brass")
-FORMS = ("Waltz", "March", "Ballad", "Nocturne", "Serenade", "Lullaby", "Prelude", "Rondo")
+INTERESTS = ("Jazz", "Folk", "Choral", "Tango", "Organ", "Fiddle")
+FORMS = ("Waltz", "March", "Ballad", "Nocturne")
 STYLES = ("Harbour", "Winter", "Meadow")
-INTERESTS_PER_USER = 6
-CURRENT_INTERESTS = 2
+INTERESTS_PER_USER = 5
+CURRENT_INTERESTS = 3
 # Shortest and longest, in items.
 SESSION_LENGTH = (4, 8)
 # Chance that one of the current interests gives way to the next in the rotation, at the start of a session.
-ROTATION_PROBABILITY = 0.12
+ROTATION_PROBABILITY = 0.07
 # Chance that an item jumps to any form instead of walking on to the next one.
 JUMP_PROBABILITY = 0.2
 # Chance that an item has the user's personal style.
-LOYALTY = 0.85
+LOYALTY = 0.8
 # Exponents of Zipf's law: popularity is proportional to rank ** -exponent.
 ITEM_EXPONENT, INTEREST_EXPONENT, STYLE_EXPONENT = 1.5, 1.5, 0.7
 DAY = 24 * 60 * 60
@@ -36,14 +36,14 @@ FIRST_TIMESTAMP = 1_600_000_000
 
 
 def make_interactions(
-    num_users: int = 800, num_items: int = 2352, history_length: tuple[int, int] = (250, 550), seed: int = 0
+    num_users: int = 800, num_items: int = 2016, history_length: tuple[int, int] = (250, 550), seed: int = 0
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Generates interactions; the same arguments give the same tables.
 
     Args:
         num_users (`int`, *optional*, defaults to 800): Number of users.
-        num_items (`int`, *optional*, defaults to 2352):
-            Size of the catalogue, at least 168: one item for every interest, form and style.
+        num_items (`int`, *optional*, defaults to 2016):
+            Size of the catalogue, at least 72: one item for every interest, form and style.
         history_length (`tuple[int, int]`, *optional*, defaults to `(250, 550)`):
             Shortest and longest history, in items; lengths are uniform in between.
         seed (`int`, *optional*, defaults to 0): Seed of the generator.

@@ -65,8 +65,8 @@ def data() -> str:
     rows = []
     for run in read_results("benchmark-data.json").values():
         rows = [
-            [file_format, f"{run['num_rows']:,}", f"{run[file_format]['seconds']:.0f}", str(run[file_format]["peak_memory_gb"])]
-            for file_format in ("parquet", "csv")
+            [name, f"{run['num_rows']:,}", f"{run[name]['seconds']:.0f}", f"{run[name]['peak_memory_gb']:.2f}"]
+            for name in ("parquet", "csv")
         ]
     return table(["file", "rows", "seconds", "peak memory (GB)"], rows)
 
@@ -90,7 +90,8 @@ def render(document: Path) -> str:
     folder = "results" if document.parent == EXAMPLES else "examples/results"
 
     def block(match: re.Match) -> str:
-        return f"<!-- results:{match[1]} -->\n{TABLES[match[1]]().replace('RESULTS/', folder + '/')}\n<!-- /results -->"
+        content = TABLES[match[1]]().replace("RESULTS/", f"{folder}/")
+        return f"<!-- results:{match[1]} -->\n{content}\n<!-- /results -->"
 
     return re.sub(r"<!-- results:(\w+) -->\n.*?<!-- /results -->", block, document.read_text(), flags=re.DOTALL)
 

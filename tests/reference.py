@@ -31,7 +31,7 @@ def causal_lda(query, key, value, scores, log_forget):
 
 
 def attend(query, key, value, attention_mask):
-    """Softmax attention of (B, H, Q, K) readers over the (B, H, L, K) positions that (B, L) marks, reader by reader."""
+    """Softmax attention of (B, H, Q, K) readers over the (B, H, L, K) positions that (B, L) marks, one by one."""
     B, H, Q, K = query.shape
     rows = []
     for b in range(B):

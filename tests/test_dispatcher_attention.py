@@ -58,9 +58,12 @@ def test_every_causal_form_equals_the_loop(length, padding):
     expected, expected_gradients = outputs_and_gradients(loop, inputs)
     for name, form in FORMS.items():
         output, gradients = outputs_and_gradients(form, inputs)
-        torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
-        for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-            torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+
+        def message(text, name=name):
+            return f"{name}: {text}"
+
+        torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-11, msg=message)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-8, atol=1e-10, msg=message)
 
 
 @pytest.mark.parametrize("form", FORMS)

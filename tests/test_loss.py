@@ -34,7 +34,7 @@ def test_full_softmax_equals_the_naive_loss_with_gradients(inputs, max_scores, m
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_full_softmax_never_holds_the_scores_of_all_targets(inputs, rows, monkeypatch):
-    """What autograd keeps between the passes is no larger than a chunk of scores, and neither is anything it computes."""
+    """No tensor of scores that the forward or the backward pass computes has more rows than a chunk."""
     users, items, targets = inputs
     monkeypatch.setattr(loss, "MAX_SCORES", V * rows)
     largest = 0

@@ -315,11 +315,12 @@ def test_activation_checkpointing_changes_no_gradient():
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("flags", [CAUSAL, PREFIX], ids=["causal", "bidirectional"])
-def test_initial_scale(flags):
-    """Standard deviations (or values) of every parameter of a model of the default size."""
+@pytest.mark.parametrize("name", ["causal", "prefix", "bidirectional, no memory"])
+def test_initial_scale(name):
+    """Standard deviations (or values) of every parameter of a model of the default size, with all optional parts."""
     torch.manual_seed(0)
-    model = ElasticForSequentialRecommendation(ElasticConfig(**flags))
+    config = ElasticConfig(**FLAGS[name], max_position_embeddings=200, tie_word_embeddings=False)
+    model = ElasticForSequentialRecommendation(config)
     for name, parameter in model.named_parameters():
         part = name.split(".")[-2] + "." + name.split(".")[-1]
         if "norm" in part:
