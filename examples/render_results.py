@@ -71,6 +71,17 @@ def data() -> str:
     return table(["file", "rows", "seconds", "peak memory (GB)"], rows)
 
 
+def tokenizer() -> str:
+    """Item ids to token ids, by Arrow and by calling the tokenizer."""
+    rows = []
+    for run in read_results("benchmark-tokenizer.json").values():
+        for kind in ("integer", "string"):
+            rates = [str(run[kind][f"{path}_million_items_per_second"]) for path in ("arrow", "call")]
+            rows.append([kind, *rates, str(run[kind]["ratio"])])
+    header = ["item ids", "`encode_histories` (million items/s)", "`tokenizer(...)` (million items/s)", "ratio"]
+    return table(header, rows)
+
+
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
@@ -82,7 +93,7 @@ def recommendations() -> str:
     return "```text\n" + "\n".join(parts) + "\n```"
 
 
-TABLES = {function.__name__: function for function in (accuracy, commands, lengths, data, recommendations)}
+TABLES = {function.__name__: function for function in (accuracy, commands, lengths, data, tokenizer, recommendations)}
 
 
 def render(document: Path) -> str:

@@ -1,6 +1,7 @@
 """Measures what the README states. One sub-command for each subject, and one JSON file of results for each.
 
-    python examples/run_benchmark.py data    # 20 million interactions from a file to split histories
+    python examples/run_benchmark.py data         # 20 million interactions from a file to split histories
+    python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 """
 
 import argparse
@@ -108,6 +109,58 @@ def benchmark_data(args: argparse.Namespace) -> None:
     write_results(args.output, results)
 
 
+# 2. tokenizer: item ids -> token ids
+
+
+def benchmark_tokenizer(args: argparse.Namespace) -> None:
+    import numpy as np
+    import pyarrow as pa
+
+    from elastic_hf import ElasticItemTokenizer
+
+    rng = np.random.default_rng(args.seed)
+    item_ids = rng.choice(10 * args.num_items, args.num_items, replace=False)
+    num_histories = args.num_rows // args.history_length
+    offsets = np.arange(num_histories + 1, dtype=np.int32) * args.history_length
+    results = {
+        "benchmark": "tokenizer",
+        "num_rows": num_histories * args.history_length,
+        "history_length": args.history_length,
+        "num_items": args.num_items,
+        "seed": args.seed,
+        "cpu_count": os.cpu_count(),
+        "cpu_model": cpu_model(),
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("pyarrow", "tokenizers", "transformers")},
+        },
+    }
+    for kind, ids in (("integer", pa.array(item_ids)), ("string", pa.array(item_ids).cast(pa.string()))):
+        tokenizer = ElasticItemTokenizer.from_items(pa.table({"item_id": ids}), model_max_length=args.history_length)
+        interactions = ids.take(pa.array(rng.integers(args.num_items, size=offsets[-1])))
+        histories = pa.ListArray.from_arrays(pa.array(offsets), interactions)
+        few = histories[: args.num_slow].to_pylist()
+
+        start = time.perf_counter()
+        token_ids = tokenizer.encode_histories(histories)
+        arrow_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        slow_token_ids = tokenizer(few, is_split_into_words=True)["input_ids"]
+        slow_seconds = time.perf_counter() - start
+        if token_ids[: args.num_slow].to_pylist() != slow_token_ids:
+            raise RuntimeError(f"the two paths disagree on {kind} ids")
+
+        arrow_rate = results["num_rows"] / arrow_seconds
+        slow_rate = args.num_slow * args.history_length / slow_seconds
+        results[kind] = {
+            "arrow_million_items_per_second": round(arrow_rate / 1e6, 1),
+            "call_million_items_per_second": round(slow_rate / 1e6, 2),
+            "ratio": round(arrow_rate / slow_rate, 1),
+        }
+    write_results(args.output, results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     subjects = parser.add_subparsers(required=True)
@@ -120,6 +173,15 @@ def main() -> None:
     data.add_argument("--seed", type=int, default=0)
     data.add_argument("--output", type=Path, default=RESULTS / "benchmark-data.json")
     data.set_defaults(run=benchmark_data)
+
+    tokenizer = subjects.add_parser("tokenizer", help="items per second from item ids to token ids")
+    tokenizer.add_argument("--num_rows", type=int, default=20_000_000)
+    tokenizer.add_argument("--history_length", type=int, default=200)
+    tokenizer.add_argument("--num_items", type=int, default=60_000)
+    tokenizer.add_argument("--num_slow", type=int, default=2_000, help="Histories that take the slow path as well.")
+    tokenizer.add_argument("--seed", type=int, default=0)
+    tokenizer.add_argument("--output", type=Path, default=RESULTS / "benchmark-tokenizer.json")
+    tokenizer.set_defaults(run=benchmark_tokenizer)
 
     args = parser.parse_args()
     args.run(args)
