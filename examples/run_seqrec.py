@@ -167,7 +167,8 @@ def plot_training_curve(log_history: list[dict], file: Path) -> None:
         (metric_axis, "eval_ndcg@10", "validation NDCG@10", "tab:blue"),
     ):
         points = [(log["epoch"], log[key]) for log in log_history if key in log]
-        axis.plot(*zip(*points, strict=True), color=color) if points else None
+        if points:
+            axis.plot(*zip(*points, strict=True), color=color)
         axis.set_ylabel(label, color=color)
     loss_axis.set_xlabel("epoch")
     figure.savefig(file, dpi=120)

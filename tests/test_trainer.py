@@ -370,16 +370,17 @@ def run_everything(output_dir, num_processes):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    results = []
-    for num_processes in (1, 2):
-        output_dir = tmp_path / str(num_processes)
-        output_dir.mkdir()
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-        command = [sys.executable, "-m", *launcher, __file__, str(output_dir), str(num_processes)]
-        package_folder = str(Path(elastic_hf.__file__).parents[1])
-        subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": package_folder})
-        results.append(json.loads((output_dir / "result.json").read_text()))
-    one, two = results
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    run_everything(tmp_path / "one", 1)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*launcher, __file__, str(tmp_path / "two"), "2"],
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(elastic_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+    one, two = (json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two"))
     assert len(one["ranks"]) == NUM_USERS
     assert one["ranks"] == two["ranks"]
     assert one["top_ids"] == two["top_ids"]

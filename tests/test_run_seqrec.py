@@ -1,0 +1,215 @@
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+import elastic_hf
+
+
+ROOT = Path(elastic_hf.__file__).parents[1]
+SCRIPT = ROOT / "examples" / "run_seqrec.py"
+NUM_USERS, NUM_ITEMS = 40, 30
+TINY = "hidden_size=16,intermediate_size=16,num_interest_experts=4,num_memory_subkeys=6,num_hidden_layers=1"
+
+spec = importlib.util.spec_from_file_location("run_seqrec", SCRIPT)
+run_seqrec = importlib.util.module_from_spec(spec)
+sys.modules["run_seqrec"] = run_seqrec
+spec.loader.exec_module(run_seqrec)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A folder with interactions in `shop.csv` and titles in `titles.csv`."""
+    folder = tmp_path_factory.mktemp("shop")
+    generator = np.random.default_rng(0)
+    starts, lengths = generator.integers(NUM_ITEMS, size=NUM_USERS), generator.integers(8, 20, size=NUM_USERS)
+    users = np.repeat(np.arange(NUM_USERS), lengths)
+    steps = np.concatenate([np.arange(length) for length in lengths])
+    items = (starts[users] + 7 * steps) % NUM_ITEMS
+    pl.DataFrame({"customer": users, "product": items, "when": 1_700_000_000 + steps}).write_csv(folder / "shop.csv")
+    catalogue = np.arange(NUM_ITEMS)
+    pl.DataFrame({"item_id": catalogue, "title": [f"Product no. {i}" for i in catalogue]}).write_csv(
+        folder / "titles.csv"
+    )
+    return folder
+
+
+def arguments_for(shop, output_dir, **changes):
+    arguments = {
+        "train_file": str(shop / "shop.csv"),
+        "items_file": str(shop / "titles.csv"),
+        "user_column": "customer",
+        "item_column": "product",
+        "timestamp_column": "when",
+        "cache_dir": str(shop / "cache"),
+        "k_core": 3,
+        "max_length": 10,
+        "config_overrides": TINY,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "use_cpu": True,
+        "output_dir": str(output_dir),
+        **changes,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def command_line(arguments):
+    return [str(SCRIPT), *(part for name, value in arguments.items() for part in (f"--{name}", str(value)))]
+
+
+def run(argv):
+    """Runs the script in this process and returns what it prints."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(sys, "argv", [str(part) for part in argv])
+        run_seqrec.main()
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(shop, tmp_path_factory):
+    """The output folder, the results and the standard output of one whole run."""
+    output_dir = tmp_path_factory.mktemp("finished") / "shop-elastic"
+    results_file = output_dir.parent / "copies" / "shop.json"
+    output = run(
+        command_line(arguments_for(shop, output_dir, results_file=str(results_file), report_to="tensorboard"))
+    )
+    results = json.loads((output_dir / "all_results.json").read_text())
+    assert json.loads(results_file.read_text()) == results
+    return output_dir, results, output
+
+
+def test_results(finished):
+    _, results, _ = finished
+    assert results["model_type"] == "elastic" and results["seed"] == 42 and results["max_length"] == 10
+    assert results["num_users"] == NUM_USERS and results["num_items"] == NUM_ITEMS
+    assert results["protocol"] == "leave_one_out, full ranking"
+    assert results["epochs"] == 2 and results["best_epoch"] in (1, 2) and not results["stopped_early"]
+    assert 0 < results["train_seconds"] <= results["total_seconds"]
+    assert results["command"].startswith("python ") and "--max_length 10" in results["command"]
+    for prefix in ("validation", "test", "popularity"):
+        for name in ("hr", "ndcg", "mrr"):
+            for k in (1, 5, 10, 20):
+                assert 0 <= results[f"{prefix}_{name}@{k}_seen_kept"] <= 1
+                assert 0 <= results[f"{prefix}_{name}@{k}"] <= 1
+    assert {"hardware", "num_parameters", "torch_version", "transformers_version", "elastic_hf_version"} <= {*results}
+
+
+def test_output_folder(finished):
+    output_dir, results, _ = finished
+    names = {path.name for path in output_dir.iterdir() if path.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "items.parquet", "README.md"} <= names
+    assert (output_dir / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".tmp"))]
+    assert list(output_dir.rglob("events.out.tfevents*"))
+    card = (output_dir / "README.md").read_text()
+    assert f"{results['validation_ndcg@10']:.4f}" in card
+
+    tokenizer, model = AutoTokenizer.from_pretrained(output_dir), AutoModel.from_pretrained(output_dir)
+    inputs = tokenizer([[1, 8, 15]], is_split_into_words=True, return_tensors="pt")
+    recommended = model.recommend(**inputs, top_k=3).token_ids
+    assert all(title.startswith("Product no. ") for title in tokenizer.convert_ids_to_titles(recommended)[0])
+
+
+def test_what_is_printed(finished):
+    _, results, output = finished
+    line = next(line for line in output.splitlines() if line.startswith("NDCG@10 "))
+    keys = ("test_ndcg@10", "popularity_ndcg@10", "test_ndcg@10_seen_kept", "popularity_ndcg@10_seen_kept")
+    assert line.split()[1:] == [f"{results[key]:.4f}" for key in keys]
+    recommended = output.split("Recommended:\n")[1].splitlines()[:10]
+    assert [line.split()[0] for line in recommended] == [str(rank) for rank in range(1, 11)]
+    assert all("Product no. " in line for line in recommended)
+
+
+def test_nothing_is_overwritten(shop, finished):
+    output_dir, _, _ = finished
+    before = (output_dir / "all_results.json").read_bytes()
+    with pytest.raises(ValueError, match="already holds a finished run"):
+        run(command_line(arguments_for(shop, output_dir)))
+    assert (output_dir / "all_results.json").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on(shop, finished, tmp_path):
+    output_dir, results, _ = finished
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.copytree(checkpoints[0], tmp_path / checkpoints[0].name)
+    # A file with the arguments does what the command line does.
+    arguments_file = tmp_path / "arguments.json"
+    arguments_file.write_text(json.dumps(arguments_for(shop, tmp_path)))
+    run([SCRIPT, arguments_file])
+    resumed = json.loads((tmp_path / "all_results.json").read_text())
+    assert resumed["resumed_from_checkpoint"] == str(tmp_path / checkpoints[0].name)
+    metrics = [key for key in results if "@" in key]
+    assert {key: resumed[key] for key in metrics} == {key: results[key] for key in metrics}
+    expected, found = (load_file(folder / "model.safetensors") for folder in (output_dir, tmp_path))
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
+def test_a_trained_model_is_evaluated_again_from_yaml(shop, finished, tmp_path):
+    output_dir, results, _ = finished
+    arguments_file = tmp_path / "arguments.yaml"
+    arguments = arguments_for(
+        shop, tmp_path / "again", config_overrides=None, model_name_or_path=str(output_dir), do_predict=True
+    )
+    arguments_file.write_text(json.dumps(arguments))  # JSON is YAML
+    run([SCRIPT, arguments_file])
+    again = json.loads((tmp_path / "again" / "all_results.json").read_text())
+    assert {key for key in again if "@" in key} == {key for key in results if "@" in key and "validation" not in key}
+    assert again["test_ndcg@10"] == results["test_ndcg@10"]
+    assert not (tmp_path / "again" / "model.safetensors").exists()
+
+
+def test_two_processes(shop, finished, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.run(
+        launcher + command_line(arguments_for(shop, tmp_path / "two", num_train_epochs=1)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "two" / "all_results.json").read_text())
+    assert results["num_processes"] == 2 and results["command"].startswith("torchrun --nproc_per_node 2")
+    assert process.stdout.count("Recommended:") == 1
+    # The data and the baseline do not depend on the number of processes.
+    popularity = [key for key in results if key.startswith("popularity_")]
+    assert {key: results[key] for key in popularity} == {key: finished[1][key] for key in popularity}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "sasrec5"}, "model_type must be one of elastic, found 'sasrec5'"),
+        ({"do_eval": True}, "set model_name_or_path"),
+        ({"config_overrides": "hidden_sise=16"}, "hidden_sise"),
+        ({"config_overrides": "vocab_size=16"}, "vocab_size must be the tokenizer's"),
+        ({"config_overrides": "training_loss=mse"}, "training_loss must be one of"),
+        ({"item_column": "article"}, "article"),
+    ],
+)
+def test_bad_arguments_are_named(shop, tmp_path, changes, message):
+    arguments_file = tmp_path / "arguments.json"
+    arguments_file.write_text(json.dumps(arguments_for(shop, tmp_path / "out", **changes)))
+    with pytest.raises(ValueError, match=message):
+        run([SCRIPT, arguments_file])
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(shop, finished, tmp_path):
+    checkpoint = next(finished[0].glob("checkpoint-*"))
+    shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    with pytest.raises(ValueError, match="was trained with another hidden_dropout"):
+        run(command_line(arguments_for(shop, tmp_path, config_overrides=TINY + ",hidden_dropout=0.4")))
