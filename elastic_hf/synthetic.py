@@ -3,48 +3,49 @@
 Every item has one *interest*, one *form* and one *style*: "Harbour Jazz Waltz No. 12". What a user does next hangs on
 three time scales:
 
-- the last few items: a session stays in one interest and walks through its forms in a fixed order, with some jumps;
-- the last sessions: a user has two interests at a time. They drift: now and then one gives way to the next in the
-  user's rotation, so that an interest that went away comes back after hundreds of items;
-- the whole past: for every interest and form a user has a personal style and keeps to it, though not always. An item
-  shows one of these many styles, so that when an interest comes back only the far past tells which styles to expect.
+- the last few items: a session stays in one interest and walks through its forms in a fixed order, with some stops
+  and jumps;
+- the last sessions: a user has three interests at a time. They drift: now and then one gives way to the next in the
+  user's rotation, and comes back up to hundreds of items later;
+- the whole past: for every interest and form a user has a personal style and mostly keeps to it. An item shows one of
+  these many styles, so that only the past tells which to expect in the others, and only the far past when an interest
+  comes back.
 
-Interests, styles and the items of one kind have Zipf popularity. Nobody has the same item twice.
+Items of one kind have Zipf popularity, and so have their styles. Nobody has the same item twice.
 """
 
 import numpy as np
 import polars as pl
 
 
-INTERESTS = ("Jazz", "Folk", "Choral", "Tango", "Organ", "Fiddle")
-FORMS = ("Waltz", "March", "Ballad", "Nocturne")
-STYLES = ("Harbour", "Winter", "Meadow")
-INTERESTS_PER_USER = 5
+INTERESTS = ("Jazz", "Folk", "Choral", "Tango", "Fiddle")
+FORMS = ("Waltz", "March", "Ballad", "Nocturne", "Rondo")
+STYLES = ("Harbour", "Winter")
 CURRENT_INTERESTS = 3
 # Shortest and longest, in items.
 SESSION_LENGTH = (4, 8)
 # Chance that one of the current interests gives way to the next in the rotation, at the start of a session.
-ROTATION_PROBABILITY = 0.07
-# Chance that an item jumps to any form instead of walking on to the next one.
-JUMP_PROBABILITY = 0.2
+ROTATION_PROBABILITY = 0.06
+# Chance that an item jumps to any form, and else that it stays in the form instead of walking on to the next one.
+JUMP_PROBABILITY, STAY_PROBABILITY = 0.15, 0.25
 # Chance that an item has the user's personal style.
-LOYALTY = 0.8
+LOYALTY = 0.9
 # Exponents of Zipf's law: popularity is proportional to rank ** -exponent.
-ITEM_EXPONENT, INTEREST_EXPONENT, STYLE_EXPONENT = 1.5, 1.5, 0.7
+ITEM_EXPONENT, STYLE_EXPONENT = 1.5, 0.7
 DAY = 24 * 60 * 60
 FIRST_TIMESTAMP = 1_600_000_000
 
 
 def make_interactions(
-    num_users: int = 800, num_items: int = 2016, history_length: tuple[int, int] = (250, 550), seed: int = 0
+    num_users: int = 700, num_items: int = 1500, history_length: tuple[int, int] = (300, 600), seed: int = 0
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Generates interactions; the same arguments give the same tables.
 
     Args:
-        num_users (`int`, *optional*, defaults to 800): Number of users.
-        num_items (`int`, *optional*, defaults to 2016):
-            Size of the catalogue, at least 72: one item for every interest, form and style.
-        history_length (`tuple[int, int]`, *optional*, defaults to `(250, 550)`):
+        num_users (`int`, *optional*, defaults to 700): Number of users.
+        num_items (`int`, *optional*, defaults to 1500):
+            Size of the catalogue, at least 50: one item for every interest, form and style.
+        history_length (`tuple[int, int]`, *optional*, defaults to `(300, 600)`):
             Shortest and longest history, in items; lengths are uniform in between.
         seed (`int`, *optional*, defaults to 0): Seed of the generator.
 
@@ -78,16 +79,15 @@ def make_interactions(
     sessions = np.cumsum(is_start, axis=1) - 1  # (U, T)
 
     # each session's interest: one of the current neighbours in the user's rotation
-    noise = rng.gumbel(size=(num_users, len(INTERESTS)))
-    user_interests = np.argsort(-noise - _log_zipf(len(INTERESTS), INTEREST_EXPONENT), axis=1)[:, :INTERESTS_PER_USER]
-    user_interests = rng.permuted(user_interests, axis=1)
+    user_interests = rng.permuted(np.tile(np.arange(len(INTERESTS)), (num_users, 1)), axis=1)
     rotation = np.cumsum(rng.random(session_lengths.shape) < ROTATION_PROBABILITY, axis=1)
     rotation += rng.integers(CURRENT_INTERESTS, size=session_lengths.shape)
-    session_interests = np.take_along_axis(user_interests, rotation % INTERESTS_PER_USER, axis=1)  # (U, N)
+    session_interests = np.take_along_axis(user_interests, rotation % len(INTERESTS), axis=1)  # (U, N)
 
     # each step's form, and the style that goes with it
     jumps = is_start | (rng.random((num_users, num_steps)) < JUMP_PROBABILITY)
-    forms = np.cumsum(np.where(jumps, rng.integers(len(FORMS), size=jumps.shape), 1), axis=1) % len(FORMS)
+    walk = rng.random(jumps.shape) >= STAY_PROBABILITY
+    forms = np.cumsum(np.where(jumps, rng.integers(len(FORMS), size=jumps.shape), walk), axis=1) % len(FORMS)
     topics = np.take_along_axis(session_interests, sessions, axis=1) * len(FORMS) + forms
     style_popularity = rng.permuted(np.tile(_log_zipf(len(STYLES), STYLE_EXPONENT), (num_topics, 1)), axis=1)
     noise = rng.gumbel(size=(num_users, num_topics, len(STYLES)))

@@ -37,14 +37,14 @@ def test_tables_are_well_formed(tables):
     interactions, items = tables
     assert interactions.schema == {"user_id": pl.Int64, "item_id": pl.Int64, "timestamp": pl.Int64}
     assert items.schema == {"item_id": pl.Int64, "title": pl.String}
-    assert items["item_id"].to_list() == list(range(1, 2353))
+    assert items["item_id"].to_list() == list(range(1, 1501))
     assert items["title"].is_unique().all() and items["title"].str.contains(r"^\w+ \w+ \w+ No\. \d+$").all()
     assert interactions["timestamp"].is_sorted() and interactions["timestamp"].min() > 0
     assert interactions.select("user_id", "item_id").is_unique().all()
     steps = interactions.select(pl.col("timestamp").diff().over("user_id").drop_nulls())
     assert steps.min().item() >= 1
     lengths = interactions["user_id"].value_counts()["count"]
-    assert len(lengths) == 800 and lengths.min() >= 250 and lengths.max() <= 550
+    assert len(lengths) == 700 and lengths.min() >= 300 and lengths.max() <= 600
 
 
 def test_arguments_are_kept():
@@ -57,7 +57,7 @@ def test_arguments_are_kept():
     ("arguments", "message"),
     [
         ({"num_users": 0}, "num_users must be at least 1, found 0"),
-        ({"num_items": 167}, "num_items must be at least 168, found 167"),
+        ({"num_items": 49}, "num_items must be at least 50, found 49"),
         ({"history_length": (0, 10)}, "history_length"),
         ({"history_length": (20, 10)}, "history_length"),
         ({**SMALL, "history_length": (300, 900)}, "num_items must be large enough for histories of 900"),
@@ -87,7 +87,7 @@ def test_sessions_are_apart_in_time_and_stay_in_one_interest(histories):
 def test_interests_return_after_hundreds_of_items(histories):
     absence = pl.col("index").cast(pl.Int64).diff().over("interest")  # items since the interest was last met
     long_absences = [history.with_row_index().select((absence > 200).sum()).item() for history in histories]
-    assert np.mean(long_absences) > 1
+    assert np.mean(np.array(long_absences) > 0) > 0.4
 
 
 def test_interests_drift(histories):
@@ -139,16 +139,16 @@ def counting_ndcg(histories: list[pl.DataFrame], window: int | None) -> float:
 
 
 def test_the_far_past_tells_what_comes_next(histories):
-    last_20, last_200, everything = (counting_ndcg(histories, window) for window in (20, 200, None))
+    last_20, last_100, everything = (counting_ndcg(histories, window) for window in (20, 100, None))
     assert everything > 1.35 * last_20
-    assert everything > 1.05 * last_200
+    assert everything > 1.05 * last_100
 
 
 def test_load_histories_keeps_everything():
     from elastic_hf.interactions import load_histories
 
     loaded = load_histories("synthetic", k_core=5)
-    assert loaded.counts["num_users"] == 800
-    assert loaded.counts["num_items"] == 2352
+    assert loaded.counts["num_users"] == 700
+    assert loaded.counts["num_items"] == 1500
     assert loaded.counts["num_filtered"] == 0
     assert loaded.items["title"][0] == make_interactions()[1]["title"][0]
