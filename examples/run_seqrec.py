@@ -44,7 +44,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
-from elastic_hf.data_collator import SequentialRecommendationCollator
+from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
 from elastic_hf.interactions import load_histories
 from elastic_hf.metrics import rank_targets, ranking_metrics
 from elastic_hf.modeling_recommender import top_k_items
@@ -100,6 +100,9 @@ class DataArguments:
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
     max_length: int = field(default=200, metadata={"help": "Number of most recent items that the model sees."})
+    split_into_windows: bool = field(
+        default=False, metadata={"help": "Train on all windows of max_length items, not on the most recent alone."}
+    )
     mask_probability: float = field(default=0.2, metadata={"help": "Share of masked items (masked_item objective)."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
@@ -254,6 +257,8 @@ def main() -> None:
     if len(trainable) < len(train_lengths):
         logger.info(f"{len(train_lengths) - len(trainable):,} users have one item to train on, nothing to predict")
         splits["train"] = splits["train"].select(trainable)
+    if data_args.split_into_windows:
+        splits["train"] = split_into_windows(splits["train"], data_args.max_length)
 
     # 4. Model
     if model_args.model_name_or_path is None:
@@ -314,6 +319,7 @@ def main() -> None:
         **counts,
         "num_parameters": model.num_parameters(),
         "max_length": data_args.max_length,
+        "split_into_windows": data_args.split_into_windows,
     }
 
     # 6. Training
