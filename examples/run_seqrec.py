@@ -99,7 +99,7 @@ class DataArguments:
     split: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal."})
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
-    max_length: int = field(default=200, metadata={"help": "Number of most recent items that the model sees."})
+    max_length: int = field(default=500, metadata={"help": "Number of most recent items that the model sees."})
     split_into_windows: bool = field(
         default=False, metadata={"help": "Train on all windows of max_length items, not on the most recent alone."}
     )
@@ -113,10 +113,10 @@ class SeqRecTrainingArguments(TrainingArguments):
     """[`TrainingArguments`] with the defaults of this script."""
 
     output_dir: str = "outputs/seqrec"
-    num_train_epochs: float = 20
-    per_device_train_batch_size: int = 128
+    num_train_epochs: float = 16
+    per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     train_sampling_strategy: str = "group_by_length"
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
