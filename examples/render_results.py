@@ -23,11 +23,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy() -> str:
-    """One row for each run of run_seqrec.py."""
+    """One row for each dataset."""
     header = ["dataset", "users / items / interactions", "length", "HR@10 / NDCG@10", "the same, seen items kept"]
     header += ["popularity", "best of epochs", "minutes", "hardware", "file"]
     rows = []
-    for name, run in read_results("*-elastic*.json").items():
+    for name, run in read_results("*-elastic.json").items():
         rows.append(
             [
                 run["dataset"],
@@ -46,7 +46,7 @@ def accuracy() -> str:
 
 
 def commands() -> str:
-    """The command behind each row of the accuracy table."""
+    """The command behind each run of run_seqrec.py."""
     runs = read_results("*-elastic*.json")
     return "\n\n".join(f"`results/{name}`:\n\n```bash\n{run['command']}\n```" for name, run in runs.items())
 
