@@ -106,6 +106,13 @@ def marked(places: Tensor, size: int) -> Tensor:
     return table.scatter_(1, places.masked_fill(outside, size), True)[:, :size]
 
 
+def _check_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
+    if tensor.shape != input_ids.shape:
+        raise ValueError(
+            f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, found {tuple(tensor.shape)}"
+        )
+
+
 class SequentialRecommenderMixin:
     """The head: `self.model` turns histories into vectors, the rows of `self.lm_head.weight` are the items."""
 
@@ -130,6 +137,8 @@ class SequentialRecommenderMixin:
             num_items_in_batch (`int`, *optional*):
                 What to divide the summed loss by; defaults to the number of targets in this batch.
         """
+        if attention_mask is not None:
+            _check_shape("attention_mask", attention_mask, input_ids)
         if labels is None:
             outputs = self._read_histories(input_ids, attention_mask, **kwargs)
             user_embeddings = outputs.last_hidden_state[:, -1]
@@ -138,6 +147,7 @@ class SequentialRecommenderMixin:
                 user_embeddings=user_embeddings,
                 hidden_states=outputs.hidden_states,
             )
+        _check_shape("labels", labels, input_ids)
         outputs = self.model(input_ids, attention_mask, **kwargs)
         return SequentialRecommendationOutput(
             loss=self.loss(outputs.last_hidden_state, labels, num_items_in_batch), hidden_states=outputs.hidden_states
@@ -229,11 +239,7 @@ class SequentialRecommenderMixin:
             )
         if attention_mask is None:
             attention_mask = (input_ids != config.pad_token_id).long()
-        elif attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, "
-                f"found {tuple(attention_mask.shape)}"
-            )
+        _check_shape("attention_mask", attention_mask, input_ids)
         if not bool((attention_mask[:, -1] == 1).all()):
             row = int((attention_mask[:, -1] != 1).nonzero()[0])
             raise ValueError(f"input_ids must hold items up to the last position (left padding), row {row} does not")

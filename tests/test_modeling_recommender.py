@@ -109,6 +109,12 @@ def test_recommend_names_what_is_wrong(model, input_ids, changes, message):
         model.recommend(**{"input_ids": input_ids, "top_k": 2, **changes})
 
 
+@pytest.mark.parametrize("name", ["attention_mask", "labels"])
+def test_forward_names_a_wrong_shape(model, input_ids, name):
+    with pytest.raises(ValueError, match=rf"{name} must have the shape of input_ids \(2, 5\), found \(2, 4\)"):
+        model(input_ids, **{name: torch.ones(2, 4, dtype=torch.long)})
+
+
 def test_nan_scores_are_an_error(model, input_ids):
     with torch.no_grad():
         model.lm_head.weight[7] = math.nan

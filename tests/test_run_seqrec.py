@@ -174,7 +174,7 @@ def test_a_trained_model_is_evaluated_again_from_yaml(shop, finished, tmp_path):
 def test_two_processes(shop, finished, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.run(
-        launcher + command_line(arguments_for(shop, tmp_path / "two", num_train_epochs=1)),
+        launcher + command_line(arguments_for(shop, tmp_path / "two", num_train_epochs=1, split_into_windows=True)),
         capture_output=True,
         text=True,
         timeout=300,
@@ -182,6 +182,7 @@ def test_two_processes(shop, finished, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "two" / "all_results.json").read_text())
+    assert results["split_into_windows"] is True
     assert results["num_processes"] == 2 and results["command"].startswith("torchrun --nproc_per_node 2")
     assert process.stdout.count("Recommended:") == 1
     # The data and the baseline do not depend on the number of processes.
