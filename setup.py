@@ -8,7 +8,7 @@ here = Path(__file__).parent
 init = (here / "elastic_hf" / "__init__.py").read_text(encoding="utf-8")
 version = re.search(r'__version__ = "(.+)"', init).group(1)
 
-examples = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16", "tqdm>=4.66"]
+examples = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16"]
 
 setup(
     name="elastic_hf",

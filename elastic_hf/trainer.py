@@ -201,7 +201,8 @@ class SequentialRecommendationTrainer(Trainer):
         metrics = self._metrics_for_card()
         if metrics:
             lines += ["", "## Evaluation", ""]
-            lines += ["Each user's target ranked in the full catalogue; ties count against the model.", ""]
+            lines += ["On the evaluation dataset, each user's target ranked in the full catalogue; ties count against"]
+            lines += ["the model.", ""]
             lines += ["| metric | seen items excluded | seen items kept |", "| --- | --- | --- |"]
             for name in ("HR", "NDCG", "MRR"):
                 for k in CUTOFFS:
