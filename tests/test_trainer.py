@@ -100,6 +100,31 @@ def test_training_learns_and_keeps_the_best_checkpoint(tmp_path):
     assert trainer.evaluate()["eval_ndcg@10"] == best["eval_ndcg@10"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "least_hr"),
+    [
+        ({}, 0.95),
+        ({"training_objective": "prefix"}, 0.95),
+        ({"training_objective": "prefix", "is_causal": False}, 0.95),
+        # Its experts see the order of the items through the convolution alone.
+        ({"training_objective": "masked_item", "is_causal": False}, 0.5),
+    ],
+    ids=["causal", "causal prefix", "bidirectional prefix", "bidirectional masked"],
+)
+def test_every_objective_overfits_50_users(tmp_path, overrides, least_hr):
+    trainer = make_trainer(
+        tmp_path,
+        make_model(hidden_dropout=0.0, num_interest_experts=6, **overrides),
+        histories=make_histories(50),
+        learning_rate=1e-2,
+        max_steps=400,
+        eval_strategy="no",
+        save_strategy="no",
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_hr@1"] > least_hr
+
+
 def test_early_stopping(tmp_path):
     trainer = make_trainer(
         tmp_path,
