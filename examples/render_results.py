@@ -65,7 +65,7 @@ def data() -> str:
     rows = []
     for run in read_results("benchmark-data.json").values():
         rows = [
-            [name, f"{run['num_rows']:,}", f"{run[name]['seconds']:.0f}", f"{run[name]['peak_memory_gb']:.2f}"]
+            [name, f"{run['num_rows']:,}", f"{run[name]['seconds']:.1f}", f"{run[name]['peak_memory_gb']:.2f}"]
             for name in ("parquet", "csv")
         ]
     return table(["file", "rows", "seconds", "peak memory (GB)"], rows)
