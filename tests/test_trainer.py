@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -391,7 +392,9 @@ def run_everything(output_dir, num_processes):
         }
         Path(output_dir, "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
+    wrapped = weakref.ref(trainer.model_wrapped)
     trainer.end()
+    assert num_processes == 1 or wrapped() is None, "the process group outlives the trainer's end"
 
 
 def test_two_processes_do_what_one_does(tmp_path):
