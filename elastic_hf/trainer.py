@@ -148,11 +148,11 @@ class SequentialRecommendationTrainer(Trainer):
         return None, (ranks, top_ids), target_ids
 
     def end(self) -> None:
-        super().end()
-        # The wrapped model keeps the process group's threads alive, and these abort the process when they meet an
-        # interpreter that is shutting down (pytorch/pytorch#179291).
+        # A wrapped model that outlives the process group keeps its threads alive, and these abort the process when
+        # they meet an interpreter that is shutting down (pytorch/pytorch#179291).
         self.model_wrapped = self.callback_handler.model = self.model
         self.accelerator.free_memory()
+        super().end()
 
     def create_model_card(
         self,
