@@ -106,6 +106,13 @@ def marked(places: Tensor, size: int) -> Tensor:
     return table.scatter_(1, places.masked_fill(outside, size), True)[:, :size]
 
 
+def _check_histories(input_ids: Tensor) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must have shape (batch_size, history_length >= 1), found {tuple(input_ids.shape)}"
+        )
+
+
 def _check_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
     if tensor.shape != input_ids.shape:
         raise ValueError(
@@ -137,6 +144,7 @@ class SequentialRecommenderMixin:
             num_items_in_batch (`int`, *optional*):
                 What to divide the summed loss by; defaults to the number of targets in this batch.
         """
+        _check_histories(input_ids)
         if attention_mask is not None:
             _check_shape("attention_mask", attention_mask, input_ids)
         if labels is None:
@@ -228,11 +236,10 @@ class SequentialRecommenderMixin:
                 than `top_k` items are left to recommend, or a score is NaN.
         """
         config = self.config
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids must have shape (batch_size, history_length >= 1), found {tuple(input_ids.shape)}"
-            )
-        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < config.vocab_size:
+        _check_histories(input_ids)
+        if input_ids.shape[0] == 0:
+            raise ValueError("input_ids must hold at least one history, found none")
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < config.vocab_size:
             raise ValueError(
                 f"input_ids must be between 0 and vocab_size - 1 ({config.vocab_size - 1}), "
                 f"found {int(input_ids.min())} to {int(input_ids.max())}"

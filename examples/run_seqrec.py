@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +208,12 @@ def main() -> None:
                 "resume_from_checkpoint to train that run further"
             )
 
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(f"output_dir {output_dir} must be a folder that can be written to: {error}") from error
+
     is_main_process = training_args.process_index == 0
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main_process else logging.ERROR)
     if not is_main_process:
@@ -369,7 +376,6 @@ def main() -> None:
                 "target": tokenizer.convert_ids_to_titles(user["target"]),
             }
 
-        output_dir.mkdir(parents=True, exist_ok=True)
         if training_args.do_train:
             # The model folder holds no pickle; the checkpoints keep theirs.
             (output_dir / "training_args.bin").unlink(missing_ok=True)

@@ -94,6 +94,7 @@ def test_more_than_the_catalogue_holds_is_an_error(model, input_ids, top_k):
     [
         ({"input_ids": torch.tensor([3, 4])}, r"input_ids must have shape .* found \(2,\)"),
         ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, r"history_length >= 1\), found \(1, 0\)"),
+        ({"input_ids": torch.empty(0, 4, dtype=torch.long)}, "at least one history, found none"),
         ({"input_ids": torch.tensor([[3, 23]])}, r"vocab_size - 1 \(22\), found 3 to 23"),
         ({"input_ids": torch.tensor([[3, 4], [0, 0]])}, "row 1 does not"),
         ({"input_ids": torch.tensor([[3, 0]])}, "left padding"),
@@ -107,6 +108,12 @@ def test_more_than_the_catalogue_holds_is_an_error(model, input_ids, top_k):
 def test_recommend_names_what_is_wrong(model, input_ids, changes, message):
     with pytest.raises(ValueError, match=message):
         model.recommend(**{"input_ids": input_ids, "top_k": 2, **changes})
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 0)])
+def test_forward_names_an_empty_or_flat_history(model, shape):
+    with pytest.raises(ValueError, match=r"input_ids must have shape \(batch_size, history_length >= 1\)"):
+        model(torch.zeros(shape, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "labels"])

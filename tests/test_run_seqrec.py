@@ -214,3 +214,9 @@ def test_a_checkpoint_of_another_run_is_refused(shop, finished, tmp_path):
     shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     with pytest.raises(ValueError, match="was trained with another hidden_dropout"):
         run(command_line(arguments_for(shop, tmp_path, config_overrides=TINY + ",hidden_dropout=0.4")))
+
+
+def test_an_output_folder_that_cannot_be_written_is_named_before_training(shop, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match="output_dir .*file.* must be a folder that can be written to"):
+        run(command_line(arguments_for(shop, tmp_path / "file")))
