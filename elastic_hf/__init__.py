@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from . import baselines
 from .configuration_elastic import ElasticConfig
 from .data_collator import SequentialRecommendationCollator
 from .interactions import load_histories
@@ -19,6 +20,7 @@ __all__ = [
     "ElasticModel",
     "SequentialRecommendationCollator",
     "SequentialRecommendationTrainer",
+    "baselines",
     "load_histories",
 ]
 

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from .configuration_elastic import TRAINING_OBJECTIVES
+from .configuration_recommender import TRAINING_OBJECTIVES
 
 
 @dataclass

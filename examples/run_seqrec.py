@@ -45,6 +45,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
+from elastic_hf.configuration_recommender import RecommenderConfig
 from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
 from elastic_hf.interactions import load_histories
 from elastic_hf.metrics import rank_targets, ranking_metrics
@@ -59,7 +60,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = ("elastic",)
+MODEL_TYPES = ("elastic", "sasrec", "bert4rec", "gru4rec", "linrec", "lightsans", "popularity")
 
 
 @dataclass
@@ -273,6 +274,9 @@ def main() -> None:
     else:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     try:
+        if model_args.model_name_or_path is None and getattr(config, "max_position_embeddings", 0):
+            # the mask that BERT4Rec appends takes a position, too
+            config.max_position_embeddings = data_args.max_length + (config.training_objective == "masked_item")
         if model_args.config_overrides:
             config.update_from_string(model_args.config_overrides)
         config.validate()
@@ -283,8 +287,9 @@ def main() -> None:
     if checkpoint is not None:
         trained_config = AutoConfig.from_pretrained(checkpoint)
         trained_items = ElasticItemTokenizer.from_pretrained(checkpoint).items
-        fields = type(config).__annotations__
-        changed = [name for name in fields if getattr(config, name) != getattr(trained_config, name)]
+        classes = [base for base in type(config).__mro__ if issubclass(base, RecommenderConfig)]
+        fields = {name for base in classes for name in base.__annotations__}
+        changed = [name for name in sorted(fields) if getattr(config, name) != getattr(trained_config, name)]
         if not trained_items["item_id"].equals(tokenizer.items["item_id"]):
             changed.append("catalogue")
         if changed:

@@ -23,20 +23,20 @@ def inputs():
 @pytest.mark.parametrize("max_scores", [1, V * 3, V * 100], ids=["one row", "three rows", "one chunk"])
 def test_full_softmax_equals_the_naive_loss_with_gradients(inputs, max_scores, monkeypatch):
     users, items, targets = inputs
-    monkeypatch.setattr(loss, "MAX_SCORES", max_scores)
+    monkeypatch.setitem(loss.MAX_SCORES, "cpu", max_scores)
     expected = reference.softmax_loss(users @ items.T, targets)
     result = full_softmax_loss(users, items, targets)
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
-    gradients = torch.autograd.grad(result, (users, items))
-    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, (users, items)), strict=True):
+    gradients = torch.autograd.grad(3 * result, (users, items))
+    for gradient, wanted in zip(gradients, torch.autograd.grad(3 * expected, (users, items)), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_full_softmax_never_holds_the_scores_of_all_targets(inputs, rows, monkeypatch):
-    """No tensor of scores that the forward or the backward pass computes has more rows than a chunk."""
+    """No tensor of scores that is computed on the way to the loss and its gradients has more rows than a chunk."""
     users, items, targets = inputs
-    monkeypatch.setattr(loss, "MAX_SCORES", V * rows)
+    monkeypatch.setitem(loss.MAX_SCORES, "cpu", V * rows)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -1,0 +1,88 @@
+"""What the baselines share: the pre-trained class, item embeddings with positions, and softmax self-attention."""
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..configuration_recommender import RecommenderConfig
+from ..modeling_recommender import SequentialRecommenderMixin
+
+
+class BaselinePreTrainedModel(PreTrainedModel):
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+
+class BaselineForSequentialRecommendation(SequentialRecommenderMixin, BaselinePreTrainedModel):
+    """A baseline's base model under the head, losses and `recommend` that all models here share."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.embed_tokens.weight"}
+    base_model_class: type[BaselinePreTrainedModel]
+
+    def __init__(self, config: RecommenderConfig):
+        super().__init__(config)
+        self.model = self.base_model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class ItemEmbeddings(nn.Module):
+    """Item embeddings and learned absolute positions: the latest item always has the last position."""
+
+    def __init__(self, config: RecommenderConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def positions(self, length: int) -> Tensor:
+        """The position embeddings of a batch of histories of that length: (L, D)."""
+        longest = self.embed_positions.num_embeddings
+        if length > longest:
+            raise ValueError(
+                f"input_ids must not be longer than max_position_embeddings ({longest}), found {length}"
+            )
+        return self.embed_positions.weight[longest - length :]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, D)"""
+        return self.embed_tokens(input_ids) + self.positions(input_ids.shape[1])
+
+
+class SelfAttention(nn.Module):
+    """Softmax self-attention by the implementation that the configuration names, `"sdpa"` or `"eager"`."""
+
+    def __init__(self, config: RecommenderConfig, has_output_projection: bool):
+        super().__init__()
+        self.config = config
+        self.is_causal = config.is_causal
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size) if has_output_projection else nn.Identity()
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, last_position_only: bool) -> Tensor:
+        """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`; `mask` as `create_causal_mask` makes it."""
+        readers = hidden_states
+        if last_position_only:
+            readers = hidden_states[:, -1:]
+            mask = None if mask is None else mask[:, :, -1:]
+        query, key, value = (
+            projection(states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for projection, states in ((self.query, readers), (self.key, hidden_states), (self.value, hidden_states))
+        )  # (B, H, L, K)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.head_size**-0.5)
+        return self.output(output.flatten(2))  # from (B, L, H, K)
+
+
+def eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention that holds all (B, H, L, L) weights: (B, H, L, K) -> (B, L, H, K), and the weights."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1)
+    return (weights @ value).transpose(1, 2), weights

@@ -1,0 +1,140 @@
+"""SASRec (Kang and McAuley 2018, "Self-Attentive Sequential Recommendation")."""
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration_recommender import RecommenderConfig
+from .common import BaselineForSequentialRecommendation, BaselinePreTrainedModel, ItemEmbeddings, SelfAttention
+
+
+@strict
+class SASRecConfig(RecommenderConfig):
+    r"""
+    Configuration of [`SASRecModel`] and [`SASRecForSequentialRecommendation`]: the fields of [`RecommenderConfig`] and
+    these.
+
+    Args:
+        num_hidden_layers (`int`, defaults to 2):
+            Number of self-attention blocks.
+        num_attention_heads (`int`, defaults to 1):
+            Attention heads; must divide `hidden_size`.
+        intermediate_size (`int`, defaults to 64):
+            Width of the point-wise feed-forward network.
+        hidden_dropout (`float`, defaults to 0.2):
+            Dropout probability of the embeddings and of each residual branch.
+        max_position_embeddings (`int`, defaults to 200):
+            Number of learned absolute positions: the longest history that can be read.
+        layer_norm_eps (`float`, defaults to 1e-8):
+            Epsilon of the layer norms.
+    """
+
+    model_type = "sasrec"
+
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 1
+    intermediate_size: int = 64
+    hidden_dropout: float | int = 0.2
+    max_position_embeddings: int = 200
+    layer_norm_eps: float = 1e-8
+
+    def validate_sizes(self):
+        """Every size is positive."""
+        self._validate_at_least(
+            1, "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"
+        )
+        self._validate_fractions("hidden_dropout")
+        self._validate_heads()
+
+    def validate_causal(self):
+        """SASRec predicts the next item at every position."""
+        if not self.is_causal:
+            raise ValueError("is_causal must be True for sasrec, found False")
+
+
+class SASRecLayer(GradientCheckpointingLayer):
+    """h = h + dropout(SA(norm(h)));   h = h + dropout(FFN(norm(h)))   (section III.B and III.C)"""
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SelfAttention(config, has_output_projection=False)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            nn.ReLU(),
+            nn.Linear(config.intermediate_size, config.hidden_size),
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, last_position_only: bool = False) -> Tensor:
+        """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
+        attended = self.attention(self.attention_norm(hidden_states), mask, last_position_only)
+        hidden_states = (hidden_states[:, -1:] if last_position_only else hidden_states) + self.dropout(attended)
+        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+
+
+class SASRecPreTrainedModel(BaselinePreTrainedModel):
+    config: SASRecConfig
+    config_class = SASRecConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SASRecLayer"]
+    _can_record_outputs = {"hidden_states": SASRecLayer}
+
+
+class SASRecModel(SASRecPreTrainedModel):
+    """Item embeddings and positions, self-attention blocks and the final norm: token ids to a vector at each position."""
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__(config)
+        self.embeddings = ItemEmbeddings(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(SASRecLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        last_position_only: bool = False,
+        **kwargs,
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
+                Histories, oldest item first, padded on the left.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
+            last_position_only (`bool`, defaults to `False`):
+                Compute the last layer at the last position only: `last_hidden_state` has shape
+                `(batch_size, 1, hidden_size)`.
+        """
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        embeddings = self.embeddings.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)
+        hidden_states = self.dropout(embeddings + self.embeddings.positions(input_ids.shape[1]))
+        mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, mask, last_position_only and i == last)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class SASRecForSequentialRecommendation(BaselineForSequentialRecommendation, SASRecPreTrainedModel):
+    """SASRec with its scores over the catalogue, its training losses and `recommend`."""
+
+    base_model_class = SASRecModel
+
+
+__all__ = ["SASRecConfig", "SASRecForSequentialRecommendation", "SASRecModel"]

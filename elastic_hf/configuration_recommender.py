@@ -1,0 +1,112 @@
+"""What every recommender here is configured by: the catalogue, the head and the training."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+TRAINING_OBJECTIVES = ("next_item", "masked_item", "prefix")
+TRAINING_LOSSES = ("full_softmax", "sampled_softmax", "gbce", "bce")
+
+
+@strict
+class RecommenderConfig(PreTrainedConfig):
+    r"""
+    Fields that all recommenders share; each model's configuration adds its own.
+
+    Args:
+        vocab_size (`int`, defaults to 1000):
+            Number of token ids: the special tokens, then one id per item.
+        hidden_size (`int`, defaults to 64):
+            Width D of item embeddings and user embeddings.
+        is_causal (`bool`, defaults to `True`):
+            `True`: position t reads items up to t, so that one pass trains every position. `False`: every position
+            reads the whole history.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial weights of embeddings and linear layers.
+        training_objective (`str`, defaults to `"next_item"`):
+            `"next_item"`: every position predicts the next item (causal only); `"masked_item"`: masked items are
+            predicted from both sides, and a mask token is appended at inference; `"prefix"`: the last position of a
+            random prefix predicts the item after it.
+        training_loss (`str`, defaults to `"full_softmax"`):
+            `"full_softmax"`, `"sampled_softmax"`, `"gbce"` or `"bce"`, see `loss.py`.
+        num_negatives (`int`, defaults to 256):
+            Uniform negatives: one set per batch for the sampled softmax, one set per position for gBCE and BCE. Not
+            read by the full softmax.
+        gbce_calibration (`float`, defaults to 0.75):
+            Calibration t of gBCE, from 0 (BCE) to 1 (as confident as a full softmax).
+        num_special_tokens (`int`, defaults to 3):
+            The first token ids, which are no items: padding, unknown, mask.
+        pad_token_id (`int`, defaults to 0):
+            Padding token, on the left of a batch.
+        mask_token_id (`int`, defaults to 2):
+            Mask token of the `"masked_item"` objective.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Score items with their input embeddings.
+    """
+
+    keys_to_ignore_at_inference = ["hidden_states", "user_embeddings"]
+
+    vocab_size: int = 1000
+    hidden_size: int = 64
+    is_causal: bool = True
+    initializer_range: float = 0.02
+    training_objective: str = "next_item"
+    training_loss: str = "full_softmax"
+    num_negatives: int = 256
+    gbce_calibration: float | int = 0.75
+    num_special_tokens: int = 3
+    pad_token_id: int | None = 0
+    mask_token_id: int | None = 2
+    tie_word_embeddings: bool = True
+
+    def validate_tokens(self):
+        """Special tokens come first and leave room for items."""
+        if self.vocab_size <= self.num_special_tokens:
+            raise ValueError(
+                f"vocab_size must exceed num_special_tokens ({self.num_special_tokens}), found {self.vocab_size}"
+            )
+        for name in ("pad_token_id", "mask_token_id"):
+            token_id = getattr(self, name)
+            if token_id is None or not 0 <= token_id < self.num_special_tokens:
+                raise ValueError(
+                    f"{name} must be between 0 and num_special_tokens - 1 ({self.num_special_tokens - 1}), "
+                    f"found {token_id}"
+                )
+
+    def validate_training(self):
+        """Objective and loss exist, and the answer does not leak."""
+        self._validate_at_least(1, "hidden_size", "num_negatives")
+        self._validate_fractions("gbce_calibration")
+        if self.training_objective not in TRAINING_OBJECTIVES:
+            raise ValueError(
+                f"training_objective must be one of {TRAINING_OBJECTIVES}, found {self.training_objective!r}"
+            )
+        if self.training_loss not in TRAINING_LOSSES:
+            raise ValueError(f"training_loss must be one of {TRAINING_LOSSES}, found {self.training_loss!r}")
+        if self.training_objective == "next_item" and not self.is_causal:
+            raise ValueError(
+                "training_objective='next_item' needs is_causal=True: every position of a bidirectional model has "
+                "seen the item it should predict. Use 'prefix' or 'masked_item'."
+            )
+        if self.training_objective == "masked_item" and self.is_causal:
+            raise ValueError("training_objective='masked_item' reads both sides and needs is_causal=False")
+
+    def _validate_at_least(self, smallest: int, *names: str):
+        for name in names:
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, found {getattr(self, name)}")
+
+    def _validate_fractions(self, *names: str):
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
+
+    def _validate_heads(self):
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                "hidden_size must be a multiple of num_attention_heads, "
+                f"found {self.hidden_size} and {self.num_attention_heads}"
+            )
+
+
+__all__ = ["RecommenderConfig"]
