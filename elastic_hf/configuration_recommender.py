@@ -52,6 +52,7 @@ class RecommenderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     training_objective: str = "next_item"
     training_loss: str = "full_softmax"
+    exclude_seen: bool = False
     num_negatives: int = 256
     gbce_calibration: float | int = 0.75
     num_special_tokens: int = 3

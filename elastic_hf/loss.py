@@ -15,7 +15,9 @@ from torch import Tensor
 MAX_SCORES = {"cpu": 2**20, "cuda": 2**24}
 
 
-def full_softmax_loss(user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor) -> Tensor:
+def full_softmax_loss(
+    user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, seen: Tensor | None = None
+) -> Tensor:
     """Cross-entropy over the whole catalogue, never holding more than [`MAX_SCORES`] scores (or one target's V).
 
     The gradient of a chunk of targets is taken while its scores are there, so that nothing is kept or computed again
@@ -25,16 +27,20 @@ def full_softmax_loss(user_embeddings: Tensor, item_embeddings: Tensor, targets:
         user_embeddings (`torch.Tensor` of shape `(T, D)`).
         item_embeddings (`torch.Tensor` of shape `(V, D)`).
         targets (`torch.LongTensor` of shape `(T,)`): rows of `item_embeddings`.
+        seen (`torch.LongTensor` of shape `(T, S)`, *optional*): rows of `item_embeddings` that are left out of the
+            softmax of each target, except the target itself; V fills up what is shorter than S.
 
     Returns:
         `torch.Tensor` of shape `()`.
     """
-    return _FullSoftmaxLoss.apply(user_embeddings, item_embeddings, targets)
+    return _FullSoftmaxLoss.apply(user_embeddings, item_embeddings, targets, seen)
 
 
 class _FullSoftmaxLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx, user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, seen: Tensor | None
+    ) -> Tensor:
         limit = MAX_SCORES.get(user_embeddings.device.type, MAX_SCORES["cuda"])
         chunk_size = max(1, limit // item_embeddings.shape[0])
         dtype = torch.promote_types(user_embeddings.dtype, torch.float32)
@@ -47,6 +53,9 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             scores = (users @ item_embeddings.T).to(dtype)
             scores = scores - scores.amax(dim=-1, keepdim=True)
             wanted_scores = scores.gather(-1, wanted)
+            if seen is not None:
+                left_out = torch.where(seen[chunk] == item_embeddings.shape[0], wanted, seen[chunk])
+                scores.scatter_(-1, left_out, -math.inf).scatter_(-1, wanted, wanted_scores)
             probabilities = scores.exp_()
             normaliser = probabilities.sum(dim=-1, keepdim=True)
             total += (normaliser.log() - wanted_scores).sum()
@@ -60,9 +69,9 @@ class _FullSoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         user_gradient, item_gradient = ctx.saved_tensors
-        return output_gradient * user_gradient, output_gradient * item_gradient, None
+        return output_gradient * user_gradient, output_gradient * item_gradient, None, None
 
 
 def sampled_softmax_loss(

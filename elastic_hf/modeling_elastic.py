@@ -119,6 +119,7 @@ class ElasticCausalAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.experts = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts, self.head_size))
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size) if config.attention_gate else None
         self.log_half_life = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts))
 
     def forward(
@@ -143,7 +144,10 @@ class ElasticCausalAttention(nn.Module):
                 output = dispatch(query[:, :, 0], state)[:, :, None]
             else:
                 output, _ = causal_lda_chunked(query, key, value, scores, self.log_forget(dtype))
-        return self.output(output.transpose(1, 2).flatten(2).to(hidden_states.dtype))
+        output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
+        if self.gate is not None:
+            output = output * F.silu(self.gate(readers))
+        return self.output(output)
 
     def log_forget(self, dtype: torch.dtype) -> Tensor:
         """Log of what each expert keeps of its state at each new item: (H, 1, E). A half-life is at least one item."""
@@ -195,12 +199,14 @@ class ElasticFeedForward(nn.Module):
     def __init__(self, config: ElasticConfig):
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size) if config.feed_forward_gate else None
         self.activation = ACT2FN[config.hidden_act]
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)"""
-        return self.down(self.activation(self.up(hidden_states)))
+        up = self.activation(self.up(hidden_states))
+        return self.down(up if self.gate is None else up * self.gate(hidden_states))
 
 
 class ElasticLayer(GradientCheckpointingLayer):

@@ -158,11 +158,15 @@ class SequentialRecommenderMixin:
         _check_shape("labels", labels, input_ids)
         outputs = self.model(input_ids, attention_mask, **kwargs)
         return SequentialRecommendationOutput(
-            loss=self.loss(outputs.last_hidden_state, labels, num_items_in_batch), hidden_states=outputs.hidden_states
+            loss=self.loss(outputs.last_hidden_state, labels, num_items_in_batch, input_ids), hidden_states=outputs.hidden_states
         )
 
     def loss(
-        self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: torch.Tensor | int | None = None
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        input_ids: Tensor | None = None,
     ) -> Tensor:
         """The configured training loss of `(B, L, D)` hidden states against `(B, L)` labels, in nats per target."""
         config = self.config
@@ -171,7 +175,13 @@ class SequentialRecommenderMixin:
         items = self.lm_head.weight[config.num_special_tokens :]
         targets = labels[is_target] - config.num_special_tokens
         if config.training_loss == "full_softmax":
-            total = full_softmax_loss(users, items, targets)
+            seen = None
+            if config.exclude_seen:
+                rows, places = is_target.nonzero(as_tuple=True)
+                later = torch.arange(labels.shape[1], device=labels.device) > places[:, None]
+                seen = input_ids[rows] - config.num_special_tokens  # (T, L)
+                seen = seen.masked_fill(later | (seen < 0), items.shape[0])
+            total = full_softmax_loss(users, items, targets, seen)
         elif config.training_loss == "sampled_softmax":
             negatives = torch.randint(items.shape[0], (config.num_negatives,), device=targets.device)
             log_q = torch.full_like(negatives, math.log(config.num_negatives / items.shape[0]), dtype=torch.float32)
