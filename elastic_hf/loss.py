@@ -33,6 +33,10 @@ def full_softmax_loss(
     Returns:
         `torch.Tensor` of shape `()`.
     """
+    device = user_embeddings.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        user_embeddings, item_embeddings = user_embeddings.to(dtype), item_embeddings.to(dtype)
     return _FullSoftmaxLoss.apply(user_embeddings, item_embeddings, targets, seen)
 
 
@@ -51,7 +55,7 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             chunk = slice(start, start + chunk_size)
             users, wanted = user_embeddings[chunk], targets[chunk, None]
             scores = (users @ item_embeddings.T).to(dtype)
-            scores = scores - scores.amax(dim=-1, keepdim=True)
+            scores -= scores.amax(dim=-1, keepdim=True)
             wanted_scores = scores.gather(-1, wanted)
             if seen is not None:
                 left_out = torch.where(seen[chunk] == item_embeddings.shape[0], wanted, seen[chunk])

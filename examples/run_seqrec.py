@@ -5,7 +5,8 @@ Trains a sequential recommender, evaluates it on the full catalogue and recommen
     python examples/run_seqrec.py                                       # the synthetic dataset, minutes on a CPU
     python examples/run_seqrec.py --dataset_name ml-1m --output_dir outputs/ml-1m
     python examples/run_seqrec.py --train_file shop.csv --items_file titles.csv --output_dir outputs/shop
-    python examples/run_seqrec.py arguments.yaml                        # the same arguments from a JSON or YAML file
+    python examples/run_seqrec.py examples/recipes/ml-1m-sasrec.yaml    # arguments from a YAML or JSON file,
+    python examples/run_seqrec.py examples/recipes/ml-1m-sasrec.yaml --seed 43    # some of them changed
     torchrun --nproc_per_node 2 examples/run_seqrec.py
 
 Without `--do_train`, `--do_eval` or `--do_predict` it does all three. An interrupted run goes on from its last
@@ -31,9 +32,8 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 import transformers
+import yaml
 from huggingface_hub.errors import StrictDataclassError
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -45,11 +45,10 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
+from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
 from elastic_hf.configuration_recommender import RecommenderConfig
 from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
 from elastic_hf.interactions import load_histories
-from elastic_hf.metrics import rank_targets, ranking_metrics
-from elastic_hf.modeling_recommender import top_k_items
 from elastic_hf.tokenization_elastic import ElasticItemTokenizer
 from elastic_hf.trainer import SequentialRecommendationTrainer
 
@@ -114,7 +113,10 @@ class DataArguments:
 class SeqRecTrainingArguments(TrainingArguments):
     """[`TrainingArguments`] with the defaults of this script."""
 
-    output_dir: str = "outputs/seqrec"
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the model and its checkpoints; outputs/<dataset>-<model>-<seed>[-<variant>]."},
+    )
     num_train_epochs: float = 16
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 256
@@ -129,10 +131,17 @@ class SeqRecTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = True
     ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = torch.cuda.is_available()
+    use_cpu: bool = not torch.accelerator.is_available()  # for bf16 on a processor, too
     early_stopping_patience: int = field(
         default=10, metadata={"help": "Evaluations without a better validation metric before stopping; 0: never."}
     )
-    results_file: str | None = field(default=None, metadata={"help": "Where to copy all_results.json to."})
+    results_dir: str | None = field(
+        default=None, metadata={"help": "Where to copy all_results.json to: <dataset>-<model>-<seed>[-<variant>].json."}
+    )
+    variant: str | None = field(
+        default=None,
+        metadata={"help": "Name of an ablation, a screening trial or another length: no row of the main table."},
+    )
 
     def __post_init__(self) -> None:
         if not (self.do_train or self.do_eval or self.do_predict):
@@ -141,6 +150,17 @@ class SeqRecTrainingArguments(TrainingArguments):
         super().__post_init__()
         # The evaluation after training is asked for by name; the stock arguments infer it from eval_strategy.
         self.do_eval = do_eval
+
+
+def read_arguments(argv: list[str]) -> list[str]:
+    """The arguments of a YAML or JSON file, if `argv` begins with one, then those after it."""
+    if not argv or not argv[0].endswith((".json", ".yaml", ".yml")):
+        return argv
+    arguments = []
+    for name, value in yaml.safe_load(Path(argv[0]).read_text()).items():
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(part if isinstance(part, str) else json.dumps(part) for part in values)]
+    return arguments + argv[1:]
 
 
 def describe_hardware() -> str:
@@ -185,17 +205,19 @@ def main() -> None:
 
     # 1. Arguments
     parser = HfArgumentParser((ModelArguments, DataArguments, SeqRecTrainingArguments))
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        model_args, data_args, training_args = parser.parse_json_file(sys.argv[1])
-    elif len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        model_args, data_args, training_args = parser.parse_yaml_file(sys.argv[1])
-    else:
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(read_arguments(sys.argv[1:]))
     if model_args.model_type not in MODEL_TYPES:
         raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, found {model_args.model_type!r}")
     if not training_args.do_train and model_args.model_name_or_path is None:
         raise ValueError("without do_train there is no model to evaluate: set model_name_or_path")
 
+    source = data_args.train_file or data_args.dataset_name or "synthetic"
+    dataset_name = data_args.dataset_name or source
+    run_name = f"{Path(dataset_name).stem}-{model_args.model_type}-{training_args.seed}"
+    if training_args.variant is not None:
+        run_name += f"-{training_args.variant}"
+    if training_args.output_dir is None:
+        training_args.output_dir = f"outputs/{run_name}"
     output_dir = Path(training_args.output_dir)
     results_file = output_dir / "all_results.json"
     checkpoint = training_args.resume_from_checkpoint
@@ -224,8 +246,6 @@ def main() -> None:
     set_seed(training_args.seed)
 
     # 2. Interactions -> histories
-    source = data_args.train_file or data_args.dataset_name or "synthetic"
-    dataset_name = data_args.dataset_name or source
     with training_args.main_process_first(local=False, desc="loading the interactions"):
         histories, items, counts = load_histories(
             source,
@@ -261,6 +281,7 @@ def main() -> None:
         splits = tokenizer.tokenize_histories(histories, num_proc=data_args.preprocessing_num_workers)
     splits = splits.with_format("numpy")
     train_lengths = pc.list_value_length(splits["train"].with_format("arrow")[:]["input_ids"]).to_numpy()
+    whole_histories = splits["train"]
     (trainable,) = np.nonzero(train_lengths >= 2)
     if len(trainable) < len(train_lengths):
         logger.info(f"{len(train_lengths) - len(trainable):,} users have one item to train on, nothing to predict")
@@ -284,12 +305,12 @@ def main() -> None:
         raise ValueError(f"config_overrides={model_args.config_overrides!r}: {error}") from error
     if config.vocab_size != len(tokenizer):
         raise ValueError(f"vocab_size must be the tokenizer's, {len(tokenizer)}, found {config.vocab_size}")
+    classes = [base for base in type(config).__mro__ if issubclass(base, RecommenderConfig)]
+    fields = sorted({name for base in classes for name in base.__annotations__})
     if checkpoint is not None:
         trained_config = AutoConfig.from_pretrained(checkpoint)
         trained_items = ElasticItemTokenizer.from_pretrained(checkpoint).items
-        classes = [base for base in type(config).__mro__ if issubclass(base, RecommenderConfig)]
-        fields = {name for base in classes for name in base.__annotations__}
-        changed = [name for name in sorted(fields) if getattr(config, name) != getattr(trained_config, name)]
+        changed = [name for name in fields if getattr(config, name) != getattr(trained_config, name)]
         if not trained_items["item_id"].equals(tokenizer.items["item_id"]):
             changed.append("catalogue")
         if changed:
@@ -326,16 +347,32 @@ def main() -> None:
         "dataset": dataset_name,
         "model_type": config.model_type,
         "seed": training_args.seed,
+        "variant": training_args.variant,
+        "main_row": training_args.variant is None,
+        "git_commit": git_commit(),
         "command": f"{launcher} {shlex.join(sys.argv)}",
         "protocol": f"{data_args.split}, full ranking",
         **counts,
         "num_parameters": model.num_parameters(),
         "max_length": data_args.max_length,
         "split_into_windows": data_args.split_into_windows,
+        "config": {name: getattr(config, name) for name in fields},
+        "training": {
+            "epochs": training_args.num_train_epochs,
+            "batch_size": training_args.train_batch_size * training_args.gradient_accumulation_steps * world_size,
+            "learning_rate": training_args.learning_rate,
+            "schedule": str(training_args.lr_scheduler_type),
+            "warmup_steps": training_args.warmup_steps,
+            "weight_decay": training_args.weight_decay,
+            "bf16": training_args.bf16,
+        },
     }
 
     # 6. Training
-    if training_args.do_train:
+    if config.model_type == "popularity":
+        model.count_items(whole_histories)
+        trainer.save_model()
+    elif training_args.do_train:
         train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         state = trainer.state
         best_epochs = [log["epoch"] for log in state.log_history if log["step"] == state.best_global_step]
@@ -355,24 +392,14 @@ def main() -> None:
         results |= {key.replace("eval_", "validation_"): metrics[key] for key in metrics if "@" in key}
     if training_args.do_predict:
         prediction = trainer.predict(splits["test"])
-        results |= {key: value for key, value in prediction.metrics.items() if "@" in key}
+        popularity = PopularityForSequentialRecommendation(PopularityConfig(vocab_size=len(tokenizer)))
+        counter = SequentialRecommendationTrainer(popularity.count_items(whole_histories), training_args, collator)
+        for metrics in (prediction.metrics, counter.predict(splits["test"], metric_key_prefix="popularity").metrics):
+            results |= {key: value for key, value in metrics.items() if "@" in key}
 
-    # 8. The popularity baseline, results, model card and training curve
+    # 8. Results, model card and training curve
     if is_main_process:
         if training_args.do_predict:
-            popularity = torch.zeros(len(tokenizer), 1)
-            popularity[item_token_ids, 0] = torch.from_numpy(np.array(items["count"][:], dtype=np.float32))
-            ranks, top_ids = [], []
-            loader = DataLoader(
-                splits["test"], batch_size=training_args.per_device_eval_batch_size, collate_fn=collator
-            )
-            for batch in tqdm(loader, desc="Popularity baseline", disable=training_args.disable_tqdm):
-                users = torch.ones(len(batch["target_ids"]), 1)
-                ranks.append(rank_targets(users, popularity, batch["target_ids"], batch["seen_ids"]))
-                top_ids.append(top_k_items(users, popularity, min(10, len(items)), seen_ids=batch["seen_ids"])[1])
-            metrics = ranking_metrics(torch.cat(ranks).numpy(), torch.cat(top_ids).numpy(), len(items))
-            results |= {f"popularity_{key}": value for key, value in metrics.items()}
-
             user, recommended = splits["test"].with_format(None)[0], prediction.predictions[1][0, :10]
             results["sample"] = {
                 "user_id": user["user_id"],
@@ -394,13 +421,12 @@ def main() -> None:
             "torch_version": torch.__version__,
             "transformers_version": transformers.__version__,
             "elastic_hf_version": elastic_hf.__version__,
-            "git_commit": git_commit(),
         }
         results_file.with_suffix(".tmp").write_text(json.dumps(results, indent=2) + "\n")
         os.replace(results_file.with_suffix(".tmp"), results_file)
-        if training_args.results_file:
-            Path(training_args.results_file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(results_file, training_args.results_file)
+        if training_args.results_dir:
+            Path(training_args.results_dir).mkdir(parents=True, exist_ok=True)
+            shutil.copy(results_file, Path(training_args.results_dir) / f"{run_name}.json")
 
         # 9. Metrics beside the baseline, and recommendations for the first test user
         if training_args.do_predict:

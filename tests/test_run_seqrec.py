@@ -82,12 +82,12 @@ def run(argv):
 def finished(shop, tmp_path_factory):
     """The output folder, the results and the standard output of one whole run."""
     output_dir = tmp_path_factory.mktemp("finished") / "shop-elastic"
-    results_file = output_dir.parent / "copies" / "shop.json"
+    results_dir = output_dir.parent / "copies"
     output = run(
-        command_line(arguments_for(shop, output_dir, results_file=str(results_file), report_to="tensorboard"))
+        command_line(arguments_for(shop, output_dir, results_dir=str(results_dir), report_to="tensorboard"))
     )
     results = json.loads((output_dir / "all_results.json").read_text())
-    assert json.loads(results_file.read_text()) == results
+    assert json.loads((results_dir / "shop-elastic-42.json").read_text()) == results
     return output_dir, results, output
 
 
@@ -96,6 +96,8 @@ def test_results(finished):
     assert results["model_type"] == "elastic" and results["seed"] == 42 and results["max_length"] == 10
     assert results["num_users"] == NUM_USERS and results["num_items"] == NUM_ITEMS
     assert results["protocol"] == "leave_one_out, full ranking"
+    assert results["variant"] is None and results["main_row"] is True
+    assert results["config"]["hidden_size"] == 16 and results["training"]["batch_size"] == 8
     assert results["epochs"] == 2 and results["best_epoch"] in (1, 2) and not results["stopped_early"]
     assert 0 < results["train_seconds"] <= results["total_seconds"]
     assert results["command"].startswith("python ") and "--max_length 10" in results["command"]
@@ -145,10 +147,10 @@ def test_an_interrupted_run_goes_on(shop, finished, tmp_path):
     output_dir, results, _ = finished
     checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.copytree(checkpoints[0], tmp_path / checkpoints[0].name)
-    # A file with the arguments does what the command line does.
+    # A file with the arguments does what the command line does, and what follows it changes some of them.
     arguments_file = tmp_path / "arguments.json"
-    arguments_file.write_text(json.dumps(arguments_for(shop, tmp_path)))
-    run([SCRIPT, arguments_file])
+    arguments_file.write_text(json.dumps(arguments_for(shop, "elsewhere", num_train_epochs=7)))
+    run([SCRIPT, arguments_file, "--num_train_epochs", 2, "--output_dir", tmp_path])
     resumed = json.loads((tmp_path / "all_results.json").read_text())
     assert resumed["resumed_from_checkpoint"] == str(tmp_path / checkpoints[0].name)
     metrics = [key for key in results if "@" in key]
@@ -169,6 +171,24 @@ def test_a_trained_model_is_evaluated_again_from_yaml(shop, finished, tmp_path):
     assert {key for key in again if "@" in key} == {key for key in results if "@" in key and "validation" not in key}
     assert again["test_ndcg@10"] == results["test_ndcg@10"]
     assert not (tmp_path / "again" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("model_type", ["gru4rec", "popularity"])
+def test_a_baseline(shop, finished, tmp_path, monkeypatch, model_type):
+    overrides = {"gru4rec": "hidden_size=16,recurrent_size=12", "popularity": None}[model_type]
+    monkeypatch.chdir(tmp_path)
+    arguments = arguments_for(shop, "", config_overrides=overrides, model_type=model_type, seed=7, variant="short")
+    del arguments["output_dir"]
+    run(command_line(arguments | {"results_dir": "results"}))
+    results = json.loads((tmp_path / "results" / f"shop-{model_type}-7-short.json").read_text())
+    assert results["model_type"] == model_type
+    assert results["variant"] == "short" and results["main_row"] is False
+    popularity = {key: value for key, value in finished[1].items() if key.startswith("popularity_")}
+    assert {key: results[key] for key in popularity} == popularity
+    if model_type == "popularity":
+        assert all(results[key.replace("popularity", "test")] == value for key, value in popularity.items())
+    model = AutoModel.from_pretrained(tmp_path / "outputs" / f"shop-{model_type}-7-short")
+    assert model.config.model_type == model_type
 
 
 def test_two_processes(shop, finished, tmp_path):
@@ -193,7 +213,7 @@ def test_two_processes(shop, finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "sasrec5"}, "model_type must be one of elastic, found 'sasrec5'"),
+        ({"model_type": "sasrec5"}, "model_type must be one of elastic, .*popularity, found 'sasrec5'"),
         ({"do_eval": True}, "set model_name_or_path"),
         ({"config_overrides": "hidden_sise=16"}, "hidden_sise"),
         ({"config_overrides": "vocab_size=16"}, "vocab_size must be the tokenizer's"),

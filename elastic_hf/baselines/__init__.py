@@ -3,14 +3,25 @@
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..tokenization_elastic import ElasticItemTokenizer
+from .gru4rec import GRU4RecConfig, GRU4RecForSequentialRecommendation
+from .popularity import PopularityConfig, PopularityForSequentialRecommendation
 from .sasrec import SASRecConfig, SASRecForSequentialRecommendation
 
 
-BASELINES = {
-    SASRecConfig: SASRecForSequentialRecommendation,
-}
+__all__ = [
+    "GRU4RecConfig",
+    "GRU4RecForSequentialRecommendation",
+    "PopularityConfig",
+    "PopularityForSequentialRecommendation",
+    "SASRecConfig",
+    "SASRecForSequentialRecommendation",
+]
 
-for config_class, model_class in BASELINES.items():
+for config_class, model_class in (
+    (GRU4RecConfig, GRU4RecForSequentialRecommendation),
+    (PopularityConfig, PopularityForSequentialRecommendation),
+    (SASRecConfig, SASRecForSequentialRecommendation),
+):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
     AutoTokenizer.register(config_class, tokenizer_class=ElasticItemTokenizer, exist_ok=True)

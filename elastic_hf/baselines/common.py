@@ -1,7 +1,8 @@
-"""What the baselines share: the pre-trained class, item embeddings with positions, and softmax self-attention."""
+"""What the baselines share: the pre-trained class, item embeddings, softmax self-attention and the post-norm layer."""
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_recommender import RecommenderConfig
@@ -86,3 +87,33 @@ def eager_attention(
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1)
     return (weights @ value).transpose(1, 2), weights
+
+
+class PostNormLayer(GradientCheckpointingLayer):
+    """h = norm(h + dropout(A(h)));   h = norm(h + dropout(FFN(h))): a Transformer layer around any attention A.
+
+    The configuration names `intermediate_size`, `hidden_dropout` and `layer_norm_eps`; the FFN's activation is GELU.
+    """
+
+    def __init__(self, config: RecommenderConfig, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            nn.GELU(),
+            nn.Linear(config.intermediate_size, config.hidden_size),
+        )
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: Tensor, last_position_only: bool, *attention_args) -> Tensor:
+        """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`.
+
+        `attention_args` go to the attention, between the hidden states and `last_position_only`.
+        """
+        attended = self.attention(hidden_states, *attention_args, last_position_only)
+        if last_position_only:
+            hidden_states = hidden_states[:, -1:]
+        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
+        return self.feed_forward_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))

@@ -1,0 +1,142 @@
+"""
+GRU4Rec (Hidasi et al. 2016, "Session-based Recommendations with Recurrent Neural Networks") with the constrained
+embeddings of Hidasi and Karatzoglou 2018, "Recurrent Neural Networks with Top-k Gains for Session-based
+Recommendations": items are read and scored with the same vectors.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration_recommender import RecommenderConfig
+from .common import BaselineForSequentialRecommendation, BaselinePreTrainedModel
+
+
+@strict
+class GRU4RecConfig(RecommenderConfig):
+    r"""
+    Configuration of [`GRU4RecModel`] and [`GRU4RecForSequentialRecommendation`]: the fields of [`RecommenderConfig`]
+    and these.
+
+    Args:
+        num_hidden_layers (`int`, defaults to 1):
+            Number of stacked GRU layers.
+        recurrent_size (`int`, defaults to 128):
+            Width R of the GRU's state; a linear layer brings it back to `hidden_size`.
+        hidden_dropout (`float`, defaults to 0.2):
+            Dropout probability of the embeddings and of the output of each GRU layer.
+    """
+
+    model_type = "gru4rec"
+
+    num_hidden_layers: int = 1
+    recurrent_size: int = 128
+    hidden_dropout: float | int = 0.2
+
+    def validate_sizes(self):
+        """Every size is positive."""
+        self._validate_at_least(1, "num_hidden_layers", "recurrent_size")
+        self._validate_fractions("hidden_dropout")
+
+    def validate_causal(self):
+        """GRU4Rec predicts the next item at every position."""
+        if not self.is_causal:
+            raise ValueError("is_causal must be True for gru4rec, found False")
+
+
+class GRU4RecPreTrainedModel(BaselinePreTrainedModel):
+    config: GRU4RecConfig
+    config_class = GRU4RecConfig
+    _no_split_modules = ["GRU"]
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.GRU):
+            # Uniform by the rows and columns of each gate's matrix (2016, section 4); three gates share a parameter.
+            for name, parameter in module.named_parameters():
+                if name.startswith("weight"):
+                    bound = math.sqrt(6 / (parameter.shape[1] + module.hidden_size))
+                    init.uniform_(parameter, -bound, bound)
+                else:
+                    init.zeros_(parameter)
+
+
+class GRU4RecModel(GRU4RecPreTrainedModel):
+    """
+    Item embeddings, a GRU and a linear layer: token ids to a vector at each position.
+
+    The GRU reads the items alone, from a zero state (2016, equations 1 to 4):
+
+        r = sigmoid(W_r x + U_r h);   z = sigmoid(W_z x + U_z h);   n = tanh(W_n x + r * (U_n h))
+        h = (1 - z) * n + z * h
+
+    in PyTorch's form: with biases, r after U_n, and the paper's z as 1 - z.
+    """
+
+    def __init__(self, config: GRU4RecConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gru = nn.GRU(
+            config.hidden_size,
+            config.recurrent_size,
+            num_layers=config.num_hidden_layers,
+            dropout=config.hidden_dropout if config.num_hidden_layers > 1 else 0.0,
+            batch_first=True,
+        )
+        self.output = nn.Linear(config.recurrent_size, config.hidden_size)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        last_position_only: bool = False,
+        **kwargs,
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
+                Histories, oldest item first, padded on the left.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
+            last_position_only (`bool`, defaults to `False`):
+                Compute the output at the last position only: `last_hidden_state` has shape
+                `(batch_size, 1, hidden_size)`.
+        """
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        states = self.gru(self.dropout(self.embed_tokens(items_first(input_ids, attention_mask))))[0]  # (B, L, R)
+        states = F.pad(states, (0, 0, 1, 0))  # (B, L + 1, R): after 0, 1, ... L items
+        num_read = attention_mask.long().cumsum(dim=-1)  # (B, L)
+        if last_position_only:
+            num_read = num_read[:, -1:]
+        states = states.gather(1, num_read[..., None].expand(-1, -1, states.shape[-1]))
+        return BaseModelOutput(last_hidden_state=self.output(self.dropout(states)))
+
+
+def items_first(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Each row's items in their order, then its padding: (B, L) -> (B, L).
+
+    A recurrent network's biases move its state at padding too, so it has to read the padding last.
+    """
+    return input_ids.gather(1, (attention_mask == 0).int().argsort(dim=-1, stable=True))
+
+
+class GRU4RecForSequentialRecommendation(BaselineForSequentialRecommendation, GRU4RecPreTrainedModel):
+    """GRU4Rec with its scores over the catalogue, its training losses and `recommend`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    base_model_class = GRU4RecModel
+
+
+__all__ = ["GRU4RecConfig", "GRU4RecForSequentialRecommendation", "GRU4RecModel"]

@@ -1,0 +1,154 @@
+"""What holds for every baseline: no leak, no trace of padding, the Auto classes, and enough capacity to learn."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModel, TrainingArguments
+
+from elastic_hf import SequentialRecommendationCollator, SequentialRecommendationTrainer
+
+
+PREFIX = {"is_causal": False, "training_objective": "prefix"}
+MASKED = {"is_causal": False, "training_objective": "masked_item"}
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 13,
+}
+MODELS = {
+    "sasrec": ("sasrec", SIZES),
+    "bert4rec": ("bert4rec", SIZES),
+    "gru4rec": ("gru4rec", {"vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 2, "recurrent_size": 20}),
+    "linrec": ("linrec", SIZES),
+    "linrec prefix": ("linrec", {**SIZES, **PREFIX}),
+    "linrec masked": ("linrec", {**SIZES, **MASKED}),
+    "lightsans prefix": ("lightsans", {**SIZES, "num_latent_interests": 4}),
+    "lightsans masked": ("lightsans", {**SIZES, **MASKED, "num_latent_interests": 4}),
+}
+every_model = pytest.mark.parametrize(("model_type", "settings"), MODELS.values(), ids=MODELS.keys())
+
+
+def make_model(model_type, settings, **changes):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **{**settings, **changes})).eval()
+    # Weights large enough for a leak to show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def make_collator(config, max_length):
+    return SequentialRecommendationCollator(
+        pad_token_id=config.pad_token_id,
+        mask_token_id=config.mask_token_id,
+        max_length=max_length,
+        objective=config.training_objective,
+    )
+
+
+@every_model
+def test_no_prediction_has_seen_its_item(model_type, settings):
+    """Of items that occur once, none reaches the vector that is trained to predict it, nor one before it."""
+    model = make_model(model_type, settings)
+    histories = [3 + np.random.default_rng(row).permutation(28)[:length] for row, length in enumerate((9, 4, 7))]
+    batch = make_collator(model.config, 12)([{"input_ids": history} for history in histories])
+    hidden_states = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    embeddings = model.get_input_embeddings().weight
+    targets = (batch["labels"] >= 3).nonzero().tolist()
+    assert len(targets) >= 3
+    for row, t in targets:
+        (gradient,) = torch.autograd.grad(hidden_states[row, t].square().sum(), embeddings, retain_graph=True)
+        unseen = [int(batch["labels"][row, t])]
+        if model.config.is_causal:
+            unseen += batch["input_ids"][row, t + 1 :].tolist()
+        assert (gradient[unseen] == 0).all()
+        assert t == 0 or (gradient[batch["input_ids"][row, t - 1 : t + 1]] != 0).any()
+
+
+@every_model
+def test_padding_leaves_no_trace(model_type, settings):
+    model = make_model(model_type, settings)
+    input_ids = torch.randint(3, 31, (3, 7), generator=torch.Generator().manual_seed(1))
+    padding = torch.randint(3, 31, (3, 4), generator=torch.Generator().manual_seed(2))
+    attention_mask = torch.cat([torch.zeros_like(padding), torch.ones_like(input_ids)], dim=1)
+    alone = model.model(input_ids).last_hidden_state
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -1] = 5
+    model(input_ids, labels=labels).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    for filler in (torch.zeros_like(padding), padding):
+        padded_ids = torch.cat([filler, input_ids], dim=1)
+        padded = model.model(padded_ids, attention_mask).last_hidden_state
+        torch.testing.assert_close(padded[:, 4:], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model.get_user_embeddings(padded_ids, attention_mask),
+            model.get_user_embeddings(input_ids),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        model.zero_grad()
+        padded_labels = torch.cat([torch.full_like(padding, -100), labels], dim=1)
+        model(padded_ids, attention_mask, labels=padded_labels).loss.backward()
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+@every_model
+def test_the_last_position_alone_is_the_last_of_all(model_type, settings):
+    model = make_model(model_type, settings)
+    input_ids = torch.randint(3, 31, (3, 7), generator=torch.Generator().manual_seed(1))
+    input_ids[0, :3] = 0
+    alone = model.model(input_ids, last_position_only=True).last_hidden_state
+    torch.testing.assert_close(alone, model.model(input_ids).last_hidden_state[:, -1:])
+
+
+@every_model
+def test_saved_and_loaded_by_the_auto_classes(model_type, settings, tmp_path):
+    model = make_model(model_type, settings)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    input_ids = torch.tensor([[0, 0, 3, 9, 4], [22, 5, 5, 17, 8]])
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    assert torch.equal(loaded.recommend(input_ids, top_k=5).token_ids, model.recommend(input_ids, top_k=5).token_ids)
+
+
+@every_model
+def test_hidden_states_are_recorded(model_type, settings):
+    model = make_model(model_type, settings)
+    hidden_states = model(torch.tensor([[3, 9, 4]]), output_hidden_states=True).hidden_states
+    assert len(hidden_states) >= model.config.num_hidden_layers
+
+
+@every_model
+def test_overfits_50_users(model_type, settings, tmp_path):
+    generator = np.random.default_rng(0)
+    histories = [3 + generator.permutation(28)[: generator.integers(4, 9)] for _ in range(50)]
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **settings, hidden_dropout=0.0))
+    collator = make_collator(model.config, 12)
+    trainer = SequentialRecommendationTrainer(
+        model,
+        TrainingArguments(
+            str(tmp_path),
+            max_steps=400,
+            per_device_train_batch_size=25,
+            learning_rate=1e-2,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        ),
+        collator,
+        train_dataset=Dataset.from_dict({"input_ids": histories}),
+        eval_dataset=Dataset.from_dict(
+            {"input_ids": [history[:-1] for history in histories], "target": [history[-1] for history in histories]}
+        ),
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_hr@1"] > 0.8
