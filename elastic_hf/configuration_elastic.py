@@ -51,6 +51,7 @@ class ElasticConfig(RecommenderConfig):
     intermediate_size: int = 256
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.2
+    scale_embeddings: bool = False
     attention_gate: bool = False
     feed_forward_gate: bool = False
     conv_kernel_size: int = 3

@@ -333,6 +333,8 @@ class ElasticModel(ElasticPreTrainedModel):
             attention_mask = input_ids != self.config.pad_token_id
         attention_mask = attention_mask.bool()
         embeddings = self.embed_tokens(input_ids) * attention_mask[..., None]  # (B, L, D)
+        if self.config.scale_embeddings:
+            embeddings = embeddings * math.sqrt(self.config.hidden_size)
         experts = self._experts(embeddings, attention_mask)
         hidden_states = embeddings
         if self.embed_positions is not None:

@@ -393,8 +393,9 @@ def main() -> None:
     if training_args.do_predict:
         prediction = trainer.predict(splits["test"])
         popularity = PopularityForSequentialRecommendation(PopularityConfig(vocab_size=len(tokenizer)))
-        counter = SequentialRecommendationTrainer(popularity.count_items(whole_histories), training_args, collator)
-        for metrics in (prediction.metrics, counter.predict(splits["test"], metric_key_prefix="popularity").metrics):
+        popularity.count_items(whole_histories)
+        counter = SequentialRecommendationTrainer(popularity, training_args, collator, eval_dataset=splits["test"])
+        for metrics in (prediction.metrics, counter.evaluate(metric_key_prefix="popularity")):
             results |= {key: value for key, value in metrics.items() if "@" in key}
 
     # 8. Results, model card and training curve
