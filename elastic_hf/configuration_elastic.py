@@ -8,8 +8,8 @@ from .configuration_recommender import RecommenderConfig
 @strict
 class ElasticConfig(RecommenderConfig):
     r"""
-    Configuration of [`ElasticModel`] and [`ElasticForSequentialRecommendation`]: the fields of [`RecommenderConfig`] and
-    these.
+    Configuration of [`ElasticModel`] and [`ElasticForSequentialRecommendation`]: the fields of
+    [`RecommenderConfig`] and these.
 
     Args:
         num_hidden_layers (`int`, defaults to 2):

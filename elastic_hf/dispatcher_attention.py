@@ -102,9 +102,7 @@ def causal_lda_recurrent(
     outputs = []
     for t in range(length):
         now = slice(t, t + 1)
-        state = final_state(
-            key[..., now, :], value[..., now, :], scores[..., now, :], log_forget[..., now, :], state
-        )
+        state = final_state(key[..., now, :], value[..., now, :], scores[..., now, :], log_forget[..., now, :], state)
         outputs.append(dispatch(query[..., t, :], state))
     return torch.stack(outputs, dim=-2), state
 

@@ -42,9 +42,7 @@ def full_softmax_loss(
 
 class _FullSoftmaxLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, seen: Tensor | None
-    ) -> Tensor:
+    def forward(ctx, user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, seen: Tensor | None) -> Tensor:
         limit = MAX_SCORES.get(user_embeddings.device.type, MAX_SCORES["cuda"])
         chunk_size = max(1, limit // item_embeddings.shape[0])
         dtype = torch.promote_types(user_embeddings.dtype, torch.float32)

@@ -158,7 +158,8 @@ class SequentialRecommenderMixin:
         _check_shape("labels", labels, input_ids)
         outputs = self.model(input_ids, attention_mask, **kwargs)
         return SequentialRecommendationOutput(
-            loss=self.loss(outputs.last_hidden_state, labels, num_items_in_batch, input_ids), hidden_states=outputs.hidden_states
+            loss=self.loss(outputs.last_hidden_state, labels, num_items_in_batch, input_ids),
+            hidden_states=outputs.hidden_states,
         )
 
     def loss(

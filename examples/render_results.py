@@ -1,15 +1,18 @@
-"""Writes the tables of README.md and examples/README.md from the files in examples/results.
+"""Writes the tables of README.md, examples/README.md and examples/results.md from the files in examples/results.
 
-    python examples/render_results.py
+python examples/render_results.py
 """
 
 import json
 import re
+import shlex
+import statistics
+from itertools import groupby
 from pathlib import Path
 
 
 EXAMPLES = Path(__file__).parent
-DOCUMENTS = (EXAMPLES.parent / "README.md", EXAMPLES / "README.md")
+DOCUMENTS = (EXAMPLES.parent / "README.md", EXAMPLES / "README.md", EXAMPLES / "results.md")
 
 
 def read_results(pattern: str) -> dict[str, dict]:
@@ -22,39 +25,83 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
-def accuracy() -> str:
-    """One row for each dataset."""
-    header = ["dataset", "users / items / interactions", "length", "HR@10 / NDCG@10", "the same, seen items kept"]
-    header += ["popularity", "best of epochs", "minutes", "hardware", "file"]
+def runs(pattern: str = "*.json") -> list[dict]:
+    """The results of run_seqrec.py that match."""
+    return [run for run in read_results(pattern).values() if "model_type" in run]
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """`mean ± standard deviation` of several seeds, or the value of one."""
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def accuracy_rows(chosen: list[dict], keys: tuple[str, ...]) -> list[list[str]]:
+    """One row for all seeds of a setting, the best of each dataset first."""
+
+    def setting(run: dict) -> tuple:
+        return (run["dataset"], *(str(run[key]) for key in keys))
+
     rows = []
-    for name, run in read_results("*-elastic.json").items():
-        rows.append(
-            [
-                run["dataset"],
-                f"{run['num_users']:,} / {run['num_items']:,} / {run['num_interactions']:,}",
-                str(run["max_length"]),
-                f"**{run['test_hr@10']:.4f} / {run['test_ndcg@10']:.4f}**",
-                f"{run['test_hr@10_seen_kept']:.4f} / {run['test_ndcg@10_seen_kept']:.4f}",
-                f"{run['popularity_hr@10']:.4f} / {run['popularity_ndcg@10']:.4f}",
-                f"{run['best_epoch']:g} of {run['epochs']:g}",
-                f"{run['train_seconds'] / 60:.0f}",
-                run["hardware"],
-                f"[{name}](RESULTS/{name})",
-            ]
-        )
-    return table(header, rows)
+    for _, group in groupby(sorted(chosen, key=setting), key=setting):
+        seeds = list(group)
+        first, ndcg = seeds[0], [run["test_ndcg@10"] for run in seeds]
+        row = [first["dataset"], *(str(first[key]) for key in keys)]
+        row += [mean_and_deviation([run["test_hr@10"] for run in seeds]), f"**{mean_and_deviation(ndcg)}**"]
+        row += [mean_and_deviation([run[f"test_{name}@10_seen_kept"] for run in seeds]) for name in ("hr", "ndcg")]
+        row += [f"{len(seeds)}", f"{first['num_parameters']:,}"]
+        row += [f"{statistics.mean(run.get('train_seconds', 0) for run in seeds) / 60:.0f}", first["hardware"]]
+        rows.append((first["dataset"], -statistics.mean(ndcg), row))
+    return [row for *_, row in sorted(rows, key=lambda entry: entry[:2])]
+
+
+ACCURACY = ["HR@10", "NDCG@10", "HR@10, seen kept", "NDCG@10, seen kept", "seeds", "parameters", "minutes", "hardware"]
+
+
+def accuracy() -> str:
+    """The main table: one row for each dataset and model."""
+    chosen = [run for run in runs() if run["main_row"]]
+    keys = ("model_type", "max_length")
+    return table(["dataset", "model", "length", *ACCURACY], accuracy_rows(chosen, keys))
+
+
+def variants() -> str:
+    """Ablations and other lengths: trained like the main rows, evaluated on the test items."""
+    chosen = [run for run in runs() if not run["main_row"] and "test_ndcg@10" in run]
+    keys = ("model_type", "variant", "max_length")
+    return table(["dataset", "model", "variant", "length", *ACCURACY], accuracy_rows(chosen, keys))
+
+
+def trials() -> str:
+    """Every trial of the search, the best of each dataset and number of epochs first."""
+    rows = []
+    for run in runs("trials/*.json"):
+        arguments = shlex.split(run["command"])
+        overrides = dict(zip(arguments, arguments[1:], strict=False)).get("--config_overrides", "")
+        training = run["training"]
+        row = [run["dataset"], f"{training['epochs']:g}", run["model_type"], run["variant"]]
+        row += [overrides.replace(",", ", "), f"{training['learning_rate']:g}", str(training["batch_size"])]
+        row += ["yes" if run["split_into_windows"] else "no"]
+        row += [f"{run['validation_hr@10']:.4f}", f"**{run['validation_ndcg@10']:.4f}**"]
+        row += [f"{run['num_parameters']:,}", f"{run['train_seconds'] / 60:.0f}"]
+        rows.append((run["dataset"], training["epochs"], -run["validation_ndcg@10"], row))
+    header = ["dataset", "epochs", "model", "trial", "configuration", "learning rate", "batch", "windows"]
+    header += ["validation HR@10", "validation NDCG@10", "parameters", "minutes"]
+    return table(header, [row for *_, row in sorted(rows)])
 
 
 def commands() -> str:
     """The command behind each run of run_seqrec.py."""
-    runs = read_results("*-elastic*.json")
-    return "\n\n".join(f"`results/{name}`:\n\n```bash\n{run['command']}\n```" for name, run in runs.items())
+    return "\n".join(
+        f"- `{name}`: `{run['command']}`" for name, run in read_results("*.json").items() if "seed" in run
+    )
 
 
 def lengths() -> str:
     """The embedded dataset, read at two lengths."""
     rows = []
-    for run in read_results("synthetic-elastic-length*.json").values():
+    for run in runs("synthetic-elastic-*-length*.json"):
         scores = [f"{run[f'test_{metric}']:.4f}" for metric in ("hr@10", "ndcg@10", "hr@20", "ndcg@20")]
         rows.append([f"the last {run['max_length']} items", *scores, f"{run['popularity_ndcg@10']:.4f}"])
     return table(["the model reads", "HR@10", "NDCG@10", "HR@20", "NDCG@20", "popularity NDCG@10"], rows)
@@ -85,7 +132,7 @@ def tokenizer() -> str:
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
-    for run in read_results("ml-100k-elastic.json").values():
+    for run in runs("ml-100k-elastic-42.json"):
         sample = run["sample"]
         parts = [f"The last items of user {sample['user_id']}:", *(f"    {title}" for title in sample["history"])]
         parts += ["Recommended:", *(f"{rank:4}  {title}" for rank, title in enumerate(sample["recommended"], start=1))]
@@ -93,7 +140,10 @@ def recommendations() -> str:
     return "```text\n" + "\n".join(parts) + "\n```"
 
 
-TABLES = {function.__name__: function for function in (accuracy, commands, lengths, data, tokenizer, recommendations)}
+TABLES = {
+    function.__name__: function
+    for function in (accuracy, variants, trials, commands, lengths, data, tokenizer, recommendations)
+}
 
 
 def render(document: Path) -> str:

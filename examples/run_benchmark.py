@@ -1,7 +1,7 @@
 """Measures what the README states. One sub-command for each subject, and one JSON file of results for each.
 
-    python examples/run_benchmark.py data         # 20 million interactions from a file to split histories
-    python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
+python examples/run_benchmark.py data         # 20 million interactions from a file to split histories
+python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 """
 
 import argparse

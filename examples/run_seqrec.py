@@ -113,8 +113,8 @@ class DataArguments:
 class SeqRecTrainingArguments(TrainingArguments):
     """[`TrainingArguments`] with the defaults of this script."""
 
-    output_dir: str | None = field(
-        default=None,
+    output_dir: str = field(
+        default="",
         metadata={"help": "Folder of the model and its checkpoints; outputs/<dataset>-<model>-<seed>[-<variant>]."},
     )
     num_train_epochs: float = 16
@@ -136,7 +136,8 @@ class SeqRecTrainingArguments(TrainingArguments):
         default=10, metadata={"help": "Evaluations without a better validation metric before stopping; 0: never."}
     )
     results_dir: str | None = field(
-        default=None, metadata={"help": "Where to copy all_results.json to: <dataset>-<model>-<seed>[-<variant>].json."}
+        default=None,
+        metadata={"help": "Where to copy all_results.json to: <dataset>-<model>-<seed>[-<variant>].json."},
     )
     variant: str | None = field(
         default=None,
@@ -216,7 +217,7 @@ def main() -> None:
     run_name = f"{Path(dataset_name).stem}-{model_args.model_type}-{training_args.seed}"
     if training_args.variant is not None:
         run_name += f"-{training_args.variant}"
-    if training_args.output_dir is None:
+    if not training_args.output_dir:
         training_args.output_dir = f"outputs/{run_name}"
     output_dir = Path(training_args.output_dir)
     results_file = output_dir / "all_results.json"

@@ -83,9 +83,7 @@ def finished(shop, tmp_path_factory):
     """The output folder, the results and the standard output of one whole run."""
     output_dir = tmp_path_factory.mktemp("finished") / "shop-elastic"
     results_dir = output_dir.parent / "copies"
-    output = run(
-        command_line(arguments_for(shop, output_dir, results_dir=str(results_dir), report_to="tensorboard"))
-    )
+    output = run(command_line(arguments_for(shop, output_dir, results_dir=str(results_dir), report_to="tensorboard")))
     results = json.loads((output_dir / "all_results.json").read_text())
     assert json.loads((results_dir / "shop-elastic-42.json").read_text()) == results
     return output_dir, results, output

@@ -3,14 +3,23 @@
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..tokenization_elastic import ElasticItemTokenizer
+from .bert4rec import BERT4RecConfig, BERT4RecForSequentialRecommendation
 from .gru4rec import GRU4RecConfig, GRU4RecForSequentialRecommendation
+from .lightsans import LightSANsConfig, LightSANsForSequentialRecommendation
+from .linrec import LinRecConfig, LinRecForSequentialRecommendation
 from .popularity import PopularityConfig, PopularityForSequentialRecommendation
 from .sasrec import SASRecConfig, SASRecForSequentialRecommendation
 
 
 __all__ = [
+    "BERT4RecConfig",
+    "BERT4RecForSequentialRecommendation",
     "GRU4RecConfig",
     "GRU4RecForSequentialRecommendation",
+    "LightSANsConfig",
+    "LightSANsForSequentialRecommendation",
+    "LinRecConfig",
+    "LinRecForSequentialRecommendation",
     "PopularityConfig",
     "PopularityForSequentialRecommendation",
     "SASRecConfig",
@@ -18,7 +27,10 @@ __all__ = [
 ]
 
 for config_class, model_class in (
+    (BERT4RecConfig, BERT4RecForSequentialRecommendation),
     (GRU4RecConfig, GRU4RecForSequentialRecommendation),
+    (LightSANsConfig, LightSANsForSequentialRecommendation),
+    (LinRecConfig, LinRecForSequentialRecommendation),
     (PopularityConfig, PopularityForSequentialRecommendation),
     (SASRecConfig, SASRecForSequentialRecommendation),
 ):

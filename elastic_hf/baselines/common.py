@@ -40,9 +40,7 @@ class ItemEmbeddings(nn.Module):
         """The position embeddings of a batch of histories of that length: (L, D)."""
         longest = self.embed_positions.num_embeddings
         if length > longest:
-            raise ValueError(
-                f"input_ids must not be longer than max_position_embeddings ({longest}), found {length}"
-            )
+            raise ValueError(f"input_ids must not be longer than max_position_embeddings ({longest}), found {length}")
         return self.embed_positions.weight[longest - length :]
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -79,7 +77,13 @@ class SelfAttention(nn.Module):
 
 
 def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention that holds all (B, H, L, L) weights: (B, H, L, K) -> (B, L, H, K), and the weights."""
     scores = query @ key.transpose(-1, -2) * scaling

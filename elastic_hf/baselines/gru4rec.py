@@ -72,7 +72,7 @@ class GRU4RecModel(GRU4RecPreTrainedModel):
     """
     Item embeddings, a GRU and a linear layer: token ids to a vector at each position.
 
-    The GRU reads the items alone, from a zero state (2016, equations 1 to 4):
+    The GRU reads the items alone, from a zero state (2016, equations 2 to 5):
 
         r = sigmoid(W_r x + U_r h);   z = sigmoid(W_z x + U_z h);   n = tanh(W_n x + r * (U_n h))
         h = (1 - z) * n + z * h

@@ -90,7 +90,7 @@ class SASRecPreTrainedModel(BaselinePreTrainedModel):
 
 
 class SASRecModel(SASRecPreTrainedModel):
-    """Item embeddings and positions, self-attention blocks and the final norm: token ids to a vector at each position."""
+    """Embeddings and positions, self-attention blocks and the final norm: token ids to a vector at each position."""
 
     def __init__(self, config: SASRecConfig):
         super().__init__(config)

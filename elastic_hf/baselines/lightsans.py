@@ -1,0 +1,240 @@
+"""LightSANs (Fan et al. 2021, "Lighter and Better: Low-Rank Decomposed Self-Attention Networks for Next-Item
+Recommendation")."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration_recommender import RecommenderConfig
+from .common import BaselineForSequentialRecommendation, BaselinePreTrainedModel, ItemEmbeddings, PostNormLayer
+
+
+@strict
+class LightSANsConfig(RecommenderConfig):
+    r"""
+    Configuration of [`LightSANsModel`] and [`LightSANsForSequentialRecommendation`]: the fields of
+    [`RecommenderConfig`], with `is_causal=False` by default, and these. As published the model trains with the
+    objective `"prefix"`, the default here; `"masked_item"` trains many positions in one pass.
+
+    Args:
+        num_hidden_layers (`int`, defaults to 2):
+            Number of Transformer layers.
+        num_attention_heads (`int`, defaults to 2):
+            Attention heads; must divide `hidden_size`.
+        num_latent_interests (`int`, defaults to 5):
+            Number E of interests that a history is pooled into (the paper's k).
+        intermediate_size (`int`, defaults to 256):
+            Width of the point-wise feed-forward network.
+        hidden_dropout (`float`, defaults to 0.2):
+            Dropout probability of the embeddings and of each residual branch.
+        max_position_embeddings (`int`, defaults to 201):
+            Number of learned absolute positions: the longest history that can be read, and one for the mask token
+            that `"masked_item"` appends at inference.
+        layer_norm_eps (`float`, defaults to 1e-12):
+            Epsilon of the layer norms.
+    """
+
+    model_type = "lightsans"
+
+    is_causal: bool = False
+    training_objective: str = "prefix"
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    num_latent_interests: int = 5
+    intermediate_size: int = 256
+    hidden_dropout: float | int = 0.2
+    max_position_embeddings: int = 201
+    layer_norm_eps: float = 1e-12
+
+    def validate_sizes(self):
+        """Every size is positive."""
+        self._validate_at_least(
+            1,
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_latent_interests",
+            "intermediate_size",
+            "max_position_embeddings",
+        )
+        self._validate_fractions("hidden_dropout")
+        self._validate_heads()
+
+    def validate_causal(self):
+        """The interests of LightSANs are pooled from the whole history."""
+        if self.is_causal:
+            raise ValueError("is_causal must be False for lightsans, found True")
+
+
+def pool_interests(states: Tensor, interests: Tensor, mask: Tensor) -> Tensor:
+    """softmax(H theta^T)^T H, the softmax over the positions (the paper's item-to-interest aggregation).
+
+    Args:
+        states (`torch.Tensor` of shape `(B, L, D)`): H, keys or values of the items.
+        interests (`torch.Tensor` of shape `(E, D)`): theta.
+        mask (`torch.BoolTensor` of shape `(B, L)`): what may be read, at least one position of each row.
+
+    Returns:
+        `torch.Tensor` of shape `(B, E, D)`.
+    """
+    weights = (states @ interests.T).masked_fill(~mask[..., None], -math.inf).softmax(dim=1)  # (B, L, E)
+    return weights.transpose(1, 2) @ states
+
+
+def low_rank_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_interests: Tensor,
+    value_interests: Tensor,
+    position_query: Tensor,
+    position_key: Tensor,
+    mask: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Items read the history's interests, and positions read positions. In each head, with K = D / H,
+
+        softmax(Q K~^T / sqrt(K)) V~  +  softmax(P_Q P_K^T / sqrt(K)) V
+
+    where K~ and V~ are keys and values pooled by [`pool_interests`] before they are cut into heads: the paper's
+    item-to-interest interaction and its decoupled position encoding. The paper pads nothing; here padding is neither
+    pooled nor read by position.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, Q, D)`): of the positions that read.
+        key, value (`torch.Tensor` of shape `(B, L, D)`).
+        key_interests, value_interests (`torch.Tensor` of shape `(E, D)`).
+        position_query (`torch.Tensor` of shape `(Q, D)`).
+        position_key (`torch.Tensor` of shape `(L, D)`).
+        mask (`torch.BoolTensor` of shape `(B, L)`): what may be read, at least one position of each row.
+        num_heads (`int`): H, a divisor of D.
+
+    Returns:
+        `torch.Tensor` of shape `(B, Q, D)`.
+    """
+
+    def heads(states: Tensor) -> Tensor:
+        return states.expand(len(query), -1, -1).unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, L, K)
+
+    from_items = F.scaled_dot_product_attention(
+        heads(query),
+        heads(pool_interests(key, key_interests, mask)),
+        heads(pool_interests(value, value_interests, mask)),
+    )
+    from_positions = F.scaled_dot_product_attention(
+        heads(position_query), heads(position_key), heads(value), attn_mask=mask[:, None, None]
+    )
+    return (from_items + from_positions).transpose(1, 2).flatten(2)
+
+
+class LightSANsAttention(nn.Module):
+    """[`low_rank_attention`] between its projections; the positions are normed first, as in the authors' code."""
+
+    def __init__(self, config: LightSANsConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key_interests = nn.Parameter(torch.empty(config.num_latent_interests, config.hidden_size))
+        self.value_interests = nn.Parameter(torch.empty(config.num_latent_interests, config.hidden_size))
+        self.position_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.position_query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.position_key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, positions: Tensor, mask: Tensor, last_position_only: bool) -> Tensor:
+        """(B, L, D) and positions (L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`; (B, L) mask."""
+        positions = self.position_norm(positions)
+        first = -1 if last_position_only else 0
+        output = low_rank_attention(
+            self.query(hidden_states[:, first:]),
+            self.key(hidden_states),
+            self.value(hidden_states),
+            self.key_interests,
+            self.value_interests,
+            self.position_query(positions[first:]),
+            self.position_key(positions),
+            mask,
+            self.num_heads,
+        )
+        return self.output(output)
+
+
+class LightSANsPreTrainedModel(BaselinePreTrainedModel):
+    config: LightSANsConfig
+    config_class = LightSANsConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PostNormLayer"]
+    _can_record_outputs = {"hidden_states": PostNormLayer}
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, LightSANsAttention):
+            # The authors' scale: with initializer_range all interests would begin as the mean of the history.
+            init.normal_(module.key_interests)
+            init.normal_(module.value_interests)
+
+
+class LightSANsModel(LightSANsPreTrainedModel):
+    """
+    Item embeddings and Transformer layers that get the positions apart: token ids to a vector at each position.
+
+    The item embeddings are normed, as in the authors' code; no position is added to them.
+    """
+
+    def __init__(self, config: LightSANsConfig):
+        super().__init__(config)
+        self.embeddings = ItemEmbeddings(config)
+        self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(
+            PostNormLayer(config, LightSANsAttention(config)) for _ in range(config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        last_position_only: bool = False,
+        **kwargs,
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
+                Histories, oldest item first, padded on the left.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
+            last_position_only (`bool`, defaults to `False`):
+                Compute the last layer at the last position only: `last_hidden_state` has shape
+                `(batch_size, 1, hidden_size)`.
+        """
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        mask = attention_mask.bool()
+        mask = mask | ~mask.any(dim=1, keepdim=True)  # nothing but padding reads itself: a softmax needs a position
+        positions = self.embeddings.positions(input_ids.shape[1])
+        hidden_states = self.dropout(self.embedding_norm(self.embeddings.embed_tokens(input_ids)))
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, last_position_only and i == last, positions, mask)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class LightSANsForSequentialRecommendation(BaselineForSequentialRecommendation, LightSANsPreTrainedModel):
+    """LightSANs with its scores over the catalogue, its training losses and `recommend`."""
+
+    base_model_class = LightSANsModel
+
+
+__all__ = ["LightSANsConfig", "LightSANsForSequentialRecommendation", "LightSANsModel"]
