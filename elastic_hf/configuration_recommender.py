@@ -29,6 +29,10 @@ class RecommenderConfig(PreTrainedConfig):
             random prefix predicts the item after it.
         training_loss (`str`, defaults to `"full_softmax"`):
             `"full_softmax"`, `"sampled_softmax"`, `"gbce"` or `"bce"`, see `loss.py`.
+        exclude_seen (`bool`, defaults to `True`):
+            Leave the items that a position has read out of its softmax, as `recommend` and the evaluation leave them
+            out of their answer. Set it to `False` where users come back to items and these are to be recommended.
+            Read by the full softmax only.
         num_negatives (`int`, defaults to 256):
             Uniform negatives: one set per batch for the sampled softmax, one set per position for gBCE and BCE. Not
             read by the full softmax.
@@ -52,7 +56,7 @@ class RecommenderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     training_objective: str = "next_item"
     training_loss: str = "full_softmax"
-    exclude_seen: bool = False
+    exclude_seen: bool = True
     num_negatives: int = 256
     gbce_calibration: float | int = 0.75
     num_special_tokens: int = 3

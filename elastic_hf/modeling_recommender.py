@@ -157,31 +157,28 @@ class SequentialRecommenderMixin:
             )
         _check_shape("labels", labels, input_ids)
         outputs = self.model(input_ids, attention_mask, **kwargs)
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
         return SequentialRecommendationOutput(
-            loss=self.loss(outputs.last_hidden_state, labels, num_items_in_batch, input_ids),
+            loss=self.loss(outputs.last_hidden_state, input_ids, labels, num_items_in_batch),
             hidden_states=outputs.hidden_states,
         )
 
     def loss(
         self,
         hidden_states: Tensor,
+        input_ids: Tensor,
         labels: Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
-        input_ids: Tensor | None = None,
     ) -> Tensor:
-        """The configured training loss of `(B, L, D)` hidden states against `(B, L)` labels, in nats per target."""
+        """The training loss in nats per target, from `(B, L, D)` hidden states, `(B, L)` input ids and labels."""
         config = self.config
         is_target = labels >= config.num_special_tokens
         users = hidden_states[is_target]  # (T, D)
         items = self.lm_head.weight[config.num_special_tokens :]
         targets = labels[is_target] - config.num_special_tokens
         if config.training_loss == "full_softmax":
-            seen = None
-            if config.exclude_seen:
-                rows, places = is_target.nonzero(as_tuple=True)
-                later = torch.arange(labels.shape[1], device=labels.device) > places[:, None]
-                seen = input_ids[rows] - config.num_special_tokens  # (T, L)
-                seen = seen.masked_fill(later | (seen < 0), items.shape[0])
+            seen = self._seen(input_ids, is_target) if config.exclude_seen else None
             total = full_softmax_loss(users, items, targets, seen)
         elif config.training_loss == "sampled_softmax":
             negatives = torch.randint(items.shape[0], (config.num_negatives,), device=targets.device)
@@ -194,6 +191,16 @@ class SequentialRecommenderMixin:
             else:
                 total = gbce_loss(users, items, targets, negatives, config.gbce_calibration)
         return total / (is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def _seen(self, input_ids: Tensor, is_target: Tensor) -> Tensor:
+        """The items that each target's position has read: (T, L) rows of the catalogue, its size where there is none."""
+        config = self.config
+        rows, places = is_target.nonzero(as_tuple=True)
+        seen = input_ids[rows] - config.num_special_tokens
+        unread = seen < 0
+        if config.is_causal:
+            unread |= torch.arange(seen.shape[1], device=seen.device) > places[:, None]
+        return seen.masked_fill(unread, config.vocab_size - config.num_special_tokens)
 
     def _read_histories(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> ModelOutput:
         if self.config.training_objective == "masked_item":

@@ -32,6 +32,24 @@ def test_full_softmax_equals_the_naive_loss_with_gradients(inputs, max_scores, m
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_scores", [1, V * 3, V * 100], ids=["one row", "three rows", "one chunk"])
+def test_full_softmax_leaves_out_what_was_seen_but_not_the_target(inputs, max_scores, monkeypatch):
+    users, items, targets = inputs
+    monkeypatch.setitem(loss.MAX_SCORES, "cpu", max_scores)
+    seen = torch.randint(V + 1, (T, 4))  # V is no item
+    assert (seen == targets[:, None]).any() and (seen == V).any()
+    scores = users @ items.T
+    for row in range(T):
+        for item in {*seen[row].tolist()} - {V, int(targets[row])}:
+            scores = scores.index_put((torch.tensor(row), torch.tensor(item)), torch.tensor(-math.inf).double())
+    expected = reference.softmax_loss(scores, targets)
+    result = full_softmax_loss(users, items, targets, seen)
+    torch.testing.assert_close(result, expected)
+    gradients = torch.autograd.grad(result, (users, items))
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, (users, items)), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_full_softmax_never_holds_the_scores_of_all_targets(inputs, rows, monkeypatch):
     """No tensor of scores that is computed on the way to the loss and its gradients has more rows than a chunk."""

@@ -141,13 +141,27 @@ def test_masked_item_models_append_their_mask_token():
     torch.testing.assert_close(model.get_user_embeddings(history), model(history).user_embeddings)
 
 
-def test_loss_is_the_mean_over_targets_or_over_what_the_trainer_counted(model, input_ids):
+@pytest.mark.parametrize("exclude_seen", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_loss_is_the_mean_over_targets_or_over_what_the_trainer_counted(model, input_ids, exclude_seen, is_causal):
+    """Of what a position has read, itself included, only its target is in its softmax, if seen items are excluded."""
+    model.config.exclude_seen = exclude_seen
+    model.config.is_causal = is_causal
     labels = torch.tensor([[-100, -100, 9, 4, 5], [5, 5, 17, 8, 0]])  # padding is no target
-    logits = model.lm_head(model.model(input_ids).last_hidden_state)[..., 3:]
-    rows = labels >= 3
-    expected = torch.nn.functional.cross_entropy(logits[rows], labels[rows] - 3, reduction="sum")
-    torch.testing.assert_close(model(input_ids, labels=labels).loss, expected / 7)
-    torch.testing.assert_close(model(input_ids, labels=labels, num_items_in_batch=10).loss, expected / 10)
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    logits = model.lm_head(model.model(input_ids, attention_mask).last_hidden_state)
+    total = 0
+    for row in range(2):
+        for t in range(5):
+            if labels[row, t] < 3:
+                continue
+            read = slice(0, t + 1) if is_causal else slice(0, 5)
+            seen = set(input_ids[row, read][attention_mask[row, read] == 1].tolist()) if exclude_seen else set()
+            scored = [item for item in range(3, VOCAB_SIZE) if item not in seen or item == labels[row, t]]
+            total = total + logits[row, t, scored].logsumexp(dim=-1) - logits[row, t, labels[row, t]]
+    torch.testing.assert_close(model(input_ids, attention_mask, labels=labels).loss, total / 7)
+    loss = model(input_ids, attention_mask, labels=labels, num_items_in_batch=10).loss
+    torch.testing.assert_close(loss, total / 10)
     assert model(input_ids, labels=labels).logits is None
 
 
