@@ -52,6 +52,8 @@ class ElasticConfig(RecommenderConfig):
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.2
     scale_embeddings: bool = False
+    forgetting: str = "learned"
+    rotary: bool = False
     attention_gate: bool = False
     feed_forward_gate: bool = False
     conv_kernel_size: int = 3

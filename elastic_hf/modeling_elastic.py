@@ -107,6 +107,15 @@ class ElasticInterestMemory(nn.Module):
         return (self.values(slots) * weights[..., None] * weights.shape[-1]).flatten(1, 2)
 
 
+def rotate(states: Tensor, length: int) -> Tensor:
+    half = states.shape[-1] // 2
+    frequency = 10000 ** (-torch.arange(half, device=states.device) / half)
+    angle = torch.arange(length - states.shape[-2], length, device=states.device)[:, None] * frequency
+    first, second = states[..., :half], states[..., half:]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
 class ElasticCausalAttention(nn.Module):
     """Causal linear dispatcher attention: the experts at position t have read the items up to t."""
 
@@ -120,6 +129,9 @@ class ElasticCausalAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.experts = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts, self.head_size))
         self.gate = nn.Linear(config.hidden_size, config.hidden_size) if config.attention_gate else None
+        self.forgetting, self.rotary = config.forgetting, config.rotary
+        if config.forgetting == "data":
+            self.forget = nn.Linear(config.hidden_size, self.num_heads * config.num_interest_experts, bias=False)
         self.log_half_life = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts))
 
     def forward(
@@ -132,6 +144,7 @@ class ElasticCausalAttention(nn.Module):
         key = self.key(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, H, L, K)
         value = self.value(hidden_states).unflatten(-1, heads).transpose(1, 2)
 
+        forget_input = self.forget(hidden_states) if self.forgetting == "data" else None
         # States add up thousands of items: float32 at least, whatever autocast says.
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(query.dtype, torch.float32)
@@ -139,20 +152,28 @@ class ElasticCausalAttention(nn.Module):
             scores = key @ experts.transpose(-1, -2) / math.sqrt(self.head_size)  # (B, H, L, E)
             scores = SCORE_CAP * torch.tanh(scores / SCORE_CAP)
             scores = scores.masked_fill(~attention_mask[:, None, :, None], -math.inf)
+            log_forget = self.log_forget(dtype, forget_input) if self.forgetting == "data" else self.log_forget(dtype)
+            if self.forgetting == "none":
+                log_forget = torch.zeros_like(log_forget)
+            if self.rotary:
+                query, key = rotate(query, key.shape[2]), rotate(key, key.shape[2])
             if last_position_only:
-                state = final_state(key, value, scores, self.log_forget(dtype))
+                state = final_state(key, value, scores, log_forget)
                 output = dispatch(query[:, :, 0], state)[:, :, None]
             else:
-                output, _ = causal_lda_chunked(query, key, value, scores, self.log_forget(dtype))
+                output, _ = causal_lda_chunked(query, key, value, scores, log_forget)
         output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         if self.gate is not None:
             output = output * F.silu(self.gate(readers))
         return self.output(output)
 
-    def log_forget(self, dtype: torch.dtype) -> Tensor:
+    def log_forget(self, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
         """Log of what each expert keeps of its state at each new item: (H, 1, E). A half-life is at least one item."""
-        half_life = 1 + self.log_half_life.to(dtype).exp()
-        return (-math.log(2) / half_life)[:, None]
+        log_half_life = self.log_half_life.to(dtype)[:, None]
+        if shift is not None:
+            log_half_life = log_half_life + shift.to(dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        half_life = 1 + log_half_life.clamp(max=12).exp()
+        return -math.log(2) / half_life
 
 
 class ElasticBidirectionalAttention(nn.Module):
