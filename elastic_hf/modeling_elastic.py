@@ -393,5 +393,37 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @torch.no_grad()
+    def get_retrieved_slots(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
+    ) -> torch.LongTensor:
+        """The slots of the interest memory that answer for each history: at its last position, or for its experts.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `forward`.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `forward`.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, num_memory_heads, num_slots)`: best first, from 0 to
+            `num_memory_subkeys**2 - 1`.
+
+        Raises:
+            ValueError: if the model has no interest memory.
+        """
+        memory = self.model.layers[-1].memory if self.config.is_causal else self.model.memory
+        if memory is None:
+            raise ValueError("num_memory_subkeys must be at least 1 for a model that retrieves slots, found 0")
+        queries = []
+        handle = memory.query_norm.register_forward_hook(lambda module, inputs, output: queries.append(output))
+        try:
+            self.get_user_embeddings(input_ids, attention_mask)
+        finally:
+            handle.remove()
+        query = queries[0].reshape(input_ids.shape[0], self.config.num_memory_heads, 2, -1)
+        num_slots = self.config.memory_top_k
+        if not self.config.is_causal:
+            num_slots = self.config.num_interest_experts // self.config.num_memory_heads
+        return retrieve_slots(query, memory.sub_keys, num_slots)[1]
+
 
 __all__ = ["ElasticForSequentialRecommendation", "ElasticModel", "ElasticPreTrainedModel"]

@@ -193,7 +193,7 @@ class SequentialRecommenderMixin:
         return total / (is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     def _seen(self, input_ids: Tensor, is_target: Tensor) -> Tensor:
-        """The items that each target's position has read: (T, L) rows of the catalogue, its size where there is none."""
+        """What each target's position has read: (T, L) rows of the catalogue, its size where there is no item."""
         config = self.config
         rows, places = is_target.nonzero(as_tuple=True)
         seen = input_ids[rows] - config.num_special_tokens

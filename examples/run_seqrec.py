@@ -15,6 +15,7 @@ checkpoint when it is started again. `--help` lists all arguments.
 
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -34,6 +35,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -45,6 +47,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
+from elastic_hf import ElasticForSequentialRecommendation
 from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
 from elastic_hf.configuration_recommender import RecommenderConfig
 from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
@@ -182,6 +185,21 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+@torch.no_grad()
+def memory_usage(model: ElasticForSequentialRecommendation, batches: DataLoader) -> dict[str, float]:
+    """The share of the memory's slots that is retrieved for at least one user, and the evenness of the retrievals."""
+    counts = torch.zeros(model.config.num_memory_subkeys**2)
+    for batch in batches:
+        inputs = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        counts += torch.bincount(model.get_retrieved_slots(*inputs).flatten().cpu(), minlength=len(counts))
+    entropy = torch.distributions.Categorical(probs=counts).entropy()
+    return {
+        "memory_slots": len(counts),
+        "memory_share_retrieved": (counts > 0).float().mean().item(),
+        "memory_entropy": (entropy / math.log(len(counts))).item(),
+    }
 
 
 def plot_training_curve(log_history: list[dict], file: Path) -> None:
@@ -398,6 +416,9 @@ def main() -> None:
         counter = SequentialRecommendationTrainer(popularity, training_args, collator, eval_dataset=splits["test"])
         for metrics in (prediction.metrics, counter.evaluate(metric_key_prefix="popularity")):
             results |= {key: value for key, value in metrics.items() if "@" in key}
+
+        if config.model_type == "elastic" and config.num_memory_subkeys:
+            results |= memory_usage(model, trainer.get_test_dataloader(splits["test"]))
 
     # 8. Results, model card and training curve
     if is_main_process:

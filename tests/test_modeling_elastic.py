@@ -140,6 +140,25 @@ def test_memory_adds_up_the_weighted_values_of_its_heads():
     torch.testing.assert_close(memory(hidden_states), expected)
 
 
+@every_mode
+def test_retrieved_slots_are_those_whose_values_get_a_gradient(flags):
+    model = tiny_model(**flags)
+    input_ids, attention_mask = histories()
+    slots = model.get_retrieved_slots(input_ids, attention_mask)
+    assert slots.shape == (3, 2, 4 if model.config.is_causal else 3)
+    memory = model.model.layers[-1].memory if model.config.is_causal else model.model.memory
+    for row in range(3):
+        model.zero_grad()
+        model(input_ids[row : row + 1], attention_mask[row : row + 1]).logits.square().sum().backward()
+        read = memory.values.weight.grad.abs().sum(dim=-1).nonzero().flatten().tolist()
+        assert read == sorted({*slots[row].flatten().tolist()})
+
+
+def test_a_model_without_memory_retrieves_no_slots():
+    with pytest.raises(ValueError, match="num_memory_subkeys must be at least 1"):
+        tiny_model(num_memory_subkeys=0).get_retrieved_slots(histories()[0])
+
+
 def test_memory_gives_a_history_its_experts():
     memory = tiny_model(**PREFIX).model.memory
     history = torch.randn(3, 24)

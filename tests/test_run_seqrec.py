@@ -97,6 +97,8 @@ def test_results(finished):
     assert results["variant"] is None and results["main_row"] is True
     assert results["config"]["hidden_size"] == 16 and results["training"]["batch_size"] == 8
     assert results["epochs"] == 2 and results["best_epoch"] in (1, 2) and not results["stopped_early"]
+    assert results["memory_slots"] == 36 and 0 < results["memory_share_retrieved"] <= 1
+    assert 0 < results["memory_entropy"] <= 1
     assert 0 < results["train_seconds"] <= results["total_seconds"]
     assert results["command"].startswith("python ") and "--max_length 10" in results["command"]
     for prefix in ("validation", "test", "popularity"):
