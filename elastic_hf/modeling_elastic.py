@@ -77,7 +77,12 @@ class ElasticInterestMemory(nn.Module):
         key_size = config.hidden_size // config.num_memory_heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         # Normalised queries reach more of the slots (Lample et al. 2019, section 4.5).
-        self.query_norm = nn.LayerNorm(key_size, eps=config.layer_norm_eps)
+        self.batch_norm = config.memory_norm == "batch"
+        self.query_norm = (
+            nn.BatchNorm1d(config.hidden_size)
+            if self.batch_norm
+            else nn.LayerNorm(key_size, eps=config.layer_norm_eps)
+        )
         self.sub_keys = nn.Parameter(
             torch.empty(config.num_memory_heads, 2, config.num_memory_subkeys, key_size // 2)
         )  # (G, 2, S, key_size / 2)
@@ -85,7 +90,11 @@ class ElasticInterestMemory(nn.Module):
 
     def retrieve(self, hidden_states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """(..., D) -> weights and slots, each (..., G, top_k); the weights of a head sum to 1."""
-        query = self.query_norm(self.query(hidden_states).unflatten(-1, (self.num_heads, -1)))
+        if self.batch_norm:
+            query = self.query(hidden_states)
+            query = self.query_norm(query.flatten(0, -2)).view_as(query).unflatten(-1, (self.num_heads, -1))
+        else:
+            query = self.query_norm(self.query(hidden_states).unflatten(-1, (self.num_heads, -1)))
         scores, slots = retrieve_slots(query.unflatten(-1, (2, -1)), self.sub_keys, top_k)
         return scores.softmax(dim=-1), slots
 
@@ -295,6 +304,8 @@ class ElasticPreTrainedModel(PreTrainedModel):
             init.copy_(module.log_half_life, steps * math.log(1024))
         elif isinstance(module, ElasticInterestMemory):
             init.normal_(module.sub_keys, std=1 / math.sqrt(module.sub_keys.shape[-1]))
+            if self.config.memory_value_std:
+                init.normal_(module.values.weight, std=self.config.memory_value_std)
         elif isinstance(module, ElasticLayer) and module.convolution is not None:
             init.normal_(module.convolution, std=self.config.initializer_range)
         elif isinstance(module, ElasticModel) and module.experts is not None:
