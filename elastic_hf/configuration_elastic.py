@@ -54,8 +54,6 @@ class ElasticConfig(RecommenderConfig):
     scale_embeddings: bool = False
     forgetting: str = "learned"
     rotary: bool = False
-    memory_norm: str = "layer"
-    memory_value_std: float | int = 0.0
     attention_gate: bool = False
     feed_forward_gate: bool = False
     conv_kernel_size: int = 3

@@ -24,6 +24,8 @@ from .modeling_recommender import SequentialRecommenderMixin
 
 # Bound on an expert's score of an item: contrast enough, and within the range that dispatcher_attention.py states.
 SCORE_CAP = 10.0
+# By how much the bias of a sub-key moves in a training step; scores of sub-keys have a deviation of about 1.
+BALANCE_RATE = 1e-3
 
 
 def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
@@ -45,21 +47,22 @@ def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
     return output
 
 
-def retrieve_slots(query: Tensor, sub_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The best of all S * S product-key slots, found among the best of each half (Lample et al. 2019, section 3.1).
 
-    Slot `i * S + j` has the score `query_1 . sub_key_1i + query_2 . sub_key_2j`.
+    Slot `i * S + j` has the score `query_1 . sub_key_1i + bias_1i + query_2 . sub_key_2j + bias_2j`.
 
     Args:
         query (`torch.Tensor` of shape `(..., G, 2, key_size)`): both halves of the query of each memory head.
         sub_keys (`torch.Tensor` of shape `(G, 2, S, key_size)`).
+        bias (`torch.Tensor` of shape `(G, 2, S)`).
         top_k (`int`): R, at most S * S.
 
     Returns:
         Scores and slots, best first, each of shape `(..., G, R)`.
     """
     num_subkeys = sub_keys.shape[2]
-    halves = torch.einsum("...ghk,ghsk->...ghs", query, sub_keys)  # (..., G, 2, S)
+    halves = torch.einsum("...ghk,ghsk->...ghs", query, sub_keys) + bias  # (..., G, 2, S)
     scores, places = halves.topk(min(top_k, num_subkeys), dim=-1)
     scores = (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2)  # (..., G, R * R)
     slots = (places[..., 0, :, None] * num_subkeys + places[..., 1, None, :]).flatten(-2)
@@ -67,40 +70,62 @@ def retrieve_slots(query: Tensor, sub_keys: Tensor, top_k: int) -> tuple[Tensor,
     return scores, slots.gather(-1, order)
 
 
+def count_subkeys(slots: Tensor, num_subkeys: int, mask: Tensor) -> Tensor:
+    """How often each sub-key is part of a retrieved slot.
+
+    Args:
+        slots (`torch.LongTensor` of shape `(..., G, R)`): as [`retrieve_slots`] returns them.
+        num_subkeys (`int`): S.
+        mask (`torch.BoolTensor` of shape `(...,)`): False for what does not count.
+
+    Returns:
+        `torch.Tensor` of shape `(G, 2, S)`.
+    """
+    num_heads, top_k = slots.shape[-2:]
+    slots = slots.reshape(-1, num_heads, top_k).transpose(0, 1)  # (G, T, R)
+    places = torch.stack([slots // num_subkeys, slots % num_subkeys], dim=1).flatten(2)  # (G, 2, T * R)
+    weights = mask.reshape(-1, 1).expand(-1, top_k).flatten().float().expand(places.shape)
+    return weights.new_zeros(num_heads, 2, num_subkeys).scatter_add_(-1, places, weights)
+
+
 class ElasticInterestMemory(nn.Module):
-    """Interest memory retrieval: M = S * S learned interest vectors, of which each query reads the best few."""
+    """
+    Interest memory retrieval: M = S * S learned interest vectors, of which each query reads the best few.
+
+    So that no slots die, each sub-key has a bias that is not trained but moves by [`BALANCE_RATE`] in each training
+    step: up where the sub-key is retrieved less often than the others, down where more often (Wang et al. 2024,
+    "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts").
+    """
 
     def __init__(self, config: ElasticConfig):
         super().__init__()
         self.num_heads = config.num_memory_heads
         self.top_k = config.memory_top_k
+        self.num_subkeys = config.num_memory_subkeys
         key_size = config.hidden_size // config.num_memory_heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         # Normalised queries reach more of the slots (Lample et al. 2019, section 4.5).
-        self.batch_norm = config.memory_norm == "batch"
-        self.query_norm = (
-            nn.BatchNorm1d(config.hidden_size)
-            if self.batch_norm
-            else nn.LayerNorm(key_size, eps=config.layer_norm_eps)
-        )
+        self.query_norm = nn.LayerNorm(key_size, eps=config.layer_norm_eps)
         self.sub_keys = nn.Parameter(
             torch.empty(config.num_memory_heads, 2, config.num_memory_subkeys, key_size // 2)
         )  # (G, 2, S, key_size / 2)
+        self.register_buffer("bias", torch.zeros(config.num_memory_heads, 2, config.num_memory_subkeys))
         self.values = nn.Embedding(config.num_memory_subkeys**2, config.hidden_size)
 
-    def retrieve(self, hidden_states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """(..., D) -> weights and slots, each (..., G, top_k); the weights of a head sum to 1."""
-        if self.batch_norm:
-            query = self.query(hidden_states)
-            query = self.query_norm(query.flatten(0, -2)).view_as(query).unflatten(-1, (self.num_heads, -1))
-        else:
-            query = self.query_norm(self.query(hidden_states).unflatten(-1, (self.num_heads, -1)))
-        scores, slots = retrieve_slots(query.unflatten(-1, (2, -1)), self.sub_keys, top_k)
+    def retrieve(self, hidden_states: Tensor, top_k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(..., D) and a mask (...,) -> weights and slots, each (..., G, top_k); the weights of a head sum to 1."""
+        query = self.query_norm(self.query(hidden_states).unflatten(-1, (self.num_heads, -1)))
+        scores, slots = retrieve_slots(query.unflatten(-1, (2, -1)), self.sub_keys, self.bias, top_k)
+        if self.training:
+            if mask is None:
+                mask = torch.ones(slots.shape[:-2], dtype=torch.bool, device=slots.device)
+            counts = count_subkeys(slots, self.num_subkeys, mask)
+            self.bias += BALANCE_RATE * torch.sign(counts.mean(dim=-1, keepdim=True) - counts)
         return scores.softmax(dim=-1), slots
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """What each position retrieves: (B, L, D) -> (B, L, D)."""
-        weights, slots = self.retrieve(hidden_states, self.top_k)
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """What each position retrieves: (B, L, D) and (B, L) -> (B, L, D)."""
+        weights, slots = self.retrieve(hidden_states, self.top_k, attention_mask)
         values = F.embedding_bag(
             slots.flatten(2).flatten(0, 1),
             self.values.weight,
@@ -280,7 +305,8 @@ class ElasticLayer(GradientCheckpointingLayer):
         attended = self.attention(normed, attention_mask, experts, last_position_only)
         hidden_states = hidden_states + self.dropout(attended)
         if self.memory is not None:
-            hidden_states = hidden_states + self.dropout(self.memory(self.memory_norm(hidden_states)))
+            readers = attention_mask[:, -hidden_states.shape[1] :]
+            hidden_states = hidden_states + self.dropout(self.memory(self.memory_norm(hidden_states), readers))
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 
@@ -304,8 +330,7 @@ class ElasticPreTrainedModel(PreTrainedModel):
             init.copy_(module.log_half_life, steps * math.log(1024))
         elif isinstance(module, ElasticInterestMemory):
             init.normal_(module.sub_keys, std=1 / math.sqrt(module.sub_keys.shape[-1]))
-            if self.config.memory_value_std:
-                init.normal_(module.values.weight, std=self.config.memory_value_std)
+            init.zeros_(module.bias)
         elif isinstance(module, ElasticLayer) and module.convolution is not None:
             init.normal_(module.convolution, std=self.config.initializer_range)
         elif isinstance(module, ElasticModel) and module.experts is not None:
@@ -434,7 +459,7 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         num_slots = self.config.memory_top_k
         if not self.config.is_causal:
             num_slots = self.config.num_interest_experts // self.config.num_memory_heads
-        return retrieve_slots(query, memory.sub_keys, num_slots)[1]
+        return retrieve_slots(query, memory.sub_keys, memory.bias, num_slots)[1]
 
 
 __all__ = ["ElasticForSequentialRecommendation", "ElasticModel", "ElasticPreTrainedModel"]
