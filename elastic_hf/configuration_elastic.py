@@ -51,11 +51,6 @@ class ElasticConfig(RecommenderConfig):
     intermediate_size: int = 256
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.2
-    scale_embeddings: bool = False
-    forgetting: str = "learned"
-    rotary: bool = False
-    attention_gate: bool = False
-    feed_forward_gate: bool = False
     conv_kernel_size: int = 3
     max_position_embeddings: int = 0
     num_memory_subkeys: int = 64

@@ -166,8 +166,9 @@ def causal_lda_chunked(
     if torch.compiler.is_exporting():
         # A program for every length must not specialise to one chunk, nor to the lengths that need no padding.
         num_chunks = torch.sym_max(length // chunk_size + 1, 2)
-    else:
-        # chunks as short as their number allows: 200 items are 4 of 50, not 3 of 64 and a padded one
+    elif not torch.compiler.is_compiling():
+        # Chunks as short as their number allows: 200 items are 4 of 50, not 3 of 64 and a padded one. A program for
+        # every length keeps to one size.
         chunk_size = (length + num_chunks - 1) // num_chunks
     padding = num_chunks * chunk_size - length
     query, key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value, log_forget))

@@ -24,8 +24,9 @@ from .modeling_recommender import SequentialRecommenderMixin
 
 # Bound on an expert's score of an item: contrast enough, and within the range that dispatcher_attention.py states.
 SCORE_CAP = 10.0
-# By how much the bias of a sub-key moves in a training step; scores of sub-keys have a deviation of about 1.
-BALANCE_RATE = 1e-3
+# Scale of the gradient that balances sub-keys: nothing beside the other gradients where their norm is clipped, enough
+# for optimisers such as Adam, whose steps do not depend on it.
+BALANCE_SCALE = 1e-3
 
 
 def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
@@ -88,13 +89,28 @@ def count_subkeys(slots: Tensor, num_subkeys: int, mask: Tensor) -> Tensor:
     return weights.new_zeros(num_heads, 2, num_subkeys).scatter_add_(-1, places, weights)
 
 
+class _BalanceSubkeys(torch.autograd.Function):
+    """Leaves the weights as they are, and gives the bias a gradient that lowers it where sub-keys are used more."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx, weights_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (counts,) = ctx.saved_tensors
+        shares = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+        return weights_gradient, BALANCE_SCALE * (shares - 1 / counts.shape[-1]), None
+
+
 class ElasticInterestMemory(nn.Module):
     """
     Interest memory retrieval: M = S * S learned interest vectors, of which each query reads the best few.
 
-    So that no slots die, each sub-key has a bias that is not trained but moves by [`BALANCE_RATE`] in each training
-    step: up where the sub-key is retrieved less often than the others, down where more often (Wang et al. 2024,
-    "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts").
+    So that no slots die, each sub-key has a bias whose gradient is not the loss's, but how much more often than the
+    average it was retrieved (after Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for
+    Mixture-of-Experts").
     """
 
     def __init__(self, config: ElasticConfig):
@@ -109,19 +125,19 @@ class ElasticInterestMemory(nn.Module):
         self.sub_keys = nn.Parameter(
             torch.empty(config.num_memory_heads, 2, config.num_memory_subkeys, key_size // 2)
         )  # (G, 2, S, key_size / 2)
-        self.register_buffer("bias", torch.zeros(config.num_memory_heads, 2, config.num_memory_subkeys))
+        self.bias = nn.Parameter(torch.empty(config.num_memory_heads, 2, config.num_memory_subkeys))  # (G, 2, S)
         self.values = nn.Embedding(config.num_memory_subkeys**2, config.hidden_size)
 
     def retrieve(self, hidden_states: Tensor, top_k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(..., D) and a mask (...,) -> weights and slots, each (..., G, top_k); the weights of a head sum to 1."""
         query = self.query_norm(self.query(hidden_states).unflatten(-1, (self.num_heads, -1)))
-        scores, slots = retrieve_slots(query.unflatten(-1, (2, -1)), self.sub_keys, self.bias, top_k)
+        scores, slots = retrieve_slots(query.unflatten(-1, (2, -1)), self.sub_keys, self.bias.detach(), top_k)
+        weights = scores.softmax(dim=-1)
         if self.training:
             if mask is None:
                 mask = torch.ones(slots.shape[:-2], dtype=torch.bool, device=slots.device)
-            counts = count_subkeys(slots, self.num_subkeys, mask)
-            self.bias += BALANCE_RATE * torch.sign(counts.mean(dim=-1, keepdim=True) - counts)
-        return scores.softmax(dim=-1), slots
+            weights = _BalanceSubkeys.apply(weights, self.bias, count_subkeys(slots, self.num_subkeys, mask))
+        return weights, slots
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """What each position retrieves: (B, L, D) and (B, L) -> (B, L, D)."""
@@ -141,17 +157,11 @@ class ElasticInterestMemory(nn.Module):
         return (self.values(slots) * weights[..., None] * weights.shape[-1]).flatten(1, 2)
 
 
-def rotate(states: Tensor, length: int) -> Tensor:
-    half = states.shape[-1] // 2
-    frequency = 10000 ** (-torch.arange(half, device=states.device) / half)
-    angle = torch.arange(length - states.shape[-2], length, device=states.device)[:, None] * frequency
-    first, second = states[..., :half], states[..., half:]
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-
-
 class ElasticCausalAttention(nn.Module):
-    """Causal linear dispatcher attention: the experts at position t have read the items up to t."""
+    """
+    Causal linear dispatcher attention: the experts at position t have read the items up to t. What a position reads
+    from them passes a gate of its own.
+    """
 
     def __init__(self, config: ElasticConfig):
         super().__init__()
@@ -162,10 +172,7 @@ class ElasticCausalAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.experts = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts, self.head_size))
-        self.gate = nn.Linear(config.hidden_size, config.hidden_size) if config.attention_gate else None
-        self.forgetting, self.rotary = config.forgetting, config.rotary
-        if config.forgetting == "data":
-            self.forget = nn.Linear(config.hidden_size, self.num_heads * config.num_interest_experts, bias=False)
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size)
         self.log_half_life = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts))
 
     def forward(
@@ -178,7 +185,6 @@ class ElasticCausalAttention(nn.Module):
         key = self.key(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, H, L, K)
         value = self.value(hidden_states).unflatten(-1, heads).transpose(1, 2)
 
-        forget_input = self.forget(hidden_states) if self.forgetting == "data" else None
         # States add up thousands of items: float32 at least, whatever autocast says.
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(query.dtype, torch.float32)
@@ -186,28 +192,18 @@ class ElasticCausalAttention(nn.Module):
             scores = key @ experts.transpose(-1, -2) / math.sqrt(self.head_size)  # (B, H, L, E)
             scores = SCORE_CAP * torch.tanh(scores / SCORE_CAP)
             scores = scores.masked_fill(~attention_mask[:, None, :, None], -math.inf)
-            log_forget = self.log_forget(dtype, forget_input) if self.forgetting == "data" else self.log_forget(dtype)
-            if self.forgetting == "none":
-                log_forget = torch.zeros_like(log_forget)
-            if self.rotary:
-                query, key = rotate(query, key.shape[2]), rotate(key, key.shape[2])
             if last_position_only:
-                state = final_state(key, value, scores, log_forget)
+                state = final_state(key, value, scores, self.log_forget(dtype))
                 output = dispatch(query[:, :, 0], state)[:, :, None]
             else:
-                output, _ = causal_lda_chunked(query, key, value, scores, log_forget)
+                output, _ = causal_lda_chunked(query, key, value, scores, self.log_forget(dtype))
         output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
-        if self.gate is not None:
-            output = output * F.silu(self.gate(readers))
-        return self.output(output)
+        return self.output(output * F.silu(self.gate(readers)))
 
-    def log_forget(self, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+    def log_forget(self, dtype: torch.dtype) -> Tensor:
         """Log of what each expert keeps of its state at each new item: (H, 1, E). A half-life is at least one item."""
-        log_half_life = self.log_half_life.to(dtype)[:, None]
-        if shift is not None:
-            log_half_life = log_half_life + shift.to(dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        half_life = 1 + log_half_life.clamp(max=12).exp()
-        return -math.log(2) / half_life
+        half_life = 1 + self.log_half_life.to(dtype).exp()
+        return (-math.log(2) / half_life)[:, None]
 
 
 class ElasticBidirectionalAttention(nn.Module):
@@ -254,14 +250,12 @@ class ElasticFeedForward(nn.Module):
     def __init__(self, config: ElasticConfig):
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size) if config.feed_forward_gate else None
         self.activation = ACT2FN[config.hidden_act]
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)"""
-        up = self.activation(self.up(hidden_states))
-        return self.down(up if self.gate is None else up * self.gate(hidden_states))
+        return self.down(self.activation(self.up(hidden_states)))
 
 
 class ElasticLayer(GradientCheckpointingLayer):
@@ -389,9 +383,9 @@ class ElasticModel(ElasticPreTrainedModel):
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
         attention_mask = attention_mask.bool()
-        embeddings = self.embed_tokens(input_ids) * attention_mask[..., None]  # (B, L, D)
-        if self.config.scale_embeddings:
-            embeddings = embeddings * math.sqrt(self.config.hidden_size)
+        # Tied embeddings are small for the softmax; as inputs they are learned much sooner at unit scale.
+        embeddings = self.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)  # (B, L, D)
+        embeddings = embeddings * attention_mask[..., None]
         experts = self._experts(embeddings, attention_mask)
         hidden_states = embeddings
         if self.embed_positions is not None:

@@ -70,14 +70,14 @@ def bidirectional_layer(hidden_states, experts, attention_mask, attention):
     return attention.output(torch.cat(output.unbind(dim=1), dim=-1))
 
 
-def retrieve_slots(query, sub_keys, top_k):
+def retrieve_slots(query, sub_keys, bias, top_k):
     """The top_k of all S x S slots, every one scored: (..., G, 2, key_size) queries -> scores and slots."""
     first, second = sub_keys[:, 0], sub_keys[:, 1]  # (G, S, key_size)
     G, S, _ = first.shape
     all_scores = []
     for g in range(G):
-        one = [query[..., g, 0, :] @ first[g, i] for i in range(S)]
-        two = [query[..., g, 1, :] @ second[g, j] for j in range(S)]
+        one = [query[..., g, 0, :] @ first[g, i] + bias[g, 0, i] for i in range(S)]
+        two = [query[..., g, 1, :] @ second[g, j] + bias[g, 1, j] for j in range(S)]
         all_scores.append(torch.stack([one[i] + two[j] for i in range(S) for j in range(S)], dim=-1))
     return torch.stack(all_scores, dim=-2).topk(top_k, dim=-1)
 

@@ -11,6 +11,7 @@ from elastic_hf.modeling_elastic import (
     ElasticBidirectionalAttention,
     ElasticInterestMemory,
     causal_convolution,
+    count_subkeys,
     retrieve_slots,
 )
 
@@ -102,7 +103,8 @@ def test_causal_attention_is_the_loop_between_its_projections():
     half_life = 1 + attention.log_half_life.exp()
     log_forget = (math.log(0.5) / half_life)[None, :, None].expand_as(scores)
     expected = reference.causal_lda(query, key, value, scores, log_forget)
-    expected = attention.output(torch.cat(expected.unbind(dim=1), dim=-1))
+    expected = torch.cat(expected.unbind(dim=1), dim=-1)
+    expected = attention.output(expected * torch.nn.functional.silu(attention.gate(hidden_states)))
     torch.testing.assert_close(attention(hidden_states, mask, None, last_position_only=False), expected)
 
 
@@ -112,8 +114,9 @@ def test_product_keys_find_the_best_of_all_slots(top_k):
     torch.manual_seed(0)
     query = torch.randn(3, 7, 2, 2, 6, dtype=torch.float64, requires_grad=True)
     sub_keys = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
-    scores, slots = retrieve_slots(query, sub_keys, top_k)
-    expected, expected_slots = reference.retrieve_slots(query, sub_keys, top_k)
+    bias = torch.randn(2, 2, 5, dtype=torch.float64)
+    scores, slots = retrieve_slots(query, sub_keys, bias, top_k)
+    expected, expected_slots = reference.retrieve_slots(query, sub_keys, bias, top_k)
     torch.testing.assert_close(scores, expected)
     assert (slots == expected_slots).all()
     for gradient, wanted in zip(
@@ -137,7 +140,7 @@ def test_memory_adds_up_the_weighted_values_of_its_heads():
             for g in range(2):
                 for r in range(4):
                     expected[b, t] += weights[b, t, g, r] * memory.values.weight[slots[b, t, g, r]]
-    torch.testing.assert_close(memory(hidden_states), expected)
+    torch.testing.assert_close(memory(hidden_states, torch.ones(3, 7, dtype=torch.bool)), expected)
 
 
 @every_mode
@@ -157,6 +160,55 @@ def test_retrieved_slots_are_those_whose_values_get_a_gradient(flags):
 def test_a_model_without_memory_retrieves_no_slots():
     with pytest.raises(ValueError, match="num_memory_subkeys must be at least 1"):
         tiny_model(num_memory_subkeys=0).get_retrieved_slots(histories()[0])
+
+
+def test_subkeys_are_counted_one_by_one():
+    slots = torch.randint(25, (3, 7, 2, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[0, :2] = False
+    expected = torch.zeros(2, 2, 5)
+    for b in range(3):
+        for t in range(7):
+            for g in range(2):
+                for slot in slots[b, t, g].tolist() if mask[b, t] else []:
+                    expected[g, 0, slot // 5] += 1
+                    expected[g, 1, slot % 5] += 1
+    assert torch.equal(count_subkeys(slots, 5, mask), expected)
+
+
+@every_mode
+def test_training_steps_balance_the_subkeys(flags):
+    """Queries that all ask for the same slots come to use all sub-keys."""
+    model = tiny_model(**flags)
+    memory = model.model.layers[-1].memory if model.config.is_causal else model.model.memory
+    with torch.no_grad():
+        memory.query.weight.zero_()
+        memory.query.bias.normal_()
+    optimizer = torch.optim.Adam([memory.bias], lr=1e-2)
+    memory.train()
+    used = set()
+    for _ in range(400):
+        weights, slots = memory.retrieve(torch.zeros(1, 24), 2)
+        used |= {*(slots // 5).flatten().tolist()}
+        optimizer.zero_grad()
+        weights.sum().backward()
+        optimizer.step()
+    assert used == set(range(5))
+
+
+def test_the_balancing_gradient_is_the_excess_share_of_each_subkey():
+    model = tiny_model().train()
+    memory = model.model.layers[-1].memory
+    input_ids, attention_mask = histories()
+    hidden_states = []
+    memory.register_forward_pre_hook(lambda module, inputs: hidden_states.append(inputs[0]))
+    torch.manual_seed(0)
+    model.zero_grad()
+    model(input_ids, attention_mask, labels=input_ids).loss.backward()
+    _, slots = memory.eval().retrieve(hidden_states[0], 4)
+    counts = count_subkeys(slots, 5, attention_mask == 1)
+    assert counts.sum() == 19 * 2 * 2 * 4
+    torch.testing.assert_close(memory.bias.grad, 1e-3 * (counts / (19 * 4) - 1 / 5))
 
 
 def test_memory_gives_a_history_its_experts():
