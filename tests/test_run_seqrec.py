@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
 
@@ -171,6 +171,21 @@ def test_a_trained_model_is_evaluated_again_from_yaml(shop, finished, tmp_path):
     assert {key for key in again if "@" in key} == {key for key in results if "@" in key and "validation" not in key}
     assert again["test_ndcg@10"] == results["test_ndcg@10"]
     assert not (tmp_path / "again" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_names_its_dataset_and_a_model_that_exists(recipe):
+    parser = HfArgumentParser(
+        (run_seqrec.ModelArguments, run_seqrec.DataArguments, run_seqrec.SeqRecTrainingArguments)
+    )
+    arguments = run_seqrec.read_arguments([str(recipe), "--seed", "7", "--bf16", "false"])
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    assert recipe.stem == f"{data_args.dataset_name}-{model_args.model_type}"
+    assert training_args.seed == 7 and training_args.results_dir == "examples/results"
+    config = AutoConfig.for_model(model_args.model_type)
+    if model_args.config_overrides:
+        config.update_from_string(model_args.config_overrides)
+    config.validate()
 
 
 @pytest.mark.parametrize("model_type", ["gru4rec", "popularity"])
