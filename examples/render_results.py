@@ -27,7 +27,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def runs(pattern: str = "*.json") -> list[dict]:
     """The results of run_seqrec.py that match."""
-    return [run for run in read_results(pattern).values() if "model_type" in run]
+    return [run for run in read_results(pattern).values() if "main_row" in run]
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -94,14 +94,14 @@ def trials() -> str:
 def commands() -> str:
     """The command behind each run of run_seqrec.py."""
     return "\n".join(
-        f"- `{name}`: `{run['command']}`" for name, run in read_results("*.json").items() if "seed" in run
+        f"- `{name}`: `{run['command']}`" for name, run in read_results("*.json").items() if "protocol" in run
     )
 
 
 def lengths() -> str:
     """The embedded dataset, read at two lengths."""
     rows = []
-    for run in runs("synthetic-elastic-*-length*.json"):
+    for run in read_results("synthetic-elastic-*-length*.json").values():
         scores = [f"{run[f'test_{metric}']:.4f}" for metric in ("hr@10", "ndcg@10", "hr@20", "ndcg@20")]
         rows.append([f"the last {run['max_length']} items", *scores, f"{run['popularity_ndcg@10']:.4f}"])
     return table(["the model reads", "HR@10", "NDCG@10", "HR@20", "NDCG@20", "popularity NDCG@10"], rows)
@@ -132,7 +132,7 @@ def tokenizer() -> str:
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
-    for run in runs("ml-100k-elastic-42.json"):
+    for run in read_results("ml-100k-elastic-42.json").values():
         sample = run["sample"]
         parts = [f"The last items of user {sample['user_id']}:", *(f"    {title}" for title in sample["history"])]
         parts += ["Recommended:", *(f"{rank:4}  {title}" for rank, title in enumerate(sample["recommended"], start=1))]
