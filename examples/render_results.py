@@ -66,6 +66,43 @@ def accuracy() -> str:
     return table(["dataset", "model", "length", *ACCURACY], accuracy_rows(chosen, keys))
 
 
+def differences() -> str:
+    """ELASTIC's NDCG@10 less each baseline's, in standard errors of the difference of two means over seeds."""
+    values = {}
+    for run in runs():
+        if run["main_row"]:
+            values.setdefault((run["dataset"], run["max_length"]), {}).setdefault(run["model_type"], []).append(
+                run["test_ndcg@10"]
+            )
+    rows = []
+    for (dataset, length), models in sorted(values.items()):
+        ours = models.pop("elastic", [])
+        for model, theirs in sorted(models.items()):
+            if not ours:
+                continue
+            difference = statistics.mean(ours) - statistics.mean(theirs)
+            row = [dataset, str(length), model, f"{difference:+.4f}", f"{difference / statistics.mean(theirs):+.1%}"]
+            if min(len(ours), len(theirs)) > 1:
+                error = sum(statistics.variance(seeds) / len(seeds) for seeds in (ours, theirs)) ** 0.5
+                row.append(f"{difference / error:.1f}")
+            else:
+                row.append("one seed")
+            rows.append(row)
+    return table(["dataset", "length", "ELASTIC less", "NDCG@10", "relative", "in standard errors"], rows)
+
+
+def memory() -> str:
+    """How much of the interest memory is alive."""
+    rows = []
+    for run in runs():
+        if "memory_slots" in run:
+            row = [run["dataset"], run["variant"] or "main row", str(run["seed"]), f"{run['memory_slots']:,}"]
+            row += [f"{run['num_users']:,}", f"{run['memory_share_retrieved']:.1%}", f"{run['memory_entropy']:.3f}"]
+            rows.append(row)
+    header = ["dataset", "run", "seed", "slots", "test users", "slots retrieved for one of them", "evenness"]
+    return table(header, sorted(rows))
+
+
 def variants() -> str:
     """Ablations and other lengths: trained like the main rows, evaluated on the test items."""
     chosen = [run for run in runs() if not run["main_row"] and "test_ndcg@10" in run]
@@ -142,7 +179,18 @@ def recommendations() -> str:
 
 TABLES = {
     function.__name__: function
-    for function in (accuracy, variants, trials, commands, lengths, data, tokenizer, recommendations)
+    for function in (
+        accuracy,
+        differences,
+        variants,
+        memory,
+        trials,
+        commands,
+        lengths,
+        data,
+        tokenizer,
+        recommendations,
+    )
 }
 
 
