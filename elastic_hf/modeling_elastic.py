@@ -24,9 +24,9 @@ from .modeling_recommender import SequentialRecommenderMixin
 
 # Bound on an expert's score of an item: contrast enough, and within the range that dispatcher_attention.py states.
 SCORE_CAP = 10.0
-# Scale of the gradient that balances sub-keys: nothing beside the other gradients where their norm is clipped, enough
-# for optimisers such as Adam, whose steps do not depend on it.
-BALANCE_SCALE = 1e-3
+# Scale of the gradient that balances sub-keys, per retrieval: next to nothing where the norm of all gradients is
+# clipped, enough for optimisers such as Adam, whose steps do not depend on it.
+BALANCE_SCALE = 1e-8
 
 
 def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class _BalanceSubkeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx, weights_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (counts,) = ctx.saved_tensors
-        shares = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-        return weights_gradient, BALANCE_SCALE * (shares - 1 / counts.shape[-1]), None
+        # Counts, not shares, so that the gradients of the parts of a batch add up to that of the whole.
+        return weights_gradient, BALANCE_SCALE * (counts - counts.mean(dim=-1, keepdim=True)), None
 
 
 class ElasticInterestMemory(nn.Module):
@@ -109,7 +109,7 @@ class ElasticInterestMemory(nn.Module):
     Interest memory retrieval: M = S * S learned interest vectors, of which each query reads the best few.
 
     So that no slots die, each sub-key has a bias whose gradient is not the loss's, but how much more often than the
-    average it was retrieved (after Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for
+    average sub-key it was retrieved (after Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing Strategy for
     Mixture-of-Experts").
     """
 
