@@ -34,8 +34,8 @@ import pyarrow.compute as pc
 import torch
 import transformers
 import yaml
+from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -47,7 +47,6 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
-from elastic_hf import ElasticForSequentialRecommendation
 from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
 from elastic_hf.configuration_recommender import RecommenderConfig
 from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
@@ -187,13 +186,14 @@ def git_commit() -> str | None:
     return found.stdout.strip()
 
 
-@torch.no_grad()
-def memory_usage(model: ElasticForSequentialRecommendation, batches: DataLoader) -> dict[str, float]:
+def memory_usage(trainer: SequentialRecommendationTrainer, users: Dataset) -> dict[str, float]:
     """The share of the memory's slots that is retrieved for at least one user, and the evenness of the retrievals."""
-    counts = torch.zeros(model.config.num_memory_subkeys**2)
-    for batch in batches:
+    model = trainer.model.eval()
+    counts = torch.zeros(model.config.num_memory_subkeys**2, device=model.device)
+    for batch in trainer.get_test_dataloader(users):
         inputs = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        counts += torch.bincount(model.get_retrieved_slots(*inputs).flatten().cpu(), minlength=len(counts))
+        counts += torch.bincount(model.get_retrieved_slots(*inputs).flatten(), minlength=len(counts))
+    counts = trainer.accelerator.reduce(counts)
     entropy = torch.distributions.Categorical(probs=counts).entropy()
     return {
         "memory_slots": len(counts),
@@ -314,11 +314,13 @@ def main() -> None:
     else:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     try:
-        if model_args.model_name_or_path is None and getattr(config, "max_position_embeddings", 0):
-            # the mask that BERT4Rec appends takes a position, too
+        overrides = model_args.config_overrides or ""
+        if overrides:
+            config.update_from_string(overrides)
+        has_positions = getattr(config, "max_position_embeddings", 0) > 0
+        if model_args.model_name_or_path is None and has_positions and "max_position_embeddings" not in overrides:
+            # The mask that is appended to histories at inference takes a position, too.
             config.max_position_embeddings = data_args.max_length + (config.training_objective == "masked_item")
-        if model_args.config_overrides:
-            config.update_from_string(model_args.config_overrides)
         config.validate()
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"config_overrides={model_args.config_overrides!r}: {error}") from error
@@ -388,7 +390,7 @@ def main() -> None:
     }
 
     # 6. Training
-    if config.model_type == "popularity":
+    if training_args.do_train and config.model_type == "popularity":
         model.count_items(whole_histories)
         trainer.save_model()
     elif training_args.do_train:
@@ -418,7 +420,7 @@ def main() -> None:
             results |= {key: value for key, value in metrics.items() if "@" in key}
 
         if config.model_type == "elastic" and config.num_memory_subkeys:
-            results |= memory_usage(model, trainer.get_test_dataloader(splits["test"]))
+            results |= memory_usage(trainer, splits["test"])
 
     # 8. Results, model card and training curve
     if is_main_process:

@@ -188,9 +188,15 @@ def test_a_recipe_names_its_dataset_and_a_model_that_exists(recipe):
     config.validate()
 
 
-@pytest.mark.parametrize("model_type", ["gru4rec", "popularity"])
-def test_a_baseline(shop, finished, tmp_path, monkeypatch, model_type):
-    overrides = {"gru4rec": "hidden_size=16,recurrent_size=12", "popularity": None}[model_type]
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("sasrec", "hidden_size=16"),
+        ("lightsans", "hidden_size=16,training_objective=masked_item"),
+        ("popularity", None),
+    ],
+)
+def test_a_baseline(shop, finished, tmp_path, monkeypatch, model_type, overrides):
     monkeypatch.chdir(tmp_path)
     arguments = arguments_for(shop, "", config_overrides=overrides, model_type=model_type, seed=7, variant="short")
     del arguments["output_dir"]
@@ -204,6 +210,8 @@ def test_a_baseline(shop, finished, tmp_path, monkeypatch, model_type):
         assert all(results[key.replace("popularity", "test")] == value for key, value in popularity.items())
     model = AutoModel.from_pretrained(tmp_path / "outputs" / f"shop-{model_type}-7-short")
     assert model.config.model_type == model_type
+    positions = {"sasrec": 10, "lightsans": 11, "popularity": None}
+    assert getattr(model.config, "max_position_embeddings", None) == positions[model_type]
 
 
 def test_two_processes(shop, finished, tmp_path):
