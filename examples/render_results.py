@@ -138,7 +138,7 @@ def commands() -> str:
 def lengths() -> str:
     """The embedded dataset, read at two lengths."""
     rows = []
-    for run in read_results("synthetic-elastic-*-length*.json").values():
+    for run in runs("synthetic-elastic-*-length*.json"):
         scores = [f"{run[f'test_{metric}']:.4f}" for metric in ("hr@10", "ndcg@10", "hr@20", "ndcg@20")]
         rows.append([f"the last {run['max_length']} items", *scores, f"{run['popularity_ndcg@10']:.4f}"])
     return table(["the model reads", "HR@10", "NDCG@10", "HR@20", "NDCG@20", "popularity NDCG@10"], rows)
@@ -169,7 +169,7 @@ def tokenizer() -> str:
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
-    for run in read_results("ml-100k-elastic-42.json").values():
+    for run in runs("ml-100k-elastic-42.json"):
         sample = run["sample"]
         parts = [f"The last items of user {sample['user_id']}:", *(f"    {title}" for title in sample["history"])]
         parts += ["Recommended:", *(f"{rank:4}  {title}" for rank, title in enumerate(sample["recommended"], start=1))]
@@ -196,11 +196,9 @@ TABLES = {
 
 def render(document: Path) -> str:
     """The document's text with every `<!-- results:NAME -->` block written anew."""
-    folder = "results" if document.parent == EXAMPLES else "examples/results"
 
     def block(match: re.Match) -> str:
-        content = TABLES[match[1]]().replace("RESULTS/", f"{folder}/")
-        return f"<!-- results:{match[1]} -->\n{content}\n<!-- /results -->"
+        return f"<!-- results:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- /results -->"
 
     return re.sub(r"<!-- results:(\w+) -->\n.*?<!-- /results -->", block, document.read_text(), flags=re.DOTALL)
 

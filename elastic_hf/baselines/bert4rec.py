@@ -10,18 +10,18 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration_recommender import RecommenderConfig
 from .common import (
     BaselineForSequentialRecommendation,
     BaselinePreTrainedModel,
     ItemEmbeddings,
     PostNormLayer,
     SelfAttention,
+    TransformerConfig,
 )
 
 
 @strict
-class BERT4RecConfig(RecommenderConfig):
+class BERT4RecConfig(TransformerConfig):
     r"""
     Configuration of [`BERT4RecModel`] and [`BERT4RecForSequentialRecommendation`]: the fields of
     [`RecommenderConfig`], with `is_causal=False` and `training_objective="masked_item"` by default, and these.
@@ -46,20 +46,6 @@ class BERT4RecConfig(RecommenderConfig):
 
     is_causal: bool = False
     training_objective: str = "masked_item"
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 2
-    intermediate_size: int = 256
-    hidden_dropout: float | int = 0.2
-    max_position_embeddings: int = 201
-    layer_norm_eps: float = 1e-12
-
-    def validate_sizes(self):
-        """Every size is positive."""
-        self._validate_at_least(
-            1, "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"
-        )
-        self._validate_fractions("hidden_dropout")
-        self._validate_heads()
 
     def validate_causal(self):
         """BERT4Rec reads both sides of a masked item."""

@@ -1,5 +1,6 @@
-"""What the baselines share: the pre-trained class, item embeddings, softmax self-attention and the post-norm layer."""
+"""What the baselines share: the configuration, item embeddings, softmax self-attention and the post-norm layer."""
 
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -7,6 +8,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_recommender import RecommenderConfig
 from ..modeling_recommender import SequentialRecommenderMixin
+
+
+@strict
+class TransformerConfig(RecommenderConfig):
+    """The fields of [`RecommenderConfig`] and those of every Transformer; each model documents its own defaults."""
+
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    intermediate_size: int = 256
+    hidden_dropout: float | int = 0.2
+    max_position_embeddings: int = 201
+    layer_norm_eps: float = 1e-12
+
+    def validate_sizes(self):
+        """Every size is positive."""
+        self._validate_at_least(
+            1, "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"
+        )
+        self._validate_fractions("hidden_dropout")
+        self._validate_heads()
 
 
 class BaselinePreTrainedModel(PreTrainedModel):
@@ -31,7 +52,7 @@ class BaselineForSequentialRecommendation(SequentialRecommenderMixin, BaselinePr
 class ItemEmbeddings(nn.Module):
     """Item embeddings and learned absolute positions: the latest item always has the last position."""
 
-    def __init__(self, config: RecommenderConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -51,7 +72,7 @@ class ItemEmbeddings(nn.Module):
 class SelfAttention(nn.Module):
     """Softmax self-attention by the implementation that the configuration names, `"sdpa"` or `"eager"`."""
 
-    def __init__(self, config: RecommenderConfig, has_output_projection: bool):
+    def __init__(self, config: TransformerConfig, has_output_projection: bool):
         super().__init__()
         self.config = config
         self.is_causal = config.is_causal
@@ -94,12 +115,9 @@ def eager_attention(
 
 
 class PostNormLayer(GradientCheckpointingLayer):
-    """h = norm(h + dropout(A(h)));   h = norm(h + dropout(FFN(h))): a Transformer layer around any attention A.
+    """h = norm(h + dropout(A(h)));   h = norm(h + dropout(FFN(h))), around any attention A and with GELU."""
 
-    The configuration names `intermediate_size`, `hidden_dropout` and `layer_norm_eps`; the FFN's activation is GELU.
-    """
-
-    def __init__(self, config: RecommenderConfig, attention: nn.Module):
+    def __init__(self, config: TransformerConfig, attention: nn.Module):
         super().__init__()
         self.attention = attention
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

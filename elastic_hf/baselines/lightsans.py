@@ -12,12 +12,17 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration_recommender import RecommenderConfig
-from .common import BaselineForSequentialRecommendation, BaselinePreTrainedModel, ItemEmbeddings, PostNormLayer
+from .common import (
+    BaselineForSequentialRecommendation,
+    BaselinePreTrainedModel,
+    ItemEmbeddings,
+    PostNormLayer,
+    TransformerConfig,
+)
 
 
 @strict
-class LightSANsConfig(RecommenderConfig):
+class LightSANsConfig(TransformerConfig):
     r"""
     Configuration of [`LightSANsModel`] and [`LightSANsForSequentialRecommendation`]: the fields of
     [`RecommenderConfig`], with `is_causal=False` by default, and these. As published the model trains with the
@@ -45,26 +50,11 @@ class LightSANsConfig(RecommenderConfig):
 
     is_causal: bool = False
     training_objective: str = "prefix"
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 2
     num_latent_interests: int = 5
-    intermediate_size: int = 256
-    hidden_dropout: float | int = 0.2
-    max_position_embeddings: int = 201
-    layer_norm_eps: float = 1e-12
 
-    def validate_sizes(self):
-        """Every size is positive."""
-        self._validate_at_least(
-            1,
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_latent_interests",
-            "intermediate_size",
-            "max_position_embeddings",
-        )
-        self._validate_fractions("hidden_dropout")
-        self._validate_heads()
+    def validate_interests(self):
+        """There is an interest to pool into."""
+        self._validate_at_least(1, "num_latent_interests")
 
     def validate_causal(self):
         """The interests of LightSANs are pooled from the whole history."""

@@ -28,8 +28,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration_recommender import RecommenderConfig
-from .common import BaselineForSequentialRecommendation, BaselinePreTrainedModel, ItemEmbeddings, PostNormLayer
+from .common import (
+    BaselineForSequentialRecommendation,
+    BaselinePreTrainedModel,
+    ItemEmbeddings,
+    PostNormLayer,
+    TransformerConfig,
+)
 
 
 CHUNK_SIZE = 64
@@ -95,7 +100,7 @@ def _weigh_features(query: Tensor, key_squares: Tensor) -> Tensor:
 
 
 @strict
-class LinRecConfig(RecommenderConfig):
+class LinRecConfig(TransformerConfig):
     r"""
     Configuration of [`LinRecModel`] and [`LinRecForSequentialRecommendation`]: the fields of [`RecommenderConfig`] and
     these. `is_causal=False` is the paper's attention.
@@ -116,21 +121,6 @@ class LinRecConfig(RecommenderConfig):
     """
 
     model_type = "linrec"
-
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 2
-    intermediate_size: int = 256
-    hidden_dropout: float | int = 0.2
-    max_position_embeddings: int = 201
-    layer_norm_eps: float = 1e-12
-
-    def validate_sizes(self):
-        """Every size is positive."""
-        self._validate_at_least(
-            1, "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"
-        )
-        self._validate_fractions("hidden_dropout")
-        self._validate_heads()
 
 
 class LinRecAttention(nn.Module):

@@ -11,12 +11,17 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration_recommender import RecommenderConfig
-from .common import BaselineForSequentialRecommendation, BaselinePreTrainedModel, ItemEmbeddings, SelfAttention
+from .common import (
+    BaselineForSequentialRecommendation,
+    BaselinePreTrainedModel,
+    ItemEmbeddings,
+    SelfAttention,
+    TransformerConfig,
+)
 
 
 @strict
-class SASRecConfig(RecommenderConfig):
+class SASRecConfig(TransformerConfig):
     r"""
     Configuration of [`SASRecModel`] and [`SASRecForSequentialRecommendation`]: the fields of [`RecommenderConfig`] and
     these.
@@ -38,20 +43,10 @@ class SASRecConfig(RecommenderConfig):
 
     model_type = "sasrec"
 
-    num_hidden_layers: int = 2
     num_attention_heads: int = 1
     intermediate_size: int = 64
-    hidden_dropout: float | int = 0.2
     max_position_embeddings: int = 200
     layer_norm_eps: float = 1e-8
-
-    def validate_sizes(self):
-        """Every size is positive."""
-        self._validate_at_least(
-            1, "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"
-        )
-        self._validate_fractions("hidden_dropout")
-        self._validate_heads()
 
     def validate_causal(self):
         """SASRec predicts the next item at every position."""
