@@ -67,28 +67,30 @@ def accuracy() -> str:
 
 
 def differences() -> str:
-    """ELASTIC's NDCG@10 less each baseline's, in standard errors of the difference of two means over seeds."""
+    """ELASTIC's NDCG@10 less each baseline's, and the standard error of that difference of two means over seeds."""
     values = {}
     for run in runs():
         if run["main_row"]:
-            values.setdefault((run["dataset"], run["max_length"]), {}).setdefault(run["model_type"], []).append(
-                run["test_ndcg@10"]
-            )
+            models = values.setdefault((run["dataset"], run["max_length"]), {})
+            models.setdefault(run["model_type"], []).append(run["test_ndcg@10"])
     rows = []
     for (dataset, length), models in sorted(values.items()):
+        repeated = [seeds for seeds in models.values() if len(seeds) > 1]
+        degrees = sum(len(seeds) - 1 for seeds in repeated)
         ours = models.pop("elastic", [])
-        for model, theirs in sorted(models.items()):
-            if not ours:
-                continue
+        for model, theirs in sorted(models.items() if ours else ()):
             difference = statistics.mean(ours) - statistics.mean(theirs)
             row = [dataset, str(length), model, f"{difference:+.4f}", f"{difference / statistics.mean(theirs):+.1%}"]
-            if min(len(ours), len(theirs)) > 1:
-                error = sum(statistics.variance(seeds) / len(seeds) for seeds in (ours, theirs)) ** 0.5
-                row.append(f"{difference / error:.1f}")
+            if degrees:
+                variance = sum(statistics.variance(seeds) * (len(seeds) - 1) for seeds in repeated) / degrees
+                error = (variance / len(ours) + variance / len(theirs)) ** 0.5
+                row += [f"{error:.4f}", f"{difference / error:.1f}"]
             else:
-                row.append("one seed")
+                row += ["one seed", ""]
             rows.append(row)
-    return table(["dataset", "length", "ELASTIC less", "NDCG@10", "relative", "in standard errors"], rows)
+    return table(
+        ["dataset", "length", "ELASTIC less", "NDCG@10", "relative", "standard error", "in standard errors"], rows
+    )
 
 
 def memory() -> str:
@@ -136,12 +138,16 @@ def commands() -> str:
 
 
 def lengths() -> str:
-    """The embedded dataset, read at two lengths."""
+    """Models that read less or more of the histories, and what an epoch costs, its evaluation included."""
+    chosen = [run for run in runs() if (run["variant"] or "").startswith("length")]
     rows = []
-    for run in runs("synthetic-elastic-*-length*.json"):
-        scores = [f"{run[f'test_{metric}']:.4f}" for metric in ("hr@10", "ndcg@10", "hr@20", "ndcg@20")]
-        rows.append([f"the last {run['max_length']} items", *scores, f"{run['popularity_ndcg@10']:.4f}"])
-    return table(["the model reads", "HR@10", "NDCG@10", "HR@20", "NDCG@20", "popularity NDCG@10"], rows)
+    for run in sorted(chosen, key=lambda run: (run["dataset"], run["model_type"], run["max_length"])):
+        row = [run["dataset"], run["model_type"], f"{run['max_length']:,}"]
+        row += [f"{run[f'test_{metric}']:.4f}" for metric in ("hr@10", "ndcg@10")]
+        row += [f"{run['popularity_ndcg@10']:.4f}", f"{run['epochs']:g}"]
+        rows.append([*row, f"{run['train_seconds'] / run['epochs']:.0f}"])
+    header = ["dataset", "model", "items read", "HR@10", "NDCG@10", "popularity NDCG@10", "epochs"]
+    return table([*header, "seconds per epoch"], rows)
 
 
 def data() -> str:

@@ -16,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+from reporting import processor, write_json
+
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,18 +28,8 @@ def in_fresh_process(function, *args):
         return executor.submit(function, *args).result()
 
 
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
-
-
-def write_results(path: Path, results: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, path)
+def report(file: Path, results: dict) -> None:
+    write_json(file, results)
     print(json.dumps(results, indent=2))
 
 
@@ -92,7 +84,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
         "num_items": args.num_items,
         "seed": args.seed,
         "cpu_count": os.cpu_count(),
-        "cpu_model": cpu_model(),
+        "cpu_model": processor(),
         "load_average_before": round(os.getloadavg()[0], 2),  # other work on the machine, in busy cores
         "versions": {
             "python": platform.python_version(),
@@ -106,7 +98,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
             path = Path(folder) / f"interactions.{name}"
             measured = in_fresh_process(measure_load, str(path), str(Path(folder) / "cache"))
             results[name] = {"file_mb": round(path.stat().st_size / 1e6), **measured}
-    write_results(args.output, results)
+    report(args.output, results)
 
 
 # 2. tokenizer: item ids -> token ids
@@ -129,7 +121,7 @@ def benchmark_tokenizer(args: argparse.Namespace) -> None:
         "num_items": args.num_items,
         "seed": args.seed,
         "cpu_count": os.cpu_count(),
-        "cpu_model": cpu_model(),
+        "cpu_model": processor(),
         "load_average_before": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
@@ -158,7 +150,7 @@ def benchmark_tokenizer(args: argparse.Namespace) -> None:
             "call_million_items_per_second": round(slow_rate / 1e6, 2),
             "ratio": round(arrow_rate / slow_rate, 1),
         }
-    write_results(args.output, results)
+    report(args.output, results)
 
 
 def main() -> None:

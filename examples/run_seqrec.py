@@ -16,11 +16,8 @@ checkpoint when it is started again. `--help` lists all arguments.
 import json
 import logging
 import math
-import os
 import platform
 import shlex
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,6 +50,7 @@ from elastic_hf.data_collator import SequentialRecommendationCollator, split_int
 from elastic_hf.interactions import load_histories
 from elastic_hf.tokenization_elastic import ElasticItemTokenizer
 from elastic_hf.trainer import SequentialRecommendationTrainer
+from reporting import git_commit, processor, write_json
 
 
 matplotlib.use("Agg")
@@ -166,24 +164,11 @@ def read_arguments(argv: list[str]) -> list[str]:
     return arguments + argv[1:]
 
 
-def describe_hardware() -> str:
-    """The accelerator's name, or the processor's with the number of usable cores."""
+def hardware() -> str:
+    """The accelerators, or the processor with the number of threads."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpu_info = Path("/proc/cpuinfo")
-    names = [line for line in cpu_info.read_text().splitlines() if "model name" in line] if cpu_info.exists() else []
-    name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads per process"
-
-
-def git_commit() -> str | None:
-    """The commit of this script, `-dirty` if it was changed since; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+    return f"{processor()}, {torch.get_num_threads()} threads per process"
 
 
 def memory_usage(trainer: SequentialRecommendationTrainer, users: Dataset) -> dict[str, float]:
@@ -440,18 +425,16 @@ def main() -> None:
             plot_training_curve(trainer.state.log_history, output_dir / "training_curve.png")
         results |= {
             "total_seconds": round(time.time() - start_time, 1),
-            "hardware": describe_hardware(),
+            "hardware": hardware(),
             "num_processes": world_size,
             "python_version": platform.python_version(),
             "torch_version": torch.__version__,
             "transformers_version": transformers.__version__,
             "elastic_hf_version": elastic_hf.__version__,
         }
-        results_file.with_suffix(".tmp").write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(results_file.with_suffix(".tmp"), results_file)
+        write_json(results_file, results)
         if training_args.results_dir:
-            Path(training_args.results_dir).mkdir(parents=True, exist_ok=True)
-            shutil.copy(results_file, Path(training_args.results_dir) / f"{run_name}.json")
+            write_json(Path(training_args.results_dir) / f"{run_name}.json", results)
 
         # 9. Metrics beside the baseline, and recommendations for the first test user
         if training_args.do_predict:

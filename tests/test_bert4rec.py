@@ -1,9 +1,9 @@
 import pytest
-import reference
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import gelu
 
+import reference
 from elastic_hf.baselines.bert4rec import BERT4RecConfig, BERT4RecForSequentialRecommendation
 
 

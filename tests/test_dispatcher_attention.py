@@ -1,9 +1,9 @@
 import math
 
 import pytest
-import reference
 import torch
 
+import reference
 from elastic_hf import dispatcher_attention
 from elastic_hf.dispatcher_attention import (
     attend,

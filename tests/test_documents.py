@@ -1,19 +1,19 @@
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import render_results
+
 
 ROOT = Path(__file__).parent.parent
-render_results = runpy.run_path(str(ROOT / "examples" / "render_results.py"))
 
 
-@pytest.mark.parametrize("document", render_results["DOCUMENTS"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("document", render_results.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_what_the_results_say(document):
-    assert render_results["render"](document) == document.read_text(), "run python examples/render_results.py"
+    assert render_results.render(document) == document.read_text(), "run python examples/render_results.py"
 
 
 def test_the_readme_snippet_runs(tmp_path):

@@ -1,10 +1,10 @@
 import math
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 
+import reference
 from elastic_hf import loss
 from elastic_hf.loss import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 

@@ -2,10 +2,10 @@ import copy
 import math
 
 import pytest
-import reference
 import torch
 from transformers import AutoConfig, AutoModel
 
+import reference
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel
 from elastic_hf.modeling_elastic import (
     ElasticBidirectionalAttention,

@@ -1,5 +1,4 @@
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -15,17 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
+import run_seqrec
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]
 SCRIPT = ROOT / "examples" / "run_seqrec.py"
 NUM_USERS, NUM_ITEMS = 40, 30
 TINY = "hidden_size=16,intermediate_size=16,num_interest_experts=4,num_memory_subkeys=6,num_hidden_layers=1"
-
-spec = importlib.util.spec_from_file_location("run_seqrec", SCRIPT)
-run_seqrec = importlib.util.module_from_spec(spec)
-sys.modules["run_seqrec"] = run_seqrec
-spec.loader.exec_module(run_seqrec)
 
 
 @pytest.fixture(scope="module")

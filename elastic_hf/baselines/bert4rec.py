@@ -1,17 +1,14 @@
 """BERT4Rec (Sun et al. 2019, "BERT4Rec: Sequential Recommendation with Bidirectional Encoder Representations from
 Transformer")."""
 
-import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .common import (
     BaselineForSequentialRecommendation,
+    BaselineModel,
     BaselinePreTrainedModel,
     ItemEmbeddings,
     PostNormLayer,
@@ -61,7 +58,7 @@ class BERT4RecPreTrainedModel(BaselinePreTrainedModel):
     _can_record_outputs = {"hidden_states": PostNormLayer}
 
 
-class BERT4RecModel(BERT4RecPreTrainedModel):
+class BERT4RecModel(BaselineModel, BERT4RecPreTrainedModel):
     """
     Item embeddings and positions, Transformer layers and the output layer: token ids to a vector at each position.
 
@@ -83,33 +80,13 @@ class BERT4RecModel(BERT4RecPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        last_position_only: bool = False,
-        **kwargs,
-    ) -> BaseModelOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
-                Histories, oldest item first, padded on the left.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
-                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
-            last_position_only (`bool`, defaults to `False`):
-                Compute the last layer at the last position only: `last_hidden_state` has shape
-                `(batch_size, 1, hidden_size)`.
-        """
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         hidden_states = self.dropout(self.embedding_norm(self.embeddings(input_ids)))
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, last_position_only and i == last, mask)
-        return BaseModelOutput(last_hidden_state=F.gelu(self.output(hidden_states)))
+        return F.gelu(self.output(hidden_states))
 
 
 class BERT4RecForSequentialRecommendation(BaselineForSequentialRecommendation, BERT4RecPreTrainedModel):

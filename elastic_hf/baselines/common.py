@@ -1,10 +1,14 @@
 """What the baselines share: the configuration, item embeddings, softmax self-attention and the post-norm layer."""
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_recommender import RecommenderConfig
 from ..modeling_recommender import SequentialRecommenderMixin
@@ -36,11 +40,42 @@ class BaselinePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
 
+class BaselineModel(BaselinePreTrainedModel):
+    """Token ids to a vector at each position, by the `encode` of each model."""
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        last_position_only: bool = False,
+        **kwargs,
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
+                Histories, oldest item first, padded on the left.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
+            last_position_only (`bool`, defaults to `False`):
+                Compute the last layer at the last position only: `last_hidden_state` has shape
+                `(batch_size, 1, hidden_size)`.
+        """
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        return BaseModelOutput(last_hidden_state=self.encode(input_ids, attention_mask, last_position_only))
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
+        """(B, L) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
+        raise NotImplementedError
+
+
 class BaselineForSequentialRecommendation(SequentialRecommenderMixin, BaselinePreTrainedModel):
     """A baseline's base model under the head, losses and `recommend` that all models here share."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.embed_tokens.weight"}
-    base_model_class: type[BaselinePreTrainedModel]
+    base_model_class: type[BaselineModel]
 
     def __init__(self, config: RecommenderConfig):
         super().__init__(config)

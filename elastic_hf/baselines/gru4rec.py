@@ -6,17 +6,13 @@ Recommendations": items are read and scored with the same vectors.
 
 import math
 
-import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_recommender import RecommenderConfig
-from .common import BaselineForSequentialRecommendation, BaselinePreTrainedModel
+from .common import BaselineForSequentialRecommendation, BaselineModel, BaselinePreTrainedModel
 
 
 @strict
@@ -68,7 +64,7 @@ class GRU4RecPreTrainedModel(BaselinePreTrainedModel):
                     init.zeros_(parameter)
 
 
-class GRU4RecModel(GRU4RecPreTrainedModel):
+class GRU4RecModel(BaselineModel, GRU4RecPreTrainedModel):
     """
     Item embeddings, a GRU and a linear layer: token ids to a vector at each position.
 
@@ -94,34 +90,14 @@ class GRU4RecModel(GRU4RecPreTrainedModel):
         self.output = nn.Linear(config.recurrent_size, config.hidden_size)
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        last_position_only: bool = False,
-        **kwargs,
-    ) -> BaseModelOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
-                Histories, oldest item first, padded on the left.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
-                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
-            last_position_only (`bool`, defaults to `False`):
-                Compute the output at the last position only: `last_hidden_state` has shape
-                `(batch_size, 1, hidden_size)`.
-        """
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         states = self.gru(self.dropout(self.embed_tokens(items_first(input_ids, attention_mask))))[0]  # (B, L, R)
         states = F.pad(states, (0, 0, 1, 0))  # (B, L + 1, R): after 0, 1, ... L items
         num_read = attention_mask.long().cumsum(dim=-1)  # (B, L)
         if last_position_only:
             num_read = num_read[:, -1:]
         states = states.gather(1, num_read[..., None].expand(-1, -1, states.shape[-1]))
-        return BaseModelOutput(last_hidden_state=self.output(self.dropout(states)))
+        return self.output(self.dropout(states))
 
 
 def items_first(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -8,12 +8,10 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .common import (
     BaselineForSequentialRecommendation,
+    BaselineModel,
     BaselinePreTrainedModel,
     ItemEmbeddings,
     PostNormLayer,
@@ -172,7 +170,7 @@ class LightSANsPreTrainedModel(BaselinePreTrainedModel):
             init.normal_(module.value_interests)
 
 
-class LightSANsModel(LightSANsPreTrainedModel):
+class LightSANsModel(BaselineModel, LightSANsPreTrainedModel):
     """
     Item embeddings and Transformer layers that get the positions apart: token ids to a vector at each position.
 
@@ -190,27 +188,7 @@ class LightSANsModel(LightSANsPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        last_position_only: bool = False,
-        **kwargs,
-    ) -> BaseModelOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
-                Histories, oldest item first, padded on the left.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
-                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
-            last_position_only (`bool`, defaults to `False`):
-                Compute the last layer at the last position only: `last_hidden_state` has shape
-                `(batch_size, 1, hidden_size)`.
-        """
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         mask = attention_mask.bool()
         mask = mask | ~mask.any(dim=1, keepdim=True)  # nothing but padding reads itself: a softmax needs a position
         positions = self.embeddings.positions(input_ids.shape[1])
@@ -218,7 +196,7 @@ class LightSANsModel(LightSANsPreTrainedModel):
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, last_position_only and i == last, positions, mask)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+        return hidden_states
 
 
 class LightSANsForSequentialRecommendation(BaselineForSequentialRecommendation, LightSANsPreTrainedModel):

@@ -24,12 +24,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .common import (
     BaselineForSequentialRecommendation,
+    BaselineModel,
     BaselinePreTrainedModel,
     ItemEmbeddings,
     PostNormLayer,
@@ -159,7 +157,7 @@ class LinRecPreTrainedModel(BaselinePreTrainedModel):
     _can_record_outputs = {"hidden_states": PostNormLayer}
 
 
-class LinRecModel(LinRecPreTrainedModel):
+class LinRecModel(BaselineModel, LinRecPreTrainedModel):
     """Normed item embeddings with positions and Transformer layers: token ids to a vector at each position."""
 
     def __init__(self, config: LinRecConfig):
@@ -173,33 +171,13 @@ class LinRecModel(LinRecPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        last_position_only: bool = False,
-        **kwargs,
-    ) -> BaseModelOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
-                Histories, oldest item first, padded on the left.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
-                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
-            last_position_only (`bool`, defaults to `False`):
-                Compute the last layer at the last position only: `last_hidden_state` has shape
-                `(batch_size, 1, hidden_size)`.
-        """
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         attention_mask = attention_mask.bool()
         hidden_states = self.dropout(self.norm(self.embeddings(input_ids)))
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, last_position_only and i == last, attention_mask)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+        return hidden_states
 
 
 class LinRecForSequentialRecommendation(BaselineForSequentialRecommendation, LinRecPreTrainedModel):

@@ -8,14 +8,11 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_recommender import RecommenderConfig
-from .common import BaselineForSequentialRecommendation, BaselinePreTrainedModel
+from .common import BaselineForSequentialRecommendation, BaselineModel, BaselinePreTrainedModel
 
 
 @strict
@@ -55,7 +52,7 @@ class PopularityPreTrainedModel(BaselinePreTrainedModel):
             init.zeros_(module.weight)
 
 
-class PopularityModel(PopularityPreTrainedModel):
+class PopularityModel(BaselineModel, PopularityPreTrainedModel):
     """The user vector 1 at each position, whatever the history."""
 
     def __init__(self, config: PopularityConfig):
@@ -63,26 +60,9 @@ class PopularityModel(PopularityPreTrainedModel):
         self.register_buffer("user_embedding", torch.ones(1), persistent=False)
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        last_position_only: bool = False,
-        **kwargs,
-    ) -> BaseModelOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
-                Histories; only their shape is read.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
-                Not read.
-            last_position_only (`bool`, defaults to `False`):
-                `last_hidden_state` has shape `(batch_size, 1, 1)` instead of `(batch_size, history_length, 1)`.
-        """
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         length = 1 if last_position_only else input_ids.shape[1]
-        return BaseModelOutput(last_hidden_state=self.user_embedding.expand(input_ids.shape[0], length, 1))
+        return self.user_embedding.expand(input_ids.shape[0], length, 1)
 
 
 class PopularityForSequentialRecommendation(BaselineForSequentialRecommendation, PopularityPreTrainedModel):

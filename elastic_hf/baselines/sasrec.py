@@ -2,17 +2,14 @@
 
 import math
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .common import (
     BaselineForSequentialRecommendation,
+    BaselineModel,
     BaselinePreTrainedModel,
     ItemEmbeddings,
     SelfAttention,
@@ -84,7 +81,7 @@ class SASRecPreTrainedModel(BaselinePreTrainedModel):
     _can_record_outputs = {"hidden_states": SASRecLayer}
 
 
-class SASRecModel(SASRecPreTrainedModel):
+class SASRecModel(BaselineModel, SASRecPreTrainedModel):
     """Embeddings and positions, self-attention blocks and the final norm: token ids to a vector at each position."""
 
     def __init__(self, config: SASRecConfig):
@@ -96,34 +93,14 @@ class SASRecModel(SASRecPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        last_position_only: bool = False,
-        **kwargs,
-    ) -> BaseModelOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
-                Histories, oldest item first, padded on the left.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
-                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
-            last_position_only (`bool`, defaults to `False`):
-                Compute the last layer at the last position only: `last_hidden_state` has shape
-                `(batch_size, 1, hidden_size)`.
-        """
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         embeddings = self.embeddings.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)
         hidden_states = self.dropout(embeddings + self.embeddings.positions(input_ids.shape[1]))
         mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, mask, last_position_only and i == last)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+        return self.norm(hidden_states)
 
 
 class SASRecForSequentialRecommendation(BaselineForSequentialRecommendation, SASRecPreTrainedModel):
