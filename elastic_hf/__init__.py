@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from . import baselines
+from .cache_elastic import ElasticCache
 from .configuration_elastic import ElasticConfig
 from .data_collator import SequentialRecommendationCollator
 from .interactions import load_histories
@@ -14,6 +15,7 @@ from .trainer import SequentialRecommendationTrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "ElasticCache",
     "ElasticConfig",
     "ElasticForSequentialRecommendation",
     "ElasticItemTokenizer",

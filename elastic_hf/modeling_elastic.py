@@ -5,6 +5,7 @@ heads, S sub-keys per half of the interest memory, M = S * S memory slots, R ret
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_elastic import ElasticCache
 from .configuration_elastic import ElasticConfig
 from .dispatcher_attention import attend, causal_lda_chunked, dispatch, final_state
-from .modeling_recommender import SequentialRecommenderMixin
+from .modeling_recommender import SequentialRecommendationOutput, SequentialRecommenderMixin
 
 
 # Bound on an expert's score of an item: contrast enough, and within the range that dispatcher_attention.py states.
@@ -29,23 +31,47 @@ SCORE_CAP = 10.0
 BALANCE_SCALE = 1e-8
 
 
+@dataclass
+class ElasticModelOutput(BaseModelOutput):
+    """A [`~transformers.modeling_outputs.BaseModelOutput`], and the `cache` where `use_cache=True` asked for it."""
+
+    cache: ElasticCache | None = None
+
+
 def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise convolution over the latest items: `y_t = sum_i weight_i * x_(t-i)`, zeros before the first item.
+    """Depthwise convolution over the latest items: `y_t = sum_i weight_i * x_(t-i)`.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(B, L, D)`).
+        hidden_states (`torch.Tensor` of shape `(B, kernel_size - 1 + L, D)`): those before the first position, too.
         weight (`torch.Tensor` of shape `(kernel_size, D)`).
 
     Returns:
         `torch.Tensor` of shape `(B, L, D)`.
     """
-    length = hidden_states.shape[1]
-    padded = F.pad(hidden_states, (0, 0, weight.shape[0] - 1, 0))
-    output = weight[0] * hidden_states
+    before = weight.shape[0] - 1
+    length = hidden_states.shape[1] - before
+    output = weight[0] * hidden_states[:, before:]
     for i in range(1, weight.shape[0]):
-        start = weight.shape[0] - 1 - i
-        output = output + weight[i] * padded[:, start : start + length]
+        output = output + weight[i] * hidden_states[:, before - i : before - i + length]
     return output
+
+
+def prepend(earlier: Tensor, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+    """Puts what came earlier right in front of each row's first item, behind its padding.
+
+    Args:
+        earlier (`torch.Tensor` of shape `(B, P, D)`).
+        hidden_states (`torch.Tensor` of shape `(B, L, D)`): zeros at padding.
+        attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding, which is on the left.
+
+    Returns:
+        `torch.Tensor` of shape `(B, P + L, D)`.
+    """
+    num_earlier = earlier.shape[1]
+    padding = (~attention_mask).sum(dim=1)  # (B,)
+    places = padding[:, None] + torch.arange(num_earlier, device=padding.device)  # (B, P)
+    places = places[..., None].expand(-1, -1, hidden_states.shape[-1])
+    return F.pad(hidden_states, (0, 0, num_earlier, 0)).scatter(1, places, earlier.to(hidden_states.dtype))
 
 
 def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -176,9 +202,12 @@ class ElasticCausalAttention(nn.Module):
         self.log_half_life = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts))
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, experts: Tensor | None, last_position_only: bool
-    ) -> Tensor:
-        """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
+        self, hidden_states: Tensor, attention_mask: Tensor, state: Tensor | None, last_position_only: bool
+    ) -> tuple[Tensor, Tensor]:
+        """
+        (B, L, D) and the state before them, (B, H, E, 2K + 1), to (B, L, D), or (B, 1, D) with `last_position_only`,
+        and the state after them.
+        """
         heads = (-1, self.head_size)
         readers = hidden_states[:, -1:] if last_position_only else hidden_states
         query = self.query(readers).unflatten(-1, heads).transpose(1, 2)  # (B, H, L or 1, K)
@@ -192,13 +221,17 @@ class ElasticCausalAttention(nn.Module):
             scores = key @ experts.transpose(-1, -2) / math.sqrt(self.head_size)  # (B, H, L, E)
             scores = SCORE_CAP * torch.tanh(scores / SCORE_CAP)
             scores = scores.masked_fill(~attention_mask[:, None, :, None], -math.inf)
+            log_forget = self.log_forget(dtype)  # (H, 1, E)
+            if state is not None:
+                state = state.to(dtype)
+                log_forget = log_forget * attention_mask[:, None, :, None]  # a state forgets nothing at padding
             if last_position_only:
-                state = final_state(key, value, scores, self.log_forget(dtype))
+                state = final_state(key, value, scores, log_forget, state)
                 output = dispatch(query[:, :, 0], state)[:, :, None]
             else:
-                output, _ = causal_lda_chunked(query, key, value, scores, self.log_forget(dtype))
+                output, state = causal_lda_chunked(query, key, value, scores, log_forget, state)
         output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
-        return self.output(output * F.silu(self.gate(readers)))
+        return self.output(output * F.silu(self.gate(readers))), state
 
     def log_forget(self, dtype: torch.dtype) -> Tensor:
         """Log of what each expert keeps of its state at each new item: (H, 1, E). A half-life is at least one item."""
@@ -263,6 +296,7 @@ class ElasticLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ElasticConfig, has_memory: bool):
         super().__init__()
+        self.is_causal = config.is_causal
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.convolution = (
             nn.Parameter(torch.empty(config.conv_kernel_size, config.hidden_size)) if config.conv_kernel_size else None
@@ -280,28 +314,45 @@ class ElasticLayer(GradientCheckpointingLayer):
         attention_mask: Tensor,
         experts: Tensor | None = None,
         last_position_only: bool = False,
-    ) -> Tensor:
+        state: Tensor | None = None,
+        latest: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(B, L, D)`).
             attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding.
             experts (`torch.Tensor` of shape `(B, E, D)`, *optional*): the history's experts (bidirectional mode).
             last_position_only (`bool`): compute the output of the last position only.
+            state (`torch.Tensor` of shape `(B, H, E, 2K + 1)`, *optional*): of the experts, before these items.
+            latest (`torch.Tensor` of shape `(B, k - 1, D)`, *optional*): the convolution's inputs before these items.
 
         Returns:
-            `torch.Tensor` of shape `(B, L, D)`, or `(B, 1, D)` with `last_position_only`.
+            The output of shape `(B, L, D)`, or `(B, 1, D)` with `last_position_only`, then `state` and `latest` after
+            these items (causal mode).
         """
         normed = self.attention_norm(hidden_states) * attention_mask[..., None]
         if self.convolution is not None:
-            normed = normed + causal_convolution(normed, self.convolution)
+            num_latest = self.convolution.shape[0] - 1
+            if latest is None:
+                inputs = F.pad(normed, (0, 0, num_latest, 0))
+            else:
+                inputs = prepend(latest, normed, attention_mask)
+            latest = inputs[:, inputs.shape[1] - num_latest :]
+            normed = normed + causal_convolution(inputs, self.convolution)
+        else:
+            latest = normed[:, :0]
         if last_position_only:
             hidden_states = hidden_states[:, -1:]
-        attended = self.attention(normed, attention_mask, experts, last_position_only)
+        if self.is_causal:
+            attended, state = self.attention(normed, attention_mask, state, last_position_only)
+        else:
+            attended = self.attention(normed, attention_mask, experts, last_position_only)
         hidden_states = hidden_states + self.dropout(attended)
         if self.memory is not None:
             readers = attention_mask[:, -hidden_states.shape[1] :]
             hidden_states = hidden_states + self.dropout(self.memory(self.memory_norm(hidden_states), readers))
-        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        hidden_states = hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        return hidden_states, state, latest
 
 
 class ElasticPreTrainedModel(PreTrainedModel):
@@ -368,8 +419,10 @@ class ElasticModel(ElasticPreTrainedModel):
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor | None = None,
         last_position_only: bool = False,
+        cache: ElasticCache | None = None,
+        use_cache: bool = False,
         **kwargs,
-    ) -> BaseModelOutput:
+    ) -> ElasticModelOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
@@ -379,10 +432,21 @@ class ElasticModel(ElasticPreTrainedModel):
             last_position_only (`bool`, defaults to `False`):
                 Compute the last layer at the last position only: `last_hidden_state` has shape
                 `(batch_size, 1, hidden_size)`.
+            cache ([`ElasticCache`], *optional*):
+                What was read before: `input_ids` are the items after it (causal mode).
+            use_cache (`bool`, defaults to `False`):
+                Return the `cache` after these items (causal mode).
         """
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
         attention_mask = attention_mask.bool()
+        if cache is not None or use_cache:
+            if not self.config.is_causal:
+                raise ValueError(
+                    "cache and use_cache need is_causal=True: a bidirectional model reads whole histories"
+                )
+        if cache is not None:
+            cache.check(self.config, input_ids.shape[0])
         # Tied embeddings are small for the softmax; as inputs they are learned much sooner at unit scale.
         embeddings = self.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)  # (B, L, D)
         embeddings = embeddings * attention_mask[..., None]
@@ -398,9 +462,19 @@ class ElasticModel(ElasticPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = self.dropout(hidden_states)
         last = len(self.layers) - 1
+        states, convolution = [], []
         for i, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, attention_mask, experts, last_position_only and i == last)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+            past = {} if cache is None else {"state": cache.states[:, i], "latest": cache.convolution[:, i]}
+            hidden_states, state, latest = layer(
+                hidden_states, attention_mask, experts, last_position_only and i == last, **past
+            )
+            if use_cache:
+                states.append(state)
+                convolution.append(latest)
+        if use_cache:
+            num_items = attention_mask.sum(dim=1) + (0 if cache is None else cache.num_items)
+            cache = ElasticCache(torch.stack(states, 1).float(), torch.stack(convolution, 1).float(), num_items)
+        return ElasticModelOutput(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
     def _experts(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor | None:
         """The experts of each history in the bidirectional mode: (B, L, D) -> (B, E, D)."""
@@ -422,6 +496,38 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.model = ElasticModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        cache: ElasticCache | None = None,
+        use_cache: bool = False,
+        **kwargs,
+    ) -> SequentialRecommendationOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
+                Histories, oldest item first, padded on the left; with a `cache`, the items that came after it.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
+            labels (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+                `labels[:, t]` is the item to be predicted at position t (nothing is shifted). Special tokens and -100
+                are not predicted.
+            num_items_in_batch (`int`, *optional*):
+                What to divide the summed loss by; defaults to the number of targets in this batch.
+            cache ([`ElasticCache`], *optional*):
+                What was read before, by causal ELASTIC without `labels`. The scores are those of the whole histories.
+            use_cache (`bool`, defaults to `False`):
+                Return the `cache` that holds these items, too.
+        """
+        if labels is not None and (cache is not None or use_cache):
+            raise ValueError("labels must not be given with cache or use_cache: training reads whole histories")
+        if cache is not None or use_cache:
+            kwargs |= {"cache": cache, "use_cache": use_cache}
+        return super().forward(input_ids, attention_mask, labels, num_items_in_batch, **kwargs)
 
     @torch.no_grad()
     def get_retrieved_slots(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .cache_elastic import ElasticCache
 from .loss import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
 
@@ -31,12 +32,15 @@ class SequentialRecommendationOutput(ModelOutput):
         hidden_states (`tuple(torch.FloatTensor)`, returned with `output_hidden_states=True`):
             The embeddings and the output of each layer, of shape `(batch_size, history_length, hidden_size)`; without
             `labels` the last one holds the last position only.
+        cache ([`ElasticCache`], returned by ELASTIC with `use_cache=True`):
+            What to go on from when the histories grow.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     user_embeddings: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    cache: ElasticCache | None = None
 
 
 class Recommendations(NamedTuple):
@@ -154,6 +158,7 @@ class SequentialRecommenderMixin:
                 logits=self.lm_head(user_embeddings),
                 user_embeddings=user_embeddings,
                 hidden_states=outputs.hidden_states,
+                cache=outputs.get("cache"),
             )
         _check_shape("labels", labels, input_ids)
         outputs = self.model(input_ids, attention_mask, **kwargs)
