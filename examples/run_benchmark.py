@@ -1,22 +1,31 @@
-"""Measures what the README states. One sub-command for each subject, and one JSON file of results for each.
+"""Measures what the documents state. One sub-command for each subject; each writes a JSON file, and a plot of lengths.
 
+python examples/run_benchmark.py inference    # histories to user embeddings, by length, beside other models
+python examples/run_benchmark.py training     # a training step, by length, beside other models
+python examples/run_benchmark.py memory       # peak memory of both
+python examples/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
 python examples/run_benchmark.py data         # 20 million interactions from a file to split histories
 python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
+
+Both sides of every ratio are measured in the same process, taking turns; seconds are the median of the repetitions.
+Leave the machine alone meanwhile.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import resource
+import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from reporting import processor, write_json
+from reporting import git_commit, processor, write_json
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +42,198 @@ def report(file: Path, results: dict) -> None:
     print(json.dumps(results, indent=2))
 
 
-# 1. data: rows in a file -> split histories
+# 1. models: the same width, layers, heads and batch for every side
+
+SIDES = {
+    "elastic": ("elastic", {}),
+    "elastic, bidirectional": ("elastic", {"is_causal": False, "training_objective": "prefix"}),
+    "sasrec, sdpa": ("sasrec", {}),
+    "sasrec, naive": ("sasrec", {}),
+    "linrec": ("linrec", {}),
+    "lightsans": ("lightsans", {}),
+}
+
+
+def make_model(side: str, length: int, num_items: int, **changes):
+    """A model with random weights: hidden size 64, 2 layers, 2 heads, feed-forward 256, 16 interests."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    import elastic_hf  # noqa: F401
+
+    model_type, settings = SIDES[side]
+    settings = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        **settings,
+    }
+    if model_type == "elastic":
+        settings["num_interest_experts"] = 16
+    else:
+        settings["max_position_embeddings"] = length
+    if model_type == "lightsans":
+        settings["num_latent_interests"] = 16
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=num_items + 3, **{**settings, **changes})
+    attention = {"attn_implementation": "eager"} if side == "sasrec, naive" else {}
+    model = AutoModel.from_config(config, **attention)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_step(model, batch_size: int, length: int, num_items: int, subject: str):
+    """What is measured: a function that encodes a batch of users, or one that trains on it."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, num_items + 3, (batch_size, length), generator=generator).to(model.device)
+    if subject == "inference":
+        model.eval()
+
+        @torch.inference_mode()
+        def step():
+            model.get_user_embeddings(input_ids)
+
+        return step
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    labels = input_ids.roll(-1, dims=1)
+    if not model.config.is_causal:
+        labels[:, :-1] = -100
+
+    def step():
+        model(input_ids=input_ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def median_seconds(steps: dict, repetitions: int, warmup: int) -> dict[str, float]:
+    """Runs the functions in turns and returns the median time of each."""
+    import torch
+
+    times = {name: [] for name in steps}
+    for repetition in range(warmup + repetitions):
+        for name, step in steps.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repetition >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(step) -> int:
+    """The most memory that one call holds beyond what was there before it, by the allocator's own account."""
+    import torch
+
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def setting(args: argparse.Namespace) -> dict:
+    """Where and how it was measured."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return {
+        "benchmark": args.subject,
+        "hardware": torch.cuda.get_device_name() if on_gpu else processor(),
+        "threads": torch.get_num_threads(),
+        "load_average_before": round(os.getloadavg()[0], 2),  # other work on the machine, in busy cores
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
+    }
+
+
+def benchmark_models(args: argparse.Namespace) -> None:
+    """Time or memory of every side at every length."""
+    results = {**setting(args), "num_items": args.num_items, "rows": []}
+    passes = ("inference", "training") if args.subject == "memory" else (args.subject,)
+    for length in args.lengths:
+        batch_size = max(1, min(args.batch_size, args.max_positions // length))
+        sides = [side for side in args.sides if length <= args.longest_naive or side != "sasrec, naive"]
+        for subject in passes:
+            steps = {}
+            for side in sides:
+                model = make_model(side, length, args.num_items, training_loss="sampled_softmax")
+                steps[side] = make_step(model, batch_size, length, args.num_items, subject)
+            row = {"pass": subject, "length": length, "batch_size": batch_size}
+            if args.subject == "memory":
+                row["peak_bytes"] = {side: peak_bytes(step) for side, step in steps.items()}
+            else:
+                row["seconds"] = median_seconds(steps, args.repetitions, args.warmup)
+            results["rows"].append(row)
+            print(json.dumps(row))
+    plot(results, args.output.with_suffix(".png"))
+    write_json(args.output, results)
+
+
+def plot(results: dict, file: Path) -> None:
+    """What was measured against the length, one line for each side, one panel for each pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    passes = list(dict.fromkeys(row["pass"] for row in results["rows"]))
+    figure, axes = plt.subplots(1, len(passes), figsize=(6 * len(passes), 4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], passes, strict=True):
+        rows = [row for row in results["rows"] if row["pass"] == name]
+        key, label, unit = ("seconds", "milliseconds per user", 1e-3)
+        if "peak_bytes" in rows[0]:
+            key, label, unit = ("peak_bytes", "peak megabytes per user", 1e6)
+        for side in rows[0][key]:
+            points = [(row["length"], row[key][side] / unit / row["batch_size"]) for row in rows if side in row[key]]
+            axis.plot(*zip(*points, strict=True), marker=".", label=side)
+        axis.set(xscale="log", yscale="log", xlabel="history length (items)", ylabel=f"{label}, {name}")
+        axis.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def benchmark_streaming(args: argparse.Namespace) -> None:
+    """One more item and the ten best recommendations, after histories of several lengths."""
+    import torch
+
+    model = make_model("elastic", 0, args.num_items).eval()
+    steps = {}
+    for length in args.lengths:
+        history = torch.randint(3, args.num_items + 3, (1, length), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            cache = model(history.to(model.device), use_cache=True).cache
+        item = history[:, :1].to(model.device)
+
+        @torch.inference_mode()
+        def step(item=item, cache=cache):
+            model(item, cache=cache, use_cache=True).logits.topk(10)
+
+        steps[f"{length:,}"] = step
+    seconds = median_seconds(steps, args.repetitions, args.warmup)
+    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in vars(cache).values())
+    results = {**setting(args), "num_items": args.num_items, "bytes_per_user": state_bytes, "seconds": seconds}
+    report(args.output, results)
+
+
+# 2. data: rows in a file -> split histories
 
 
 def make_files(folder: str, formats: list[str], num_rows: int, num_users: int, num_items: int, seed: int) -> None:
@@ -101,7 +301,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
     report(args.output, results)
 
 
-# 2. tokenizer: item ids -> token ids
+# 3. tokenizer: item ids -> token ids
 
 
 def benchmark_tokenizer(args: argparse.Namespace) -> None:
@@ -156,6 +356,31 @@ def benchmark_tokenizer(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     subjects = parser.add_subparsers(required=True)
+
+    for subject, text in (
+        ("inference", "seconds from histories to user embeddings"),
+        ("training", "seconds of a training step"),
+        ("memory", "peak memory of both"),
+    ):
+        models = subjects.add_parser(subject, help=f"{text}, by length, beside other models")
+        models.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192, 32768])
+        models.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
+        models.add_argument("--batch_size", type=int, default=4, help="Histories in a batch.")
+        models.add_argument("--max_positions", type=int, default=16_384, help="Positions in a batch of several.")
+        models.add_argument("--longest_naive", type=int, default=8_192, help="Longest length of naive attention.")
+        models.add_argument("--num_items", type=int, default=10_000)
+        models.add_argument("--repetitions", type=int, default=7)
+        models.add_argument("--warmup", type=int, default=2)
+        models.add_argument("--output", type=Path, default=RESULTS / f"benchmark-{subject}.json")
+        models.set_defaults(run=benchmark_models, subject=subject)
+
+    streaming = subjects.add_parser("streaming", help="seconds of one more item, by the length of the history")
+    streaming.add_argument("--lengths", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
+    streaming.add_argument("--num_items", type=int, default=10_000)
+    streaming.add_argument("--repetitions", type=int, default=200)
+    streaming.add_argument("--warmup", type=int, default=20)
+    streaming.add_argument("--output", type=Path, default=RESULTS / "benchmark-streaming.json")
+    streaming.set_defaults(run=benchmark_streaming, subject="streaming")
 
     data = subjects.add_parser("data", help="seconds and peak memory from a file of interactions to split histories")
     data.add_argument("--num_rows", type=int, default=20_000_000)
