@@ -72,6 +72,11 @@ class ElasticConfig(RecommenderConfig):
         self._validate_at_least(0, "conv_kernel_size", "max_position_embeddings", "num_memory_subkeys")
         self._validate_fractions("hidden_dropout")
         self._validate_heads()
+        if self.is_causal and self.hidden_size // self.num_attention_heads % 2 != 0:
+            raise ValueError(
+                "hidden_size / num_attention_heads must be even when is_causal=True (positions rotate pairs of "
+                f"features), found {self.hidden_size} and {self.num_attention_heads}"
+            )
 
     def validate_memory(self):
         """The slots asked for exist."""

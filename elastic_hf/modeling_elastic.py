@@ -24,6 +24,8 @@ from .dispatcher_attention import attend, causal_lda_chunked, dispatch, final_st
 from .modeling_recommender import SequentialRecommendationOutput, SequentialRecommenderMixin
 
 
+# Longest wavelength of the rotations, over 2 pi (Su et al. 2021, section 3.2.2).
+ROTARY_BASE = 10000.0
 # Bound on an expert's score of an item: contrast enough, and within the range that dispatcher_attention.py states.
 SCORE_CAP = 10.0
 # Scale of the gradient that balances sub-keys, per retrieval: next to nothing where the norm of all gradients is
@@ -72,6 +74,36 @@ def prepend(earlier: Tensor, hidden_states: Tensor, attention_mask: Tensor) -> T
     places = padding[:, None] + torch.arange(num_earlier, device=padding.device)  # (B, P)
     places = places[..., None].expand(-1, -1, hidden_states.shape[-1])
     return F.pad(hidden_states, (0, 0, num_earlier, 0)).scatter(1, places, earlier.to(hidden_states.dtype))
+
+
+def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
+    """The angle of each pair of features at each position: `angle_i = position / ROTARY_BASE^(2 i / K)`.
+
+    Args:
+        positions (`torch.LongTensor` of shape `(B, L)`).
+        head_size (`int`): K, even.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, L, K / 2)`.
+    """
+    pairs = torch.arange(0, head_size, 2, device=positions.device)
+    return positions[..., None] / ROTARY_BASE ** (pairs / head_size)
+
+
+def rotate(states: Tensor, angles: Tensor) -> Tensor:
+    """Rotates features i and i + K / 2 by their angle, so that the product of a query and a key depends on how far
+    apart they are ("RoFormer", Su et al. 2021, equation 34, with these pairs of features).
+
+    Args:
+        states (`torch.Tensor` of shape `(B, H, L, K)`): queries or keys.
+        angles (`torch.Tensor` of shape `(B, L, K / 2)`).
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, L, K)`.
+    """
+    cos, sin = angles.cos()[:, None].to(states.dtype), angles.sin()[:, None].to(states.dtype)
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -185,8 +217,8 @@ class ElasticInterestMemory(nn.Module):
 
 class ElasticCausalAttention(nn.Module):
     """
-    Causal linear dispatcher attention: the experts at position t have read the items up to t. What a position reads
-    from them passes a gate of its own.
+    Causal linear dispatcher attention: the experts at position t have read the items up to t. Queries and the keys
+    that experts keep are rotated by their positions; what a position reads from the experts passes a gate of its own.
     """
 
     def __init__(self, config: ElasticConfig):
@@ -202,11 +234,16 @@ class ElasticCausalAttention(nn.Module):
         self.log_half_life = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts))
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, state: Tensor | None, last_position_only: bool
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        angles: Tensor,
+        state: Tensor | None,
+        last_position_only: bool,
     ) -> tuple[Tensor, Tensor]:
         """
-        (B, L, D) and the state before them, (B, H, E, 2K + 1), to (B, L, D), or (B, 1, D) with `last_position_only`,
-        and the state after them.
+        (B, L, D), angles (B, L, K / 2) and the state before them, (B, H, E, 2K + 1), to (B, L, D), or (B, 1, D) with
+        `last_position_only`, and the state after them.
         """
         heads = (-1, self.head_size)
         readers = hidden_states[:, -1:] if last_position_only else hidden_states
@@ -221,6 +258,8 @@ class ElasticCausalAttention(nn.Module):
             scores = key @ experts.transpose(-1, -2) / math.sqrt(self.head_size)  # (B, H, L, E)
             scores = SCORE_CAP * torch.tanh(scores / SCORE_CAP)
             scores = scores.masked_fill(~attention_mask[:, None, :, None], -math.inf)
+            key = rotate(key, angles)
+            query = rotate(query, angles[:, -query.shape[2] :])
             log_forget = self.log_forget(dtype)  # (H, 1, E)
             if state is not None:
                 state = state.to(dtype)
@@ -314,6 +353,7 @@ class ElasticLayer(GradientCheckpointingLayer):
         attention_mask: Tensor,
         experts: Tensor | None = None,
         last_position_only: bool = False,
+        angles: Tensor | None = None,
         state: Tensor | None = None,
         latest: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -323,6 +363,7 @@ class ElasticLayer(GradientCheckpointingLayer):
             attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding.
             experts (`torch.Tensor` of shape `(B, E, D)`, *optional*): the history's experts (bidirectional mode).
             last_position_only (`bool`): compute the output of the last position only.
+            angles (`torch.Tensor` of shape `(B, L, K / 2)`, *optional*): of [`rotary_angles`] (causal mode).
             state (`torch.Tensor` of shape `(B, H, E, 2K + 1)`, *optional*): of the experts, before these items.
             latest (`torch.Tensor` of shape `(B, k - 1, D)`, *optional*): the convolution's inputs before these items.
 
@@ -344,7 +385,7 @@ class ElasticLayer(GradientCheckpointingLayer):
         if last_position_only:
             hidden_states = hidden_states[:, -1:]
         if self.is_causal:
-            attended, state = self.attention(normed, attention_mask, state, last_position_only)
+            attended, state = self.attention(normed, attention_mask, angles, state, last_position_only)
         else:
             attended = self.attention(normed, attention_mask, experts, last_position_only)
         hidden_states = hidden_states + self.dropout(attended)
@@ -451,6 +492,7 @@ class ElasticModel(ElasticPreTrainedModel):
         embeddings = self.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)  # (B, L, D)
         embeddings = embeddings * attention_mask[..., None]
         experts = self._experts(embeddings, attention_mask)
+        positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, L)
         hidden_states = embeddings
         if self.embed_positions is not None:
             if input_ids.shape[1] > self.config.max_position_embeddings:
@@ -458,15 +500,19 @@ class ElasticModel(ElasticPreTrainedModel):
                     "input_ids must not be longer than max_position_embeddings "
                     f"({self.config.max_position_embeddings}), found {input_ids.shape[1]}"
                 )
-            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
             hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = self.dropout(hidden_states)
+        angles = None
+        if self.config.is_causal:
+            if cache is not None:
+                positions = positions + cache.num_items[:, None]
+            angles = rotary_angles(positions, self.config.hidden_size // self.config.num_attention_heads)
         last = len(self.layers) - 1
         states, convolution = [], []
         for i, layer in enumerate(self.layers):
             past = {} if cache is None else {"state": cache.states[:, i], "latest": cache.convolution[:, i]}
             hidden_states, state, latest = layer(
-                hidden_states, attention_mask, experts, last_position_only and i == last, **past
+                hidden_states, attention_mask, experts, last_position_only and i == last, angles, **past
             )
             if use_cache:
                 states.append(state)

@@ -130,6 +130,38 @@ def trials() -> str:
     return table(header, [row for *_, row in sorted(rows)])
 
 
+ABLATIONS = {
+    "e8": "the recipe",
+    "e8-no-memory": "without interest memory",
+    "e8-forget-none": "without forgetting",
+    "e8-forget-fixed": "half-lives fixed at their initial values",
+    "e8-conv0": "without convolution",
+    "e8-bidirectional-prefix": "bidirectional, trained on prefixes",
+    "e8-bidirectional-cloze": "bidirectional, trained on masked items",
+    "e8-bidirectional-static": "the same with static experts instead of the memory's",
+}
+
+
+def ablation() -> str:
+    """What ELASTIC loses without its parts, from the trials of the same 8 epochs."""
+    values = {}
+    for run in runs("trials/ml-1m-elastic-*-e8*.json"):
+        if run["variant"] in ABLATIONS:
+            values.setdefault(run["variant"], []).append(run)
+    rows = []
+    for variant, label in ABLATIONS.items():
+        seeds = values.get(variant, [])
+        if seeds:
+            ndcg = statistics.mean(run["validation_ndcg@10"] for run in seeds)
+            recipe = statistics.mean(run["validation_ndcg@10"] for run in values["e8"])
+            row = [label, mean_and_deviation([run["validation_hr@10"] for run in seeds])]
+            row += [mean_and_deviation([run["validation_ndcg@10"] for run in seeds])]
+            row += [f"{ndcg - recipe:+.4f}", str(len(seeds)), f"{seeds[0]['num_parameters']:,}"]
+            rows.append([*row, f"{statistics.mean(run['train_seconds'] for run in seeds) / 60:.0f}"])
+    header = ["ELASTIC", "validation HR@10", "validation NDCG@10", "difference", "seeds", "parameters", "minutes"]
+    return table(header, rows)
+
+
 def commands() -> str:
     """The command behind each run of run_seqrec.py."""
     return "\n".join(
@@ -191,6 +223,7 @@ TABLES = {
         variants,
         memory,
         trials,
+        ablation,
         commands,
         lengths,
         data,

@@ -91,6 +91,20 @@ def causal_convolution(hidden_states, weight):
     return output
 
 
+def rotate(states, positions):
+    """Features i and i + K/2 are a point in the plane, turned by position / 10000^(2i / K)."""
+    output = torch.empty_like(states)
+    half = states.shape[-1] // 2
+    for b in range(states.shape[0]):
+        for t in range(states.shape[2]):
+            for i in range(half):
+                angle = torch.tensor(int(positions[b, t]) / 10000 ** (i / half), dtype=states.dtype)
+                x, y = states[b, :, t, i], states[b, :, t, half + i]
+                output[b, :, t, i] = x * angle.cos() - y * angle.sin()
+                output[b, :, t, half + i] = x * angle.sin() + y * angle.cos()
+    return output
+
+
 def softmax_loss(scores, targets):
     """Sum over rows of -log softmax at the target."""
     return sum(-torch.log(torch.exp(row[t]) / torch.exp(row).sum()) for row, t in zip(scores, targets, strict=True))

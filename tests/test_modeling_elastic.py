@@ -13,6 +13,8 @@ from elastic_hf.modeling_elastic import (
     causal_convolution,
     count_subkeys,
     retrieve_slots,
+    rotary_angles,
+    rotate,
 )
 
 
@@ -102,10 +104,12 @@ def test_causal_attention_is_the_loop_between_its_projections():
     scores = scores.masked_fill(~mask[:, None, :, None], -math.inf)
     half_life = 1 + attention.log_half_life.exp()
     log_forget = (math.log(0.5) / half_life)[None, :, None].expand_as(scores)
-    expected = reference.causal_lda(query, key, value, scores, log_forget)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    rotated = [reference.rotate(states, positions) for states in (query, key)]
+    expected = reference.causal_lda(*rotated, value, scores, log_forget)
     expected = torch.cat(expected.unbind(dim=1), dim=-1)
     expected = attention.output(expected * torch.nn.functional.silu(attention.gate(hidden_states)))
-    output, _ = attention(hidden_states, mask, None, last_position_only=False)
+    output, _ = attention(hidden_states, mask, rotary_angles(positions, 8), None, last_position_only=False)
     torch.testing.assert_close(output, expected)
 
 
@@ -229,6 +233,29 @@ def test_memory_sits_where_each_mode_reads_it():
     assert [layer.memory is not None for layer in causal.model.layers] == [False, True]
     assert causal.model.memory is None and isinstance(bidirectional.model.memory, ElasticInterestMemory)
     assert all(layer.memory is None for layer in bidirectional.model.layers)
+
+
+def test_rotation_equals_the_loop():
+    torch.manual_seed(0)
+    states = torch.randn(3, 2, 7, 10, dtype=torch.float64, requires_grad=True)
+    positions = torch.randint(1000, (3, 7))
+    gradients = []
+    outputs = rotate(states, rotary_angles(positions, 10).double()), reference.rotate(states, positions)
+    for output in outputs:
+        gradients.append(torch.autograd.grad((output**3).sum(), states)[0])
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)  # angles are float32
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+
+def test_products_of_rotated_states_know_the_distance_alone():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 10, dtype=torch.float64)
+    places = torch.tensor([[[3], [0]], [[45], [42]], [[45], [0]]])
+    near, moved, far = (
+        (rotate(query, rotary_angles(q[None], 10)) * rotate(key, rotary_angles(k[None], 10))).sum() for q, k in places
+    )
+    torch.testing.assert_close(near, moved, atol=1e-4, rtol=1e-4)
+    assert abs(near - far) > 0.1
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 9])
