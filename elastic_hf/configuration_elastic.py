@@ -32,9 +32,9 @@ class ElasticConfig(RecommenderConfig):
         max_position_embeddings (`int`, defaults to 0):
             Number of learned absolute positions; 0 for none. A history may be longer than that only where there are
             none.
-        num_memory_subkeys (`int`, defaults to 64):
+        num_memory_subkeys (`int`, defaults to 128):
             Sub-keys S per half of the interest memory, which then has M = S * S slots; 0 for no memory.
-        num_memory_heads (`int`, defaults to 2):
+        num_memory_heads (`int`, defaults to 4):
             Independent queries to the memory, each with its own sub-keys.
         memory_top_k (`int`, defaults to 8):
             Slots R that each memory head retrieves per position (causal mode; the bidirectional mode retrieves its
@@ -53,8 +53,8 @@ class ElasticConfig(RecommenderConfig):
     hidden_dropout: float | int = 0.2
     conv_kernel_size: int = 3
     max_position_embeddings: int = 0
-    num_memory_subkeys: int = 64
-    num_memory_heads: int = 2
+    num_memory_subkeys: int = 128
+    num_memory_heads: int = 4
     memory_top_k: int = 8
     layer_norm_eps: float = 1e-6
 

@@ -503,7 +503,7 @@ class ElasticModel(ElasticPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = self.dropout(hidden_states)
         angles = None
-        if self.config.is_causal:
+        if experts is None:
             if cache is not None:
                 positions = positions + cache.num_items[:, None]
             angles = rotary_angles(positions, self.config.hidden_size // self.config.num_attention_heads)
@@ -523,7 +523,7 @@ class ElasticModel(ElasticPreTrainedModel):
         return ElasticModelOutput(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
     def _experts(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """The experts of each history in the bidirectional mode: (B, L, D) -> (B, E, D)."""
+        """The experts of each history in the bidirectional mode: (B, L, D) -> (B, E, D). The causal mode has none."""
         if self.memory is not None:
             num_items = attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
             return self.memory.retrieve_experts(embeddings.sum(dim=1) / num_items, self.config.num_interest_experts)

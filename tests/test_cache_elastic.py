@@ -15,6 +15,7 @@ SIZES = {
     "num_interest_experts": 6,
     "intermediate_size": 20,
     "num_memory_subkeys": 5,
+    "num_memory_heads": 2,
     "memory_top_k": 4,
 }
 LENGTH = 11

@@ -15,7 +15,7 @@ from elastic_hf import ElasticConfig
         ("vocab_size", 3, "vocab_size must exceed num_special_tokens"),
         ("mask_token_id", 3, "mask_token_id must be between 0 and num_special_tokens - 1"),
         ("num_memory_heads", 5, "multiple of 2 \\* num_memory_heads, found 64 and 5"),
-        ("memory_top_k", 64**2 + 1, "memory_top_k asks for 4097 slots"),
+        ("memory_top_k", 128**2 + 1, "memory_top_k asks for 16385 slots"),
         ("is_causal", False, "needs is_causal=True"),
         ("training_objective", "next", "training_objective must be one of"),
         ("training_objective", "masked_item", "needs is_causal=False"),

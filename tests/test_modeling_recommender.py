@@ -14,7 +14,12 @@ VOCAB_SIZE = 23  # 20 items
 def model():
     torch.manual_seed(0)
     config = ElasticConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=12, num_attention_heads=3, num_interest_experts=5, num_memory_subkeys=4
+        vocab_size=VOCAB_SIZE,
+        hidden_size=12,
+        num_attention_heads=3,
+        num_interest_experts=5,
+        num_memory_subkeys=4,
+        num_memory_heads=2,
     )
     return ElasticForSequentialRecommendation(config).eval()
 

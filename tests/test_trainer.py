@@ -52,6 +52,7 @@ def make_model(**overrides):
         intermediate_size=24,
         num_interest_experts=5,
         num_memory_subkeys=6,
+        num_memory_heads=1,
         memory_top_k=4,
     )
     set_seed(0)
