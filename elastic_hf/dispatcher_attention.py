@@ -110,31 +110,12 @@ def causal_lda_recurrent(
 def causal_lda_parallel(
     query: Tensor, key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, state: Tensor | None = None
 ) -> Tensor:
-    """Causal LDA as two masked (L x L) products: for one chunk, or, in float64, for a short history.
-
-    Numerator and normaliser of a compressed interest share every factor that depends on t alone, so the forgetting
-    since item j needs no (L x L) table per expert: `exp(scores_j - elapsed_j)` weighs item j at all later positions.
+    """Causal LDA as one chunk: two masked (L x L) products, in float64 for more than a short history.
 
     Returns:
         `torch.Tensor` of shape `(..., L, K)`.
     """
-    length, head_size = query.shape[-2:]
-    elapsed = _elapsed(log_forget, length)
-    # Counting from the middle of the block halves the largest exponent.
-    middle = elapsed[..., length // 2, None, :]
-    weights = torch.exp(scores - (elapsed - middle))  # (..., L, E)
-    total = weights.cumsum(dim=-2)
-    affinity = (query @ key.transpose(-1, -2)).tril()  # (..., L, L)
-    logits = affinity @ weights  # (..., L, E)
-    if state is not None:
-        keys, values, past_total = (middle.transpose(-1, -2).exp() * state).split([head_size, head_size, 1], dim=-1)
-        total = total + past_total.transpose(-1, -2)
-        logits = logits + query @ keys.transpose(-1, -2)
-    # Where nothing has been read yet (left padding), 0 / 1 instead of 0 / 0.
-    total = torch.where(total == 0, 1.0, total)
-    shares = (logits / total / math.sqrt(head_size)).softmax(dim=-1) / total
-    output = (shares @ weights.transpose(-1, -2)).tril() @ value
-    return output if state is None else output + shares @ values
+    return causal_lda_chunked(query, key, value, scores, log_forget, state, chunk_size=key.shape[-2])[0]
 
 
 def causal_lda_chunked(
@@ -146,22 +127,25 @@ def causal_lda_chunked(
     state: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """Causal LDA in O(L (C + E) K): parallel inside chunks of C items, a carried state between them.
+    """Causal LDA in O(L (C + E) K): item by item inside chunks of C items, a carried state between them.
+
+    Numerator and normaliser of a compressed interest share every factor that depends on t alone, so the forgetting
+    since item j needs no (L x L) table per expert: `exp(scores_j - elapsed_j)` weighs item j at all later positions.
 
     Returns:
         The outputs, of shape `(..., L, K)`, and the state after the last item, of shape `(..., E, 2K + 1)`.
     """
-    length = key.shape[-2]
-    log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
+    length, head_size = key.shape[-2:]
     block = chunk_size * CHUNKS_PER_BLOCK
     if length > block:
         outputs = []
+        log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
         for parts in zip(*(x.split(block, dim=-2) for x in (query, key, value, scores, log_forget)), strict=True):
             output, state = causal_lda_chunked(*parts, state, chunk_size)
             outputs.append(output)
         return torch.cat(outputs, dim=-2), state
 
-    # cut into N chunks of C; the padding behind the end weighs nothing and forgets nothing
+    # cut into N chunks of C; the padding behind the end weighs nothing
     num_chunks = (length + chunk_size - 1) // chunk_size
     if torch.compiler.is_exporting():
         # A program for every length must not specialise to one chunk, nor to the lengths that need no padding.
@@ -171,27 +155,111 @@ def causal_lda_chunked(
         # every length keeps to one size.
         chunk_size = (length + num_chunks - 1) // num_chunks
     padding = num_chunks * chunk_size - length
-    query, key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value, log_forget))
-    scores = F.pad(scores, (0, 0, 0, padding), value=-math.inf)
+    log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
+    if not isinstance(padding, int) or padding > 0:
+        query, key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value, log_forget))
+        scores = F.pad(scores, (0, 0, 0, padding), value=-math.inf)
     query, key, value, scores, log_forget = (
         x.unflatten(-2, (num_chunks, chunk_size)) for x in (query, key, value, scores, log_forget)
     )  # (..., N, C, .)
 
+    elapsed = log_forget.cumsum(dim=-2)  # (..., N, C, E)
+    whole = elapsed[..., -1, :]  # (..., N, E), over the chunk
+    # Counting from the middle of the chunk halves the largest exponent.
+    middle = elapsed[..., chunk_size // 2, :]
+    weights = torch.exp(scores - (elapsed - middle[..., None, :]))  # (..., N, C, E)
+    total = weights.cumsum(dim=-2)
+
     # the state at the start of each chunk: what every earlier chunk added, faded by the chunks in between
-    added = final_state(key, value, scores, log_forget)  # (..., N, E, 2K + 1)
-    chunk_log_forget = log_forget.sum(dim=-2)  # (..., N, E)
-    end = chunk_log_forget.cumsum(dim=-2)
-    start = end - chunk_log_forget
+    added = torch.cat([weights.mT @ key, weights.mT @ value, total[..., -1, :, None]], dim=-1)  # (..., N, E, 2K + 1)
+    added = (whole - middle).exp()[..., None] * added
+    end = whole.cumsum(dim=-2)
+    start = end - whole
     fading = start[..., :, None, :] - end[..., None, :, :]  # (..., N, N, E)
     earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=key.device).tril(-1)
     fading = fading.masked_fill(~earlier[..., None], -math.inf).exp()
     states = torch.einsum("...ijm,...jmk->...imk", fading, added)
     if state is not None:
         states = states + start.exp()[..., None] * state[..., None, :, :]
+    last = whole[..., -1, :].exp()[..., None] * states[..., -1, :, :] + added[..., -1, :, :]
 
-    output = causal_lda_parallel(query, key, value, scores, log_forget, states).flatten(-3, -2)
-    last = chunk_log_forget[..., -1, :].exp()[..., None] * states[..., -1, :, :] + added[..., -1, :, :]
-    return output[..., :length, :], last
+    past_keys, past_values, past_total = (middle.exp()[..., None] * states).split([head_size, head_size, 1], dim=-1)
+    total = total + past_total.mT
+    # Where nothing has been read yet (left padding), 0 / 1 instead of 0 / 0.
+    total = torch.where(total == 0, 1.0, total)
+    read = _read_chunks if torch.compiler.is_compiling() else _ReadChunks.apply
+    output = read(*(x.flatten(0, -3) for x in (query, key, value, weights, total, past_keys, past_values)))
+    return output.view_as(query).flatten(-3, -2)[..., :length, :], last
+
+
+def _read_chunks(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, total: Tensor, past_keys: Tensor, past_values: Tensor
+) -> Tensor:
+    """Each position of a chunk reads the experts' state there: what they held before the chunk, and its items so far.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(N, C, K)`).
+        weights, total (`torch.Tensor` of shape `(N, C, E)`): of each item, and summed up to each position.
+        past_keys, past_values (`torch.Tensor` of shape `(N, E, K)`): the state before the chunk.
+
+    Returns:
+        `torch.Tensor` of shape `(N, C, K)`.
+    """
+    scale = 1 / math.sqrt(query.shape[-1])
+    affinity = (query @ key.mT).tril_()  # (N, C, C)
+    logits = torch.baddbmm(query @ past_keys.mT, affinity, weights, beta=scale, alpha=scale)  # (N, C, E)
+    shares = (logits / total).softmax(dim=-1) / total
+    return torch.baddbmm(shares @ past_values, (shares @ weights.mT).tril_(), value)
+
+
+class _ReadChunks(torch.autograd.Function):
+    """[`_read_chunks`], whose backward pass computes its (C x C) tables again instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return _read_chunks(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, weights, total, past_keys, past_values = ctx.saved_tensors
+        scale = 1 / math.sqrt(query.shape[-1])
+        affinity = (query @ key.mT).tril_()
+        logits = torch.baddbmm(query @ past_keys.mT, affinity, weights, beta=scale, alpha=scale).div_(total)
+        probabilities = logits.softmax(dim=-1)
+        shares = probabilities / total
+
+        # output = (shares W^T, item by item) V + shares V_past
+        value_gradient = (shares @ weights.mT).tril_().mT @ gradient
+        table = (gradient @ value.mT).tril_()
+        shares_gradient = torch.baddbmm(gradient @ past_values.mT, table, weights)
+        weights_gradient = table.mT @ shares
+        past_values_gradient = shares.mT @ gradient
+
+        # shares = softmax(logits) / total
+        total_gradient = shares_gradient * shares
+        probabilities_gradient = shares_gradient.div_(total)
+        inner = (probabilities_gradient * probabilities).sum(dim=-1, keepdim=True)
+        logits_gradient = probabilities_gradient.sub_(inner).mul_(probabilities)
+
+        # logits = ((Q K^T, item by item) W + Q K_past^T) / (total sqrt(K))
+        total_gradient = total_gradient.addcmul_(logits_gradient, logits).div_(total).neg_()
+        logits_gradient = logits_gradient.div_(total).mul_(scale)
+        weights_gradient = weights_gradient.baddbmm_(affinity.mT, logits_gradient)
+        table = (logits_gradient @ weights.mT).tril_()
+        query_gradient = torch.baddbmm(logits_gradient @ past_keys, table, key)
+        key_gradient = table.mT @ query
+        past_keys_gradient = logits_gradient.mT @ query
+        return (
+            query_gradient,
+            key_gradient,
+            value_gradient,
+            weights_gradient,
+            total_gradient,
+            past_keys_gradient,
+            past_values_gradient,
+        )
 
 
 def _elapsed(log_forget: Tensor, length: int) -> Tensor:
