@@ -28,6 +28,8 @@ from .modeling_recommender import SequentialRecommendationOutput, SequentialReco
 ROTARY_BASE = 10000.0
 # Bound on an expert's score of an item: contrast enough, and within the range that dispatcher_attention.py states.
 SCORE_CAP = 10.0
+# Scores of sub-keys held at once while slots are searched: 4 MiB of float32.
+MAX_SUBKEY_SCORES = 2**20
 # Scale of the gradient that balances sub-keys, per retrieval: next to nothing where the norm of all gradients is
 # clipped, enough for optimisers such as Adam, whose steps do not depend on it.
 BALANCE_SCALE = 1e-8
@@ -109,7 +111,8 @@ def rotate(states: Tensor, angles: Tensor) -> Tensor:
 def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The best of all S * S product-key slots, found among the best of each half (Lample et al. 2019, section 3.1).
 
-    Slot `i * S + j` has the score `query_1 . sub_key_1i + bias_1i + query_2 . sub_key_2j + bias_2j`.
+    Slot `i * S + j` has the score `query_1 . sub_key_1i + bias_1i + query_2 . sub_key_2j + bias_2j`. Only the scores
+    of what is found are computed with gradients, so that nothing of size S is kept for the backward pass.
 
     Args:
         query (`torch.Tensor` of shape `(..., G, 2, key_size)`): both halves of the query of each memory head.
@@ -120,13 +123,33 @@ def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) ->
     Returns:
         Scores and slots, best first, each of shape `(..., G, R)`.
     """
+    num_heads, _, num_subkeys, _ = sub_keys.shape
+    with torch.no_grad():
+        queries = query.reshape(-1, *query.shape[-3:])  # (T, G, 2, key_size)
+        if torch.compiler.is_compiling():  # a program for every length has no loop over its parts
+            slots = _search_slots(queries, sub_keys, bias, top_k)
+        else:
+            parts = queries.split(max(1, MAX_SUBKEY_SCORES // bias.numel()))
+            slots = torch.cat([_search_slots(part, sub_keys, bias, top_k) for part in parts])
+    slots = slots.view(*query.shape[:-2], top_k)
+    places = torch.stack([slots // num_subkeys, slots % num_subkeys], dim=-2)  # (..., G, 2, R)
+    rows = places + num_subkeys * torch.arange(2 * num_heads, device=slots.device).view(num_heads, 2, 1)
+    keys = F.embedding(rows, sub_keys.flatten(0, 2))  # (..., G, 2, R, key_size)
+    halves = (keys @ query[..., None])[..., 0] + bias.flatten()[rows]
+    return halves.sum(dim=-2), slots
+
+
+def _search_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> Tensor:
+    """(T, G, 2, key_size) -> (T, G, R)"""
     num_subkeys = sub_keys.shape[2]
-    halves = torch.einsum("...ghk,ghsk->...ghs", query, sub_keys) + bias  # (..., G, 2, S)
+    halves = torch.einsum("tghk,ghsk->tghs", query, sub_keys) + bias  # (T, G, 2, S)
     scores, places = halves.topk(min(top_k, num_subkeys), dim=-1)
-    scores = (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2)  # (..., G, R * R)
-    slots = (places[..., 0, :, None] * num_subkeys + places[..., 1, None, :]).flatten(-2)
-    scores, order = scores.topk(top_k, dim=-1)
-    return scores, slots.gather(-1, order)
+    # A pair of the i-th and the j-th best has i * j pairs before it: those of the R best have i * j <= R.
+    ranks = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    first, second = (ranks[:, None] * ranks <= top_k).nonzero(as_tuple=True)
+    scores = scores[..., 0, first] + scores[..., 1, second]
+    slots = places[..., 0, first] * num_subkeys + places[..., 1, second]
+    return slots.gather(-1, scores.topk(top_k, dim=-1).indices)
 
 
 def count_subkeys(slots: Tensor, num_subkeys: int, mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import reference
-from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel, modeling_elastic
 from elastic_hf.modeling_elastic import (
     ElasticBidirectionalAttention,
     ElasticInterestMemory,
@@ -113,9 +113,11 @@ def test_causal_attention_is_the_loop_between_its_projections():
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize("max_scores", [modeling_elastic.MAX_SUBKEY_SCORES, 100, 1], ids=["at once", "by 5", "by 1"])
 @pytest.mark.parametrize("top_k", [1, 4, 7, 25])
-def test_product_keys_find_the_best_of_all_slots(top_k):
+def test_product_keys_find_the_best_of_all_slots(top_k, max_scores, monkeypatch):
     """S = 5 sub-keys, so that 7 and 25 retrieve more slots than one half has sub-keys."""
+    monkeypatch.setattr(modeling_elastic, "MAX_SUBKEY_SCORES", max_scores)
     torch.manual_seed(0)
     query = torch.randn(3, 7, 2, 2, 6, dtype=torch.float64, requires_grad=True)
     sub_keys = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
