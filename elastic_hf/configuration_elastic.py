@@ -15,7 +15,7 @@ class ElasticConfig(RecommenderConfig):
         num_hidden_layers (`int`, defaults to 2):
             Number of layers.
         num_attention_heads (`int`, defaults to 2):
-            Heads H of linear dispatcher attention; must divide `hidden_size`.
+            Heads H of linear dispatcher attention; must divide `hidden_size`, into an even size when `is_causal`.
         num_interest_experts (`int`, defaults to 16):
             Interest experts E into which a history of any length is compressed.
         intermediate_size (`int`, defaults to 256):
@@ -29,9 +29,6 @@ class ElasticConfig(RecommenderConfig):
             in which every position reads the whole history.
         conv_kernel_size (`int`, defaults to 3):
             Items seen by the short causal depthwise convolution in front of the attention; 0 for none.
-        max_position_embeddings (`int`, defaults to 0):
-            Number of learned absolute positions; 0 for none. A history may be longer than that only where there are
-            none.
         num_memory_subkeys (`int`, defaults to 128):
             Sub-keys S per half of the interest memory, which then has M = S * S slots; 0 for no memory.
         num_memory_heads (`int`, defaults to 4):
@@ -52,7 +49,6 @@ class ElasticConfig(RecommenderConfig):
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.2
     conv_kernel_size: int = 3
-    max_position_embeddings: int = 0
     num_memory_subkeys: int = 128
     num_memory_heads: int = 4
     memory_top_k: int = 8
@@ -69,7 +65,7 @@ class ElasticConfig(RecommenderConfig):
             "num_memory_heads",
             "memory_top_k",
         )
-        self._validate_at_least(0, "conv_kernel_size", "max_position_embeddings", "num_memory_subkeys")
+        self._validate_at_least(0, "conv_kernel_size", "num_memory_subkeys")
         self._validate_fractions("hidden_dropout")
         self._validate_heads()
         if self.is_causal and self.hidden_size // self.num_attention_heads % 2 != 0:

@@ -453,11 +453,6 @@ class ElasticModel(ElasticPreTrainedModel):
         super().__init__(config)
         has_memory = config.num_memory_subkeys > 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.embed_positions = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            if config.max_position_embeddings
-            else None
-        )
         # The bidirectional mode's experts come from the memory where there is one, once for all layers.
         self.memory = ElasticInterestMemory(config) if has_memory and not config.is_causal else None
         self.experts = (
@@ -515,18 +510,10 @@ class ElasticModel(ElasticPreTrainedModel):
         embeddings = self.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)  # (B, L, D)
         embeddings = embeddings * attention_mask[..., None]
         experts = self._experts(embeddings, attention_mask)
-        positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, L)
-        hidden_states = embeddings
-        if self.embed_positions is not None:
-            if input_ids.shape[1] > self.config.max_position_embeddings:
-                raise ValueError(
-                    "input_ids must not be longer than max_position_embeddings "
-                    f"({self.config.max_position_embeddings}), found {input_ids.shape[1]}"
-                )
-            hidden_states = hidden_states + self.embed_positions(positions)
-        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.dropout(embeddings)
         angles = None
         if experts is None:
+            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, L)
             if cache is not None:
                 positions = positions + cache.num_items[:, None]
             angles = rotary_angles(positions, self.config.hidden_size // self.config.num_attention_heads)

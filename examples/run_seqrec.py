@@ -302,7 +302,7 @@ def main() -> None:
         overrides = model_args.config_overrides or ""
         if overrides:
             config.update_from_string(overrides)
-        has_positions = getattr(config, "max_position_embeddings", 0) > 0
+        has_positions = hasattr(config, "max_position_embeddings")
         if model_args.model_name_or_path is None and has_positions and "max_position_embeddings" not in overrides:
             # The mask that is appended to histories at inference takes a position, too.
             config.max_position_embeddings = data_args.max_length + (config.training_objective == "masked_item")

@@ -26,7 +26,6 @@ FLAGS = {
     "causal prefix": {"training_objective": "prefix"},
     "no memory": {"num_memory_subkeys": 0},
     "no convolution": {"conv_kernel_size": 0},
-    "positions": {"max_position_embeddings": 13},
     "untied": {"tie_word_embeddings": False},
     "sampled_softmax": {"training_loss": "sampled_softmax"},
     "gbce": {"training_loss": "gbce"},
@@ -277,9 +276,8 @@ def layer_outputs(model, input_ids, attention_mask):
 
 
 @pytest.mark.parametrize("t", [0, 63, 64, 100])
-@pytest.mark.parametrize("flags", [CAUSAL, {"max_position_embeddings": 130}], ids=["no positions", "positions"])
-def test_causal_positions_do_not_see_the_future(flags, t):
-    model = tiny_model(**flags).double()
+def test_causal_positions_do_not_see_the_future(t):
+    model = tiny_model().double()
     input_ids, attention_mask = histories(length=130)
     changed = input_ids.clone()
     changed[:, t + 1 :] = 3 + (changed[:, t + 1 :] - 2) % 28
@@ -357,12 +355,6 @@ def test_a_history_20_times_longer_than_trained_on_runs(flags):
     assert model(long).logits.isfinite().all()
 
 
-def test_positions_cap_the_length():
-    model = tiny_model(max_position_embeddings=7)
-    with pytest.raises(ValueError, match=r"max_position_embeddings \(7\), found 8"):
-        model(histories(length=8)[0])
-
-
 # Training
 
 
@@ -419,7 +411,7 @@ def test_activation_checkpointing_changes_no_gradient():
 def test_initial_scale(name):
     """Standard deviations (or values) of every parameter of a model of the default size, with all optional parts."""
     torch.manual_seed(0)
-    config = ElasticConfig(**FLAGS[name], max_position_embeddings=200, tie_word_embeddings=False)
+    config = ElasticConfig(**FLAGS[name], tie_word_embeddings=False)
     model = ElasticForSequentialRecommendation(config)
     for name, parameter in model.named_parameters():
         part = name.split(".")[-2] + "." + name.split(".")[-1]
