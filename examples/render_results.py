@@ -119,13 +119,13 @@ def trials() -> str:
         arguments = shlex.split(run["command"])
         overrides = dict(zip(arguments, arguments[1:], strict=False)).get("--config_overrides", "")
         training = run["training"]
-        row = [run["dataset"], f"{training['epochs']:g}", run["model_type"], run["variant"]]
+        row = [run["dataset"], f"{training['epochs']:g}", run["model_type"], run["variant"], str(run["seed"])]
         row += [overrides.replace(",", ", "), f"{training['learning_rate']:g}", str(training["batch_size"])]
         row += ["yes" if run["split_into_windows"] else "no"]
         row += [f"{run['validation_hr@10']:.4f}", f"**{run['validation_ndcg@10']:.4f}**"]
         row += [f"{run['num_parameters']:,}", f"{run['train_seconds'] / 60:.0f}"]
         rows.append((run["dataset"], training["epochs"], -run["validation_ndcg@10"], row))
-    header = ["dataset", "epochs", "model", "trial", "configuration", "learning rate", "batch", "windows"]
+    header = ["dataset", "epochs", "model", "trial", "seed", "configuration", "learning rate", "batch", "windows"]
     header += ["validation HR@10", "validation NDCG@10", "parameters", "minutes"]
     return table(header, [row for *_, row in sorted(rows)])
 
