@@ -52,6 +52,11 @@ class ElasticConfig(RecommenderConfig):
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.2
     conv_kernel_size: int = 3
+    forgetting: str = "learned"
+    rotary: bool = False
+    memory_balance: str = "subkeys"
+    memory_scale: float | int = 1
+    temperature: float | int = 0
     max_position_embeddings: int = 0
     num_memory_subkeys: int = 64
     num_memory_heads: int = 2

@@ -48,7 +48,16 @@ def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
     return output
 
 
-def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def rotate(states: Tensor, length: int) -> Tensor:
+    half = states.shape[-1] // 2
+    frequency = 10000 ** (-torch.arange(half, device=states.device) / half)
+    angle = torch.arange(length - states.shape[-2], length, device=states.device)[:, None] * frequency
+    first, second = states[..., :half], states[..., half:]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int, slot_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The best of all S * S product-key slots, found among the best of each half (Lample et al. 2019, section 3.1).
 
     Slot `i * S + j` has the score `query_1 . sub_key_1i + bias_1i + query_2 . sub_key_2j + bias_2j`.
@@ -67,6 +76,9 @@ def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) ->
     scores, places = halves.topk(min(top_k, num_subkeys), dim=-1)
     scores = (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2)  # (..., G, R * R)
     slots = (places[..., 0, :, None] * num_subkeys + places[..., 1, None, :]).flatten(-2)
+    if slot_bias is not None:
+        offsets = torch.arange(slots.shape[-2], device=slots.device)[:, None] * slot_bias.shape[1]
+        scores = scores + F.embedding(slots + offsets, slot_bias.reshape(-1, 1))[..., 0]
     scores, order = scores.topk(top_k, dim=-1)
     return scores, slots.gather(-1, order)
 
@@ -127,16 +139,25 @@ class ElasticInterestMemory(nn.Module):
         )  # (G, 2, S, key_size / 2)
         self.bias = nn.Parameter(torch.empty(config.num_memory_heads, 2, config.num_memory_subkeys))  # (G, 2, S)
         self.values = nn.Embedding(config.num_memory_subkeys**2, config.hidden_size)
+        self.scale = config.memory_scale
+        self.slot_bias = None
+        if config.memory_balance == "slots":
+            self.slot_bias = nn.Parameter(torch.zeros(config.num_memory_heads, config.num_memory_subkeys**2))
 
     def retrieve(self, hidden_states: Tensor, top_k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(..., D) and a mask (...,) -> weights and slots, each (..., G, top_k); the weights of a head sum to 1."""
         query = self.query_norm(self.query(hidden_states).unflatten(-1, (self.num_heads, -1)))
-        scores, slots = retrieve_slots(query.unflatten(-1, (2, -1)), self.sub_keys, self.bias.detach(), top_k)
+        scores, slots = retrieve_slots(query.unflatten(-1, (2, -1)), self.sub_keys, self.bias.detach(), top_k, None if self.slot_bias is None else self.slot_bias.detach())
         weights = scores.softmax(dim=-1)
         if self.training:
             if mask is None:
                 mask = torch.ones(slots.shape[:-2], dtype=torch.bool, device=slots.device)
             weights = _BalanceSubkeys.apply(weights, self.bias, count_subkeys(slots, self.num_subkeys, mask))
+            if self.slot_bias is not None:
+                flat = slots.reshape(-1, self.num_heads, slots.shape[-1]).transpose(0, 1).flatten(1)
+                ones = mask.reshape(-1, 1).expand(-1, slots.shape[-1]).flatten().float().expand(flat.shape)
+                counts = torch.zeros_like(self.slot_bias).scatter_add_(1, flat, ones)
+                weights = _BalanceSubkeys.apply(weights, self.slot_bias, counts)
         return weights, slots
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -148,7 +169,7 @@ class ElasticInterestMemory(nn.Module):
             per_sample_weights=weights.flatten(2).flatten(0, 1).to(self.values.weight.dtype),
             mode="sum",
         )
-        return values.view_as(hidden_states)
+        return self.scale * values.view_as(hidden_states)
 
     def retrieve_experts(self, history: Tensor, num_experts: int) -> Tensor:
         """The interest experts of whole histories: (B, D) -> (B, E, D), each head's best slots times their weights."""
@@ -173,6 +194,7 @@ class ElasticCausalAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.experts = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts, self.head_size))
         self.gate = nn.Linear(config.hidden_size, config.hidden_size)
+        self.forgetting, self.rotary = config.forgetting, config.rotary
         self.log_half_life = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts))
 
     def forward(
@@ -192,6 +214,8 @@ class ElasticCausalAttention(nn.Module):
             scores = key @ experts.transpose(-1, -2) / math.sqrt(self.head_size)  # (B, H, L, E)
             scores = SCORE_CAP * torch.tanh(scores / SCORE_CAP)
             scores = scores.masked_fill(~attention_mask[:, None, :, None], -math.inf)
+            if self.rotary:
+                query, key = rotate(query, key.shape[2]), rotate(key, key.shape[2])
             if last_position_only:
                 state = final_state(key, value, scores, self.log_forget(dtype))
                 output = dispatch(query[:, :, 0], state)[:, :, None]
@@ -203,6 +227,10 @@ class ElasticCausalAttention(nn.Module):
     def log_forget(self, dtype: torch.dtype) -> Tensor:
         """Log of what each expert keeps of its state at each new item: (H, 1, E). A half-life is at least one item."""
         half_life = 1 + self.log_half_life.to(dtype).exp()
+        if self.forgetting == "none":
+            return torch.zeros_like(half_life)[:, None]
+        if self.forgetting == "fixed":
+            half_life = half_life.detach()
         return (-math.log(2) / half_life)[:, None]
 
 
@@ -325,6 +353,8 @@ class ElasticPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ElasticInterestMemory):
             init.normal_(module.sub_keys, std=1 / math.sqrt(module.sub_keys.shape[-1]))
             init.zeros_(module.bias)
+            if module.slot_bias is not None:
+                init.zeros_(module.slot_bias)
         elif isinstance(module, ElasticLayer) and module.convolution is not None:
             init.normal_(module.convolution, std=self.config.initializer_range)
         elif isinstance(module, ElasticModel) and module.experts is not None:
@@ -453,7 +483,7 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         num_slots = self.config.memory_top_k
         if not self.config.is_causal:
             num_slots = self.config.num_interest_experts // self.config.num_memory_heads
-        return retrieve_slots(query, memory.sub_keys, memory.bias, num_slots)[1]
+        return retrieve_slots(query, memory.sub_keys, memory.bias, num_slots, memory.slot_bias)[1]
 
 
 __all__ = ["ElasticForSequentialRecommendation", "ElasticModel", "ElasticPreTrainedModel"]

@@ -177,6 +177,8 @@ class SequentialRecommenderMixin:
         users = hidden_states[is_target]  # (T, D)
         items = self.lm_head.weight[config.num_special_tokens :]
         targets = labels[is_target] - config.num_special_tokens
+        if config.temperature:
+            users, items = F.normalize(users, dim=-1) / config.temperature, F.normalize(items, dim=-1)
         if config.training_loss == "full_softmax":
             seen = self._seen(input_ids, is_target) if config.exclude_seen else None
             total = full_softmax_loss(users, items, targets, seen)

@@ -136,6 +136,8 @@ class SequentialRecommendationTrainer(Trainer):
             user_embeddings = model.get_user_embeddings(inputs["input_ids"], inputs["attention_mask"])
         user_embeddings = user_embeddings.float()
         item_embeddings = model.get_output_embeddings().weight.detach().float()
+        if getattr(model.config, "temperature", 0):
+            item_embeddings = torch.nn.functional.normalize(item_embeddings, dim=-1)
         target_ids, seen_ids = inputs["target_ids"], inputs["seen_ids"]
         num_special_tokens = model.config.num_special_tokens
         ranks = rank_targets(user_embeddings, item_embeddings, target_ids, seen_ids, num_special_tokens)
