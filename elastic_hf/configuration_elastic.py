@@ -55,6 +55,7 @@ class ElasticConfig(RecommenderConfig):
     forgetting: str = "learned"
     rotary: bool = False
     memory_balance: str = "subkeys"
+    memory_split: bool = False
     memory_scale: float | int = 1
     temperature: float | int = 0
     max_position_embeddings: int = 0

@@ -138,7 +138,8 @@ class ElasticInterestMemory(nn.Module):
             torch.empty(config.num_memory_heads, 2, config.num_memory_subkeys, key_size // 2)
         )  # (G, 2, S, key_size / 2)
         self.bias = nn.Parameter(torch.empty(config.num_memory_heads, 2, config.num_memory_subkeys))  # (G, 2, S)
-        self.values = nn.Embedding(config.num_memory_subkeys**2, config.hidden_size)
+        self.num_banks = config.num_memory_heads if config.memory_split else 1
+        self.values = nn.Embedding(self.num_banks * config.num_memory_subkeys**2, config.hidden_size)
         self.scale = config.memory_scale
         self.slot_bias = None
         if config.memory_balance == "slots":
@@ -163,6 +164,8 @@ class ElasticInterestMemory(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """What each position retrieves: (B, L, D) and (B, L) -> (B, L, D)."""
         weights, slots = self.retrieve(hidden_states, self.top_k, attention_mask)
+        if self.num_banks > 1:
+            slots = slots + torch.arange(self.num_heads, device=slots.device)[:, None] * self.num_subkeys**2
         values = F.embedding_bag(
             slots.flatten(2).flatten(0, 1),
             self.values.weight,
@@ -483,7 +486,10 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         num_slots = self.config.memory_top_k
         if not self.config.is_causal:
             num_slots = self.config.num_interest_experts // self.config.num_memory_heads
-        return retrieve_slots(query, memory.sub_keys, memory.bias, num_slots, memory.slot_bias)[1]
+        slots = retrieve_slots(query, memory.sub_keys, memory.bias, num_slots, memory.slot_bias)[1]
+        if memory.num_banks > 1:
+            slots = slots + torch.arange(memory.num_heads, device=slots.device)[:, None] * memory.num_subkeys**2
+        return slots
 
 
 __all__ = ["ElasticForSequentialRecommendation", "ElasticModel", "ElasticPreTrainedModel"]
