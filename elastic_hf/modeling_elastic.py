@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -28,6 +29,9 @@ from .modeling_recommender import SequentialRecommendationOutput, SequentialReco
 ROTARY_BASE = 10000.0
 # Bound on an expert's score of an item: contrast enough, and within the range that dispatcher_attention.py states.
 SCORE_CAP = 10.0
+# Positions of a batch that are encoded at once where no gradient is needed: what fits a processor's cache, or keeps a
+# GPU busy.
+MAX_POSITIONS = {"cpu": 2**11, "cuda": 2**17}
 # Scores of sub-keys held at once while slots are searched: 4 MiB of float32.
 MAX_SUBKEY_SCORES = 2**20
 # Scale of the gradient that balances sub-keys, per retrieval: next to nothing where the norm of all gradients is
@@ -584,6 +588,24 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         if cache is not None or use_cache:
             kwargs |= {"cache": cache, "use_cache": use_cache}
         return super().forward(input_ids, attention_mask, labels, num_items_in_batch, **kwargs)
+
+    def _read_histories(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> ModelOutput:
+        """Long histories are read in pieces, each from the cache of those before it: memory does not grow with L."""
+        limit = MAX_POSITIONS.get(input_ids.device.type, MAX_POSITIONS["cuda"])
+        length = max(1, limit // input_ids.shape[0])
+        at_once = torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.config.is_causal
+        at_once |= bool(kwargs.get("output_hidden_states", self.config.output_hidden_states))
+        if at_once or input_ids.shape[1] <= length:
+            return super()._read_histories(input_ids, attention_mask, **kwargs)
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        pieces = zip(input_ids.split(length, dim=1), attention_mask.split(length, dim=1), strict=True)
+        use_cache = kwargs.pop("use_cache", False)
+        cache = kwargs.pop("cache", None)
+        for piece, mask in pieces:
+            outputs = self.model(piece, mask, last_position_only=True, cache=cache, use_cache=True, **kwargs)
+            cache = outputs.cache
+        return ElasticModelOutput(outputs.last_hidden_state, cache=cache if use_cache else None)
 
     @torch.no_grad()
     def get_retrieved_slots(

@@ -4,7 +4,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from elastic_hf import ElasticCache, ElasticConfig, ElasticForSequentialRecommendation
+from elastic_hf import ElasticCache, ElasticConfig, ElasticForSequentialRecommendation, modeling_elastic
 
 
 SIZES = {
@@ -89,6 +89,28 @@ def test_users_add_different_numbers_of_items(kernel_size):
     whole = model(histories, use_cache=True)
     torch.testing.assert_close(outputs.logits, whole.logits, atol=1e-5, rtol=1e-5)
     equal(cache, whole.cache)
+
+
+@pytest.mark.parametrize("max_positions", [1, 4, 9, 20])
+@torch.no_grad()
+def test_long_histories_are_read_in_pieces(max_positions, monkeypatch):
+    """Batches of 4 users and of one, so pieces of 1 to 9 items; a row of padding alone in front of its items."""
+    model = make_model()
+    histories = make_histories()
+    histories[1, :9] = histories[2, :3] = 0
+    whole = model(histories, use_cache=True)
+    lengths = []
+    model.model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    monkeypatch.setattr(modeling_elastic, "MAX_POSITIONS", {"cpu": max_positions, "cuda": 0})
+    pieces = model(histories, use_cache=True)
+    assert sum(lengths) == LENGTH
+    assert max(lengths) == max(1, max_positions // 4)
+    torch.testing.assert_close(pieces.logits, whole.logits, atol=1e-5, rtol=1e-5)
+    equal(pieces.cache, whole.cache)
+    assert model(histories).cache is None
+    torch.testing.assert_close(model(histories[:1]).logits, whole.logits[:1], atol=1e-5, rtol=1e-5)
+    hidden_states = model(histories, output_hidden_states=True).hidden_states
+    assert hidden_states[0].shape == (4, LENGTH, 24)
 
 
 @torch.no_grad()
