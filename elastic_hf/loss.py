@@ -88,14 +88,17 @@ def sampled_softmax_loss(
         user_embeddings (`torch.Tensor` of shape `(T, D)`).
         item_embeddings (`torch.Tensor` of shape `(V, D)`).
         targets (`torch.LongTensor` of shape `(T,)`).
-        negatives (`torch.LongTensor` of shape `(N,)`): drawn from all V items.
+        negatives (`torch.LongTensor` of shape `(N,)`): rows of `item_embeddings`, drawn from all items.
         log_q (`torch.Tensor` of shape `(N,)`): log of the expected number of times each is drawn, `log(N q_i)`.
 
     Returns:
         `torch.Tensor` of shape `()`.
     """
-    positive = (user_embeddings * item_embeddings[targets]).sum(dim=-1, keepdim=True)  # (T, 1)
-    negative = user_embeddings @ item_embeddings[negatives].T - log_q  # (T, N)
+    # One look-up for all, so that one gradient of the size of the catalogue is made, not two.
+    rows = F.embedding(torch.cat([targets, negatives]), item_embeddings)
+    target_embeddings, negative_embeddings = rows.split([len(targets), len(negatives)])
+    positive = (user_embeddings * target_embeddings).sum(dim=-1, keepdim=True)  # (T, 1)
+    negative = user_embeddings @ negative_embeddings.T - log_q  # (T, N)
     negative = negative.masked_fill(negatives == targets[:, None], -math.inf)
     scores = torch.cat([positive, negative], dim=-1).float()
     return (scores.logsumexp(dim=-1) - scores[:, 0]).sum()

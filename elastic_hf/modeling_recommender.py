@@ -186,9 +186,11 @@ class SequentialRecommenderMixin:
             seen = self._seen(input_ids, is_target) if config.exclude_seen else None
             total = full_softmax_loss(users, items, targets, seen)
         elif config.training_loss == "sampled_softmax":
-            negatives = torch.randint(items.shape[0], (config.num_negatives,), device=targets.device)
+            # Token ids and the whole table: the gradient of a slice of it would be one more of its size.
+            shape = (config.num_negatives,)
+            negatives = torch.randint(config.num_special_tokens, config.vocab_size, shape, device=labels.device)
             log_q = torch.full_like(negatives, math.log(config.num_negatives / items.shape[0]), dtype=torch.float32)
-            total = sampled_softmax_loss(users, items, targets, negatives, log_q)
+            total = sampled_softmax_loss(users, self.lm_head.weight, labels[is_target], negatives, log_q)
         else:
             negatives = torch.randint(items.shape[0], (targets.shape[0], config.num_negatives), device=targets.device)
             if config.training_loss == "bce":
