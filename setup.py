@@ -9,6 +9,7 @@ init = (here / "elastic_hf" / "__init__.py").read_text(encoding="utf-8")
 version = re.search(r'__version__ = "(.+)"', init).group(1)
 
 examples = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16"]
+faiss = ["faiss-cpu>=1.12"]
 
 setup(
     name="elastic_hf",
@@ -33,7 +34,11 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.20,<6",
     ],
-    extras_require={"examples": examples, "test": [*examples, "pytest>=8", "ruff>=0.12"]},
+    extras_require={
+        "examples": examples,
+        "faiss": faiss,
+        "test": [*examples, *faiss, "pytest>=8", "ruff>=0.12"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -7,6 +7,7 @@ from .cache_elastic import ElasticCache
 from .configuration_elastic import ElasticConfig
 from .data_collator import SequentialRecommendationCollator
 from .interactions import load_histories
+from .item_index import ItemIndex
 from .modeling_elastic import ElasticForSequentialRecommendation, ElasticModel
 from .tokenization_elastic import ElasticItemTokenizer
 from .trainer import SequentialRecommendationTrainer
@@ -20,6 +21,7 @@ __all__ = [
     "ElasticForSequentialRecommendation",
     "ElasticItemTokenizer",
     "ElasticModel",
+    "ItemIndex",
     "SequentialRecommendationCollator",
     "SequentialRecommendationTrainer",
     "baselines",

@@ -240,6 +240,7 @@ class SequentialRecommenderMixin:
         top_k: int = 10,
         exclude_seen: bool = True,
         candidate_ids: torch.LongTensor | None = None,
+        index=None,
     ) -> Recommendations:
         """The items most likely to come next. At most `2**24 + 2 * batch_size * top_k` scores are held at once.
 
@@ -252,13 +253,15 @@ class SequentialRecommenderMixin:
             exclude_seen (`bool`, defaults to `True`): leave out what `input_ids` already holds.
             candidate_ids (`torch.LongTensor` of shape `(num_candidates,)`, *optional*):
                 The token ids to choose from. Defaults to the whole catalogue.
+            index ([`~elastic_hf.ItemIndex`], *optional*):
+                Search this index of the items instead of scoring all of them: approximate, for large catalogues.
 
         Returns:
             [`Recommendations`]: `token_ids` and `scores`, each of shape `(batch_size, top_k)`, best first.
 
         Raises:
-            ValueError: if a history is empty or not padded on the left, `candidate_ids` are no distinct items, fewer
-                than `top_k` items are left to recommend, or a score is NaN.
+            ValueError: if a history is empty or not padded on the left, `candidate_ids` are no distinct items or given
+                with an `index`, fewer than `top_k` items are left to recommend (or were found), or a score is NaN.
         """
         config = self.config
         _check_histories(input_ids)
@@ -291,14 +294,21 @@ class SequentialRecommenderMixin:
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, found {top_k}")
 
-        scores, token_ids = top_k_items(
-            self.get_user_embeddings(input_ids, attention_mask),
-            self.lm_head.weight,
-            top_k,
-            seen_ids=input_ids.masked_fill(attention_mask == 0, config.pad_token_id) if exclude_seen else None,
-            candidate_ids=candidate_ids,
-            num_special_tokens=config.num_special_tokens,
-        )
+        user_embeddings = self.get_user_embeddings(input_ids, attention_mask)
+        seen_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id) if exclude_seen else None
+        if index is not None:
+            if candidate_ids is not None:
+                raise ValueError("candidate_ids must not be given with an index, which searches all items")
+            scores, token_ids = index.search(user_embeddings, top_k, seen_ids)
+        else:
+            scores, token_ids = top_k_items(
+                user_embeddings,
+                self.lm_head.weight,
+                top_k,
+                seen_ids=seen_ids,
+                candidate_ids=candidate_ids,
+                num_special_tokens=config.num_special_tokens,
+            )
         if bool(scores.isnan().any()):
             raise ValueError("the model's scores contain NaN: its weights or its input are broken")
         if bool((token_ids < 0).any()):

@@ -1,0 +1,76 @@
+"""An approximate index of the items, for catalogues so large that scoring all of them takes too long."""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class ItemIndex:
+    """
+    The items of a model in clusters, of which each search visits those nearest to the user embedding (FAISS
+    `IndexIVFFlat`; `pip install "elastic_hf[faiss]"`).
+
+    Scores are exact; a best item is missed where its cluster is not visited. The index holds a copy of the item
+    embeddings, on the processor: build it again after training on.
+
+    Args:
+        model: a recommender of this package.
+        num_clusters (`int`, *optional*): defaults to 4 times the square root of the number of items.
+        num_probes (`int`, defaults to 16): clusters visited by each search. More of them find more, and take longer.
+
+    Raises:
+        ImportError: if FAISS is not installed.
+        ValueError: if there are not at least as many items as clusters, and as clusters as probes.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_clusters: int | None = None, num_probes: int = 16) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise ImportError('ItemIndex needs FAISS: pip install "elastic_hf[faiss]"') from error
+        self.first = model.config.num_special_tokens
+        items = model.get_output_embeddings().weight.detach()[self.first :].float().cpu().numpy()
+        if num_clusters is None:
+            num_clusters = max(1, min(round(4 * math.sqrt(len(items))), len(items)))
+            num_probes = min(num_probes, num_clusters)
+        if not 1 <= num_probes <= num_clusters <= len(items):
+            raise ValueError(
+                f"num_probes and num_clusters must be 1 <= num_probes <= num_clusters <= {len(items)} (the items), "
+                f"found {num_probes} and {num_clusters}"
+            )
+        self.index = faiss.index_factory(items.shape[1], f"IVF{num_clusters},Flat", faiss.METRIC_INNER_PRODUCT)
+        self.index.train(items)
+        self.index.add(items)
+        self.index.nprobe = num_probes
+
+    def search(self, user_embeddings: Tensor, top_k: int, seen_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The best items found.
+
+        Args:
+            user_embeddings (`torch.Tensor` of shape `(B, D)`).
+            top_k (`int`): how many.
+            seen_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): token ids not to return.
+
+        Returns:
+            Scores and token ids, each of shape `(B, top_k)`, best first; where fewer are found, `-inf` and -1.
+
+        Raises:
+            ValueError: if `top_k` is more than the number of items.
+        """
+        if top_k > self.index.ntotal:
+            raise ValueError(f"top_k must be at most the number of items ({self.index.ntotal}), found {top_k}")
+        num_seen = 0 if seen_ids is None else seen_ids.shape[1]
+        num_found = min(top_k + num_seen, self.index.ntotal)
+        scores, rows = self.index.search(user_embeddings.float().cpu().numpy(), num_found)
+        scores, token_ids = torch.from_numpy(scores), torch.from_numpy(rows) + self.first
+        scores[token_ids < self.first] = -math.inf
+        if seen_ids is not None:
+            scores[(token_ids[..., None] == seen_ids.cpu()[:, None]).any(dim=-1)] = -math.inf
+        scores, order = scores.topk(top_k)
+        token_ids = token_ids.gather(-1, order).masked_fill(scores == -math.inf, -1)
+        return scores.to(user_embeddings.device), token_ids.to(user_embeddings.device)
+
+
+__all__ = ["ItemIndex"]
