@@ -33,7 +33,7 @@ class ElasticConfig(RecommenderConfig):
             Sub-keys S per half of the interest memory, which then has M = S * S slots; 0 for no memory.
         num_memory_heads (`int`, defaults to 4):
             Independent queries to the memory, each with its own sub-keys.
-        memory_top_k (`int`, defaults to 8):
+        memory_top_k (`int`, defaults to 4):
             Slots R that each memory head retrieves per position (causal mode; the bidirectional mode retrieves its
             `num_interest_experts` experts).
         layer_norm_eps (`float`, defaults to 1e-6):
@@ -51,7 +51,7 @@ class ElasticConfig(RecommenderConfig):
     conv_kernel_size: int = 3
     num_memory_subkeys: int = 128
     num_memory_heads: int = 4
-    memory_top_k: int = 8
+    memory_top_k: int = 4
     layer_norm_eps: float = 1e-6
 
     def validate_sizes(self):

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_elastic import ElasticCache
 from .configuration_elastic import ElasticConfig
-from .dispatcher_attention import attend, causal_lda_chunked, dispatch, final_state
+from .dispatcher_attention import causal_lda_chunked, dispatch, final_state
 from .modeling_recommender import SequentialRecommendationOutput, SequentialRecommenderMixin
 
 
@@ -32,11 +32,21 @@ SCORE_CAP = 10.0
 # Positions of a batch that are encoded at once where no gradient is needed: what fits a processor's cache, or keeps a
 # GPU busy.
 MAX_POSITIONS = {"cpu": 2**11, "cuda": 2**17}
-# Scores of sub-keys held at once while slots are searched: 4 MiB of float32.
-MAX_SUBKEY_SCORES = 2**20
+# Items of a history that are read at once at least, so that their attention has whole chunks.
+MIN_PIECE = 512
+# Scores of sub-keys held at once while slots are searched: 8 MiB of float32.
+MAX_SUBKEY_SCORES = 2**21
+# Fewer columns than this are left to `topk`; the rows of longer tables are searched by groups first.
+MIN_COLUMNS = 256
+ROWS_PER_GROUP = 4
 # Scale of the gradient that balances sub-keys, per retrieval: next to nothing where the norm of all gradients is
 # clipped, enough for optimisers such as Adam, whose steps do not depend on it.
 BALANCE_SCALE = 1e-8
+
+
+def max_positions(device: torch.device) -> int:
+    """[`MAX_POSITIONS`] of a device."""
+    return MAX_POSITIONS.get(device.type, MAX_POSITIONS["cuda"])
 
 
 @dataclass
@@ -47,7 +57,7 @@ class ElasticModelOutput(BaseModelOutput):
 
 
 def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise convolution over the latest items: `y_t = sum_i weight_i * x_(t-i)`.
+    """Depthwise convolution over the latest items, beside the item itself: `y_t = x_t + sum_i weight_i * x_(t-i)`.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, kernel_size - 1 + L, D)`): those before the first position, too.
@@ -58,9 +68,9 @@ def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """
     before = weight.shape[0] - 1
     length = hidden_states.shape[1] - before
-    output = weight[0] * hidden_states[:, before:]
-    for i in range(1, weight.shape[0]):
-        output = output + weight[i] * hidden_states[:, before - i : before - i + length]
+    output = hidden_states[:, before:]
+    for i in range(weight.shape[0]):
+        output = torch.addcmul(output, weight[i], hidden_states[:, before - i : before - i + length])
     return output
 
 
@@ -82,34 +92,35 @@ def prepend(earlier: Tensor, hidden_states: Tensor, attention_mask: Tensor) -> T
     return F.pad(hidden_states, (0, 0, num_earlier, 0)).scatter(1, places, earlier.to(hidden_states.dtype))
 
 
-def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
-    """The angle of each pair of features at each position: `angle_i = position / ROTARY_BASE^(2 i / K)`.
+def rotary_table(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """How each pair of features is rotated at each position, by the angle `position / ROTARY_BASE^(2 i / K)`.
 
     Args:
         positions (`torch.LongTensor` of shape `(B, L)`).
         head_size (`int`): K, even.
 
     Returns:
-        `torch.FloatTensor` of shape `(B, L, K / 2)`.
+        Cosines and sines, two `torch.FloatTensor` of shape `(B, L, 1, K / 2)`, for all heads.
     """
     pairs = torch.arange(0, head_size, 2, device=positions.device)
-    return positions[..., None] / ROTARY_BASE ** (pairs / head_size)
+    angles = positions[..., None, None] / ROTARY_BASE ** (pairs / head_size)
+    return angles.cos(), angles.sin()
 
 
-def rotate(states: Tensor, angles: Tensor) -> Tensor:
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates features i and i + K / 2 by their angle, so that the product of a query and a key depends on how far
     apart they are ("RoFormer", Su et al. 2021, equation 34, with these pairs of features).
 
     Args:
-        states (`torch.Tensor` of shape `(B, H, L, K)`): queries or keys.
-        angles (`torch.Tensor` of shape `(B, L, K / 2)`).
+        states (`torch.Tensor` of shape `(B, L, H, K)`): queries or keys.
+        cos, sin (`torch.Tensor` of shape `(B, L, 1, K / 2)`): of [`rotary_table`].
 
     Returns:
-        `torch.Tensor` of shape `(B, H, L, K)`.
+        `torch.Tensor` of shape `(B, L, H, K)`.
     """
-    cos, sin = angles.cos()[:, None].to(states.dtype), angles.sin()[:, None].to(states.dtype)
     first, second = states.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
+    return torch.cat([rotated_first, torch.addcmul(second * cos, first, sin)], dim=-1)
 
 
 def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -139,21 +150,67 @@ def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) ->
     places = torch.stack([slots // num_subkeys, slots % num_subkeys], dim=-2)  # (..., G, 2, R)
     rows = places + num_subkeys * torch.arange(2 * num_heads, device=slots.device).view(num_heads, 2, 1)
     keys = F.embedding(rows, sub_keys.flatten(0, 2))  # (..., G, 2, R, key_size)
-    halves = (keys @ query[..., None])[..., 0] + bias.flatten()[rows]
+    halves = (keys * query[..., None, :]).sum(dim=-1) + bias.flatten()[rows]
     return halves.sum(dim=-2), slots
 
 
 def _search_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> Tensor:
     """(T, G, 2, key_size) -> (T, G, R)"""
-    num_subkeys = sub_keys.shape[2]
-    halves = torch.einsum("tghk,ghsk->tghs", query, sub_keys) + bias  # (T, G, 2, S)
-    scores, places = halves.topk(min(top_k, num_subkeys), dim=-1)
+    num_heads, _, num_subkeys, _ = sub_keys.shape
+    queries = query.permute(1, 2, 3, 0).flatten(0, 1)  # (2G, key_size, T)
+    halves = torch.baddbmm(bias.flatten(0, 1)[..., None], sub_keys.flatten(0, 1), queries)  # (2G, S, T)
+    scores, places = top_k_rows(halves, min(top_k, num_subkeys))
+    scores, places = scores.unflatten(0, (num_heads, 2)), places.unflatten(0, (num_heads, 2))  # (G, 2, R, T)
     # A pair of the i-th and the j-th best has i * j pairs before it: those of the R best have i * j <= R.
-    ranks = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    ranks = torch.arange(1, scores.shape[2] + 1, device=scores.device)
     first, second = (ranks[:, None] * ranks <= top_k).nonzero(as_tuple=True)
-    scores = scores[..., 0, first] + scores[..., 1, second]
-    slots = places[..., 0, first] * num_subkeys + places[..., 1, second]
-    return slots.gather(-1, scores.topk(top_k, dim=-1).indices)
+    scores = scores[:, 0, first] + scores[:, 1, second]
+    slots = places[:, 0, first] * num_subkeys + places[:, 1, second]
+    return slots.gather(1, top_k_rows(scores, top_k)[1]).permute(2, 0, 1)
+
+
+def top_k_rows(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The largest of each column, largest first: `scores.topk(top_k, dim=-2)`, several times as fast on a processor.
+
+    Args:
+        scores (`torch.Tensor` of shape `(..., N, T)`).
+        top_k (`int`): at most N.
+
+    Returns:
+        Values and rows, each of shape `(..., top_k, T)`.
+    """
+    num_rows = scores.shape[-2]
+    many = scores.dtype == torch.float32 and scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not many or scores.shape[-1] < MIN_COLUMNS:
+        return scores.topk(top_k, dim=-2)
+    num_groups = num_rows // ROWS_PER_GROUP
+    if num_rows % ROWS_PER_GROUP == 0 and num_groups > top_k:
+        # The groups with the largest maxima hold all that is sought.
+        groups = top_k_rows(scores.unflatten(-2, (ROWS_PER_GROUP, num_groups)).amax(dim=-3), top_k)[1]
+        members = num_groups * torch.arange(ROWS_PER_GROUP)[:, None, None]
+        rows = (members + groups[..., None, :, :]).flatten(-3, -2)  # (..., ROWS_PER_GROUP * top_k, T)
+        values, places = _insert_rows(scores.gather(-2, rows), top_k)
+        return values, rows.gather(-2, places)
+    return _insert_rows(scores, top_k)
+
+
+def _insert_rows(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """[`top_k_rows`] by inserting row after row into a sorted list, all columns at once."""
+    # A float32 leaves the last 29 bits of a float64 free: the row goes along in them.
+    num_rows = scores.shape[-2]
+    rows = torch.arange(num_rows)[:, None]
+    keyed = (scores.double().view(torch.int64) | rows).view(torch.float64)
+    best = keyed.new_full((top_k, *keyed.shape[:-2], keyed.shape[-1]), -math.inf)
+    smaller = torch.empty_like(best)
+    for row in keyed.unbind(-2):
+        for i in range(top_k):
+            torch.minimum(best[i], row, out=smaller[i])
+            torch.maximum(best[i], row, out=best[i])
+            row = smaller[i]
+    best = best.movedim(0, -2).contiguous()
+    # A column with a NaN is NaN throughout, and its rows are any rows.
+    places = (best.view(torch.int64) & (2 ** num_rows.bit_length() - 1)).clamp_(max=num_rows - 1)
+    return best.float(), places
 
 
 def count_subkeys(slots: Tensor, num_subkeys: int, mask: Tensor) -> Tensor:
@@ -252,41 +309,41 @@ class ElasticCausalAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.head_size = config.hidden_size // config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key_value = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.query_gate = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.experts = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts, self.head_size))
-        self.gate = nn.Linear(config.hidden_size, config.hidden_size)
         self.log_half_life = nn.Parameter(torch.empty(self.num_heads, config.num_interest_experts))
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor,
-        angles: Tensor,
+        rotations: tuple[Tensor, Tensor],
         state: Tensor | None,
         last_position_only: bool,
     ) -> tuple[Tensor, Tensor]:
         """
-        (B, L, D), angles (B, L, K / 2) and the state before them, (B, H, E, 2K + 1), to (B, L, D), or (B, 1, D) with
-        `last_position_only`, and the state after them.
+        (B, L, D), rotations of [`rotary_table`] and the state before them, (B, H, E, 2K + 1), to (B, L, D), or
+        (B, 1, D) with `last_position_only`, and the state after them.
         """
-        heads = (-1, self.head_size)
         readers = hidden_states[:, -1:] if last_position_only else hidden_states
-        query = self.query(readers).unflatten(-1, heads).transpose(1, 2)  # (B, H, L or 1, K)
-        key = self.key(hidden_states).unflatten(-1, heads).transpose(1, 2)  # (B, H, L, K)
-        value = self.value(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        query, gate = self.query_gate(readers).chunk(2, dim=-1)
+        key_value = self.key_value(hidden_states)
 
         # States add up thousands of items: float32 at least, whatever autocast says.
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(query.dtype, torch.float32)
-            query, key, value, experts = (x.to(dtype) for x in (query, key, value, self.experts))
-            scores = key @ experts.transpose(-1, -2) / math.sqrt(self.head_size)  # (B, H, L, E)
-            scores = SCORE_CAP * torch.tanh(scores / SCORE_CAP)
-            scores = scores.masked_fill(~attention_mask[:, None, :, None], -math.inf)
-            key = rotate(key, angles)
-            query = rotate(query, angles[:, -query.shape[2] :])
+            query = query.to(dtype).unflatten(-1, (self.num_heads, -1))  # (B, L or 1, H, K)
+            key, value = key_value.to(dtype).unflatten(-1, (2, self.num_heads, -1)).unbind(dim=2)  # (B, L, H, K)
+            experts = self.experts.to(dtype) / (math.sqrt(self.head_size) * SCORE_CAP)
+            scores = torch.tanh(torch.einsum("blhk,hmk->bhlm", key, experts))  # (B, H, L, E)
+            unread = torch.where(attention_mask, 0.0, -math.inf).to(dtype)[:, None, :, None]
+            scores = torch.add(unread, scores, alpha=SCORE_CAP)
+            cos, sin = (table.to(dtype) for table in rotations)
+            key = rotate(key, cos, sin).transpose(1, 2)  # (B, H, L, K)
+            query = rotate(query, cos[:, -query.shape[1] :], sin[:, -query.shape[1] :]).transpose(1, 2)
+            value = value.transpose(1, 2)
             log_forget = self.log_forget(dtype)  # (H, 1, E)
             if state is not None:
                 state = state.to(dtype)
@@ -297,7 +354,7 @@ class ElasticCausalAttention(nn.Module):
             else:
                 output, state = causal_lda_chunked(query, key, value, scores, log_forget, state)
         output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
-        return self.output(output * F.silu(self.gate(readers))), state
+        return self.output(output * F.silu(gate)), state
 
     def log_forget(self, dtype: torch.dtype) -> Tensor:
         """Log of what each expert keeps of its state at each new item: (H, 1, E). A half-life is at least one item."""
@@ -306,41 +363,60 @@ class ElasticCausalAttention(nn.Module):
 
 
 class ElasticBidirectionalAttention(nn.Module):
-    """The paper's linear dispatcher attention: experts read the whole history, every item reads the experts."""
+    """
+    The paper's linear dispatcher attention: experts read the whole history, every item reads the experts.
+
+    The history is not projected: `(P W_Q) (X W_K)^T = (P W_Q W_K^T) X^T` costs H * E * D products an item where
+    `X W_K` alone would cost D * D, and likewise for the values and for the items' queries and output. The biases of
+    the keys would add the same to every score of a softmax, so there are none.
+    """
 
     def __init__(self, config: ElasticConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.head_size = config.hidden_size // config.num_attention_heads
         self.aggregate_query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.aggregate_key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.aggregate_key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.aggregate_value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dispatch_query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dispatch_key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dispatch_key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.dispatch_value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor, experts: Tensor, last_position_only: bool
-    ) -> Tensor:
-        """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`; `experts` is (B, E, D)."""
-        readers = hidden_states[:, -1:] if last_position_only else hidden_states
-        interests = attend(
-            self._split(self.aggregate_query(experts)),
-            self._split(self.aggregate_key(hidden_states)),
-            self._split(self.aggregate_value(hidden_states)),
-            attention_mask,
-        )  # (B, H, E, K)
-        interests = interests.transpose(1, 2).flatten(2)  # (B, E, D)
-        output = attend(
-            self._split(self.dispatch_query(readers)),
-            self._split(self.dispatch_key(interests)),
-            self._split(self.dispatch_value(interests)),
-        )  # (B, H, L or 1, K)
-        return self.output(output.transpose(1, 2).flatten(2))
+    def aggregate(
+        self, hidden_states: Tensor, attention_mask: Tensor, experts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts, (B, E, D), read the history, (B, L, D): what [`dispatch`] reads from them."""
+        query = self._heads(self.aggregate_query(experts)) / math.sqrt(self.head_size)  # (B, H, E, K)
+        query = self._absorb(query, self.aggregate_key.weight)  # (B, H * E, D)
+        # A softmax over nothing is NaN, in the gradient too: an empty row reads its padding and is zeroed afterwards.
+        has_items = attention_mask.any(dim=-1, keepdim=True)  # (B, 1)
+        readable = (attention_mask | ~has_items)[:, None]  # (B, 1, L)
+        weights = (query @ hidden_states.mT).masked_fill(~readable, -math.inf).softmax(dim=-1)  # (B, H * E, L)
+        pooled = (weights @ hidden_states).unflatten(1, (self.num_heads, -1))  # (B, H, E, D)
+        interests = pooled @ self.aggregate_value.weight.unflatten(0, (self.num_heads, -1)).mT  # (B, H, E, K)
+        interests = interests.transpose(1, 2).flatten(2) + self.aggregate_value.bias  # (B, E, D)
+        interests = interests * has_items[..., None]
+        key = self._heads(self.dispatch_key(interests)) / math.sqrt(self.head_size)  # (B, H, E, K)
+        bias = (key @ self.dispatch_query.bias.view(self.num_heads, -1, 1)).flatten(1)[:, None]  # (B, 1, H * E)
+        key = self._absorb(key, self.dispatch_query.weight)  # (B, H * E, D)
+        value = self._absorb(self._heads(self.dispatch_value(interests)), self.output.weight.T)  # (B, H * E, D)
+        return key, bias, value
 
-    def _split(self, states: Tensor) -> Tensor:
-        """(B, L, D) -> (B, H, L, K)"""
+    def dispatch(self, hidden_states: Tensor, key: Tensor, bias: Tensor, value: Tensor) -> Tensor:
+        """Each item reads what [`aggregate`] returned: (B, L, D) -> (B, L, D)."""
+        logits = torch.baddbmm(bias, hidden_states, key.mT)  # (B, L, H * E)
+        shares = logits.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1).flatten(2)
+        return torch.baddbmm(self.output.bias, shares.to(value.dtype), value)
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """(B, E, D) -> (B, H, E, K)"""
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _absorb(self, states: Tensor, weight: Tensor) -> Tensor:
+        """States of the experts times the weight that the history would be projected by: (B, H, E, K), (D, D) ->
+        (B, H * E, D)."""
+        return (states @ weight.unflatten(0, (self.num_heads, -1))).flatten(1, 2)
 
 
 class ElasticFeedForward(nn.Module):
@@ -380,7 +456,7 @@ class ElasticLayer(GradientCheckpointingLayer):
         attention_mask: Tensor,
         experts: Tensor | None = None,
         last_position_only: bool = False,
-        angles: Tensor | None = None,
+        rotations: tuple[Tensor, Tensor] | None = None,
         state: Tensor | None = None,
         latest: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -390,7 +466,7 @@ class ElasticLayer(GradientCheckpointingLayer):
             attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding.
             experts (`torch.Tensor` of shape `(B, E, D)`, *optional*): the history's experts (bidirectional mode).
             last_position_only (`bool`): compute the output of the last position only.
-            angles (`torch.Tensor` of shape `(B, L, K / 2)`, *optional*): of [`rotary_angles`] (causal mode).
+            rotations (`tuple` of two `torch.Tensor`, *optional*): of [`rotary_table`] (causal mode).
             state (`torch.Tensor` of shape `(B, H, E, 2K + 1)`, *optional*): of the experts, before these items.
             latest (`torch.Tensor` of shape `(B, k - 1, D)`, *optional*): the convolution's inputs before these items.
 
@@ -406,21 +482,32 @@ class ElasticLayer(GradientCheckpointingLayer):
             else:
                 inputs = prepend(latest, normed, attention_mask)
             latest = inputs[:, inputs.shape[1] - num_latest :]
-            normed = normed + causal_convolution(inputs, self.convolution)
+            normed = causal_convolution(inputs, self.convolution)
         else:
             latest = normed[:, :0]
         if last_position_only:
             hidden_states = hidden_states[:, -1:]
         if self.is_causal:
-            attended, state = self.attention(normed, attention_mask, angles, state, last_position_only)
-        else:
-            attended = self.attention(normed, attention_mask, experts, last_position_only)
+            attended, state = self.attention(normed, attention_mask, rotations, state, last_position_only)
+            return self._transform(hidden_states, attended, attention_mask), state, latest
+        read = self.attention.aggregate(normed, attention_mask, experts)
+        parts = [hidden_states.shape[1]]
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            parts = max(1, max_positions(hidden_states.device) // hidden_states.shape[0])
+        normed = normed[:, -hidden_states.shape[1] :]
+        outputs = [
+            self._transform(part, self.attention.dispatch(reader, *read), attention_mask)
+            for part, reader in zip(hidden_states.split(parts, dim=1), normed.split(parts, dim=1), strict=True)
+        ]
+        return torch.cat(outputs, dim=1), state, latest
+
+    def _transform(self, hidden_states: Tensor, attended: Tensor, attention_mask: Tensor) -> Tensor:
+        """What follows the attention, position by position."""
         hidden_states = hidden_states + self.dropout(attended)
         if self.memory is not None:
             readers = attention_mask[:, -hidden_states.shape[1] :]
             hidden_states = hidden_states + self.dropout(self.memory(self.memory_norm(hidden_states), readers))
-        hidden_states = hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
-        return hidden_states, state, latest
+        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 
 class ElasticPreTrainedModel(PreTrainedModel):
@@ -515,18 +602,18 @@ class ElasticModel(ElasticPreTrainedModel):
         embeddings = embeddings * attention_mask[..., None]
         experts = self._experts(embeddings, attention_mask)
         hidden_states = self.dropout(embeddings)
-        angles = None
+        rotations = None
         if experts is None:
             positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # (B, L)
             if cache is not None:
                 positions = positions + cache.num_items[:, None]
-            angles = rotary_angles(positions, self.config.hidden_size // self.config.num_attention_heads)
+            rotations = rotary_table(positions, self.config.hidden_size // self.config.num_attention_heads)
         last = len(self.layers) - 1
         states, convolution = [], []
         for i, layer in enumerate(self.layers):
             past = {} if cache is None else {"state": cache.states[:, i], "latest": cache.convolution[:, i]}
             hidden_states, state, latest = layer(
-                hidden_states, attention_mask, experts, last_position_only and i == last, angles, **past
+                hidden_states, attention_mask, experts, last_position_only and i == last, rotations, **past
             )
             if use_cache:
                 states.append(state)
@@ -590,20 +677,39 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         return super().forward(input_ids, attention_mask, labels, num_items_in_batch, **kwargs)
 
     def _read_histories(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> ModelOutput:
-        """Long histories are read in pieces, each from the cache of those before it: memory does not grow with L."""
-        limit = MAX_POSITIONS.get(input_ids.device.type, MAX_POSITIONS["cuda"])
-        length = max(1, limit // input_ids.shape[0])
-        at_once = torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.config.is_causal
+        """
+        Without gradients, a large batch is read a few rows at a time and long histories in pieces, each from the cache
+        of those before it (causal mode), so that memory grows with neither.
+        """
+        at_once = torch.is_grad_enabled() or torch.compiler.is_compiling()
         at_once |= bool(kwargs.get("output_hidden_states", self.config.output_hidden_states))
-        if at_once or input_ids.shape[1] <= length:
+        limit = max_positions(input_ids.device)
+        if at_once or input_ids.numel() <= limit:
             return super()._read_histories(input_ids, attention_mask, **kwargs)
         if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
-        pieces = zip(input_ids.split(length, dim=1), attention_mask.split(length, dim=1), strict=True)
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        batch_size, length = input_ids.shape
+        piece = min(length, MIN_PIECE) if self.config.is_causal else length
+        num_rows = max(1, limit // piece)
+        if batch_size > num_rows:
+            cache = kwargs.pop("cache", None)
+            outputs = []
+            for rows in torch.arange(batch_size, device=input_ids.device).split(num_rows):
+                past = None if cache is None else cache.select(rows)
+                outputs.append(self._read_histories(input_ids[rows], attention_mask[rows], cache=past, **kwargs))
+            caches = [output.cache for output in outputs]
+            return ElasticModelOutput(
+                torch.cat([output.last_hidden_state for output in outputs]),
+                cache=None if caches[0] is None else ElasticCache.cat(caches),
+            )
+        if not self.config.is_causal:
+            return super()._read_histories(input_ids, attention_mask, **kwargs)
+        piece = max(piece, limit // batch_size)
+        pieces = zip(input_ids.split(piece, dim=1), attention_mask.split(piece, dim=1), strict=True)
         use_cache = kwargs.pop("use_cache", False)
         cache = kwargs.pop("cache", None)
-        for piece, mask in pieces:
-            outputs = self.model(piece, mask, last_position_only=True, cache=cache, use_cache=True, **kwargs)
+        for ids, mask in pieces:
+            outputs = self.model(ids, mask, last_position_only=True, cache=cache, use_cache=True, **kwargs)
             cache = outputs.cache
         return ElasticModelOutput(outputs.last_hidden_state, cache=cache if use_cache else None)
 

@@ -83,8 +83,8 @@ def retrieve_slots(query, sub_keys, bias, top_k):
 
 
 def causal_convolution(hidden_states, weight):
-    """y_t = sum_i weight_i * x_(t-i) over the positions that exist."""
-    output = torch.zeros_like(hidden_states)
+    """y_t = x_t + sum_i weight_i * x_(t-i) over the positions that exist."""
+    output = hidden_states.clone()
     for t in range(hidden_states.shape[1]):
         for i in range(min(weight.shape[0], t + 1)):
             output[:, t] += weight[i] * hidden_states[:, t - i]
@@ -92,16 +92,16 @@ def causal_convolution(hidden_states, weight):
 
 
 def rotate(states, positions):
-    """Features i and i + K/2 are a point in the plane, turned by position / 10000^(2i / K)."""
+    """Features i and i + K/2 of (B, L, H, K) are a point in the plane, turned by position / 10000^(2i / K)."""
     output = torch.empty_like(states)
     half = states.shape[-1] // 2
     for b in range(states.shape[0]):
-        for t in range(states.shape[2]):
+        for t in range(states.shape[1]):
             for i in range(half):
                 angle = torch.tensor(int(positions[b, t]) / 10000 ** (i / half), dtype=states.dtype)
-                x, y = states[b, :, t, i], states[b, :, t, half + i]
-                output[b, :, t, i] = x * angle.cos() - y * angle.sin()
-                output[b, :, t, half + i] = x * angle.sin() + y * angle.cos()
+                x, y = states[b, t, :, i], states[b, t, :, half + i]
+                output[b, t, :, i] = x * angle.cos() - y * angle.sin()
+                output[b, t, :, half + i] = x * angle.sin() + y * angle.cos()
     return output
 
 

@@ -91,20 +91,28 @@ def test_users_add_different_numbers_of_items(kernel_size):
     equal(cache, whole.cache)
 
 
-@pytest.mark.parametrize("max_positions", [1, 4, 9, 20])
+@pytest.mark.parametrize(
+    "max_positions, shapes",
+    [
+        (1, [(1, 2)] * 5 + [(1, 1)]),
+        (5, [(2, 2)] * 5 + [(2, 1)]),
+        (20, [(4, 5), (4, 5), (4, 1)]),
+        (44, [(4, 11)]),
+    ],
+)
 @torch.no_grad()
-def test_long_histories_are_read_in_pieces(max_positions, monkeypatch):
-    """Batches of 4 users and of one, so pieces of 1 to 9 items; a row of padding alone in front of its items."""
+def test_large_batches_are_read_by_rows_and_long_histories_in_pieces(max_positions, shapes, monkeypatch):
+    """Batches of 4 users and of one; a row of padding alone in front of its items."""
     model = make_model()
     histories = make_histories()
     histories[1, :9] = histories[2, :3] = 0
     whole = model(histories, use_cache=True)
-    lengths = []
-    model.model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    read = []
+    model.model.register_forward_pre_hook(lambda module, inputs: read.append(tuple(inputs[0].shape)))
     monkeypatch.setattr(modeling_elastic, "MAX_POSITIONS", {"cpu": max_positions, "cuda": 0})
+    monkeypatch.setattr(modeling_elastic, "MIN_PIECE", 2)
     pieces = model(histories, use_cache=True)
-    assert sum(lengths) == LENGTH
-    assert max(lengths) == max(1, max_positions // 4)
+    assert read == shapes * (4 // shapes[0][0])
     torch.testing.assert_close(pieces.logits, whole.logits, atol=1e-5, rtol=1e-5)
     equal(pieces.cache, whole.cache)
     assert model(histories).cache is None

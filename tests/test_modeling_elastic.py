@@ -13,8 +13,9 @@ from elastic_hf.modeling_elastic import (
     causal_convolution,
     count_subkeys,
     retrieve_slots,
-    rotary_angles,
+    rotary_table,
     rotate,
+    top_k_rows,
 )
 
 
@@ -80,7 +81,7 @@ def test_bidirectional_attention_is_the_papers_two_attentions(length):
     inputs = [hidden_states, experts, *attention.parameters()]
     results = []
     for output in (
-        attention(hidden_states, mask, experts, last_position_only=False),
+        attention.dispatch(hidden_states, *attention.aggregate(hidden_states, mask, experts)),
         reference.bidirectional_layer(hidden_states, experts, mask, attention),
     ):
         results.append((output, *torch.autograd.grad((output**2).sum(), inputs)))
@@ -95,21 +96,39 @@ def test_causal_attention_is_the_loop_between_its_projections():
     hidden_states = torch.randn(3, 7, 24, dtype=torch.float64)
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[0, :2] = False
+    query, gate = attention.query_gate(hidden_states).chunk(2, dim=-1)
     query, key, value = (
-        torch.stack(projection(hidden_states).chunk(3, dim=-1), dim=1)
-        for projection in (attention.query, attention.key, attention.value)
+        torch.stack(states.chunk(3, dim=-1), dim=2)  # (B, L, H, K)
+        for states in (query, *attention.key_value(hidden_states).chunk(2, dim=-1))
     )
-    scores = 10 * torch.tanh(torch.einsum("bhlk,hmk->bhlm", key, attention.experts) / math.sqrt(8) / 10)
+    scores = 10 * torch.tanh(torch.einsum("blhk,hmk->bhlm", key, attention.experts) / math.sqrt(8) / 10)
     scores = scores.masked_fill(~mask[:, None, :, None], -math.inf)
     half_life = 1 + attention.log_half_life.exp()
     log_forget = (math.log(0.5) / half_life)[None, :, None].expand_as(scores)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    rotated = [reference.rotate(states, positions) for states in (query, key)]
-    expected = reference.causal_lda(*rotated, value, scores, log_forget)
+    rotated = [reference.rotate(states, positions).transpose(1, 2) for states in (query, key)]
+    expected = reference.causal_lda(*rotated, value.transpose(1, 2), scores, log_forget)
     expected = torch.cat(expected.unbind(dim=1), dim=-1)
-    expected = attention.output(expected * torch.nn.functional.silu(attention.gate(hidden_states)))
-    output, _ = attention(hidden_states, mask, rotary_angles(positions, 8), None, last_position_only=False)
+    expected = attention.output(expected * torch.nn.functional.silu(gate))
+    output, _ = attention(hidden_states, mask, rotary_table(positions, 8), None, last_position_only=False)
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 7, 24, 128])
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_top_rows_are_those_of_topk(num_rows, top_k):
+    """Whole groups, no whole groups and fewer groups than sought; many columns and few."""
+    scores = torch.randn(3, num_rows, 300, generator=torch.Generator().manual_seed(0))
+    top_k = min(top_k, num_rows)
+    for columns in (300, 10):
+        values, rows = top_k_rows(scores[..., :columns], top_k)
+        expected, expected_rows = scores[..., :columns].topk(top_k, dim=-2)
+        assert torch.equal(rows, expected_rows) and torch.equal(values, expected)
+
+
+def test_top_rows_of_nan_exist():
+    values, rows = top_k_rows(torch.full((3, 24, 300), math.nan), 4)
+    assert values.isnan().all() and ((rows >= 0) & (rows < 24)).all()
 
 
 @pytest.mark.parametrize("max_scores", [modeling_elastic.MAX_SUBKEY_SCORES, 100, 1], ids=["at once", "by 5", "by 1"])
@@ -238,10 +257,11 @@ def test_memory_sits_where_each_mode_reads_it():
 
 def test_rotation_equals_the_loop():
     torch.manual_seed(0)
-    states = torch.randn(3, 2, 7, 10, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(3, 7, 2, 10, dtype=torch.float64, requires_grad=True)
     positions = torch.randint(1000, (3, 7))
     gradients = []
-    outputs = rotate(states, rotary_angles(positions, 10).double()), reference.rotate(states, positions)
+    tables = (table.double() for table in rotary_table(positions, 10))
+    outputs = rotate(states, *tables), reference.rotate(states, positions)
     for output in outputs:
         gradients.append(torch.autograd.grad((output**3).sum(), states)[0])
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)  # angles are float32
@@ -253,7 +273,7 @@ def test_products_of_rotated_states_know_the_distance_alone():
     query, key = torch.randn(2, 1, 1, 1, 10, dtype=torch.float64)
     places = torch.tensor([[[3], [0]], [[45], [42]], [[45], [0]]])
     near, moved, far = (
-        (rotate(query, rotary_angles(q[None], 10)) * rotate(key, rotary_angles(k[None], 10))).sum() for q, k in places
+        (rotate(query, *rotary_table(q[None], 10)) * rotate(key, *rotary_table(k[None], 10))).sum() for q, k in places
     )
     torch.testing.assert_close(near, moved, atol=1e-4, rtol=1e-4)
     assert abs(near - far) > 0.1
