@@ -474,32 +474,44 @@ class ElasticLayer(GradientCheckpointingLayer):
             The output of shape `(B, L, D)`, or `(B, 1, D)` with `last_position_only`, then `state` and `latest` after
             these items (causal mode).
         """
-        normed = self.attention_norm(hidden_states) * attention_mask[..., None]
-        if self.convolution is not None:
-            num_latest = self.convolution.shape[0] - 1
-            if latest is None:
-                inputs = F.pad(normed, (0, 0, num_latest, 0))
-            else:
-                inputs = prepend(latest, normed, attention_mask)
-            latest = inputs[:, inputs.shape[1] - num_latest :]
-            normed = causal_convolution(inputs, self.convolution)
-        else:
-            latest = normed[:, :0]
-        if last_position_only:
-            hidden_states = hidden_states[:, -1:]
         if self.is_causal:
+            normed, latest = self._prepare(hidden_states, attention_mask, latest)
+            if last_position_only:
+                hidden_states = hidden_states[:, -1:]
             attended, state = self.attention(normed, attention_mask, rotations, state, last_position_only)
             return self._transform(hidden_states, attended, attention_mask), state, latest
-        read = self.attention.aggregate(normed, attention_mask, experts)
-        parts = [hidden_states.shape[1]]
+
+        # Where no gradient is needed, position by position means part by part, so that parts stay in a cache.
+        size = hidden_states.shape[1]
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            parts = max(1, max_positions(hidden_states.device) // hidden_states.shape[0])
-        normed = normed[:, -hidden_states.shape[1] :]
+            size = max(1, max_positions(hidden_states.device) // hidden_states.shape[0])
+        normed = []
+        for part, mask in zip(hidden_states.split(size, dim=1), attention_mask.split(size, dim=1), strict=True):
+            prepared, latest = self._prepare(part, mask, latest)
+            normed.append(prepared)
+        normed = torch.cat(normed, dim=1)
+        read = self.attention.aggregate(normed, attention_mask, experts)
+        if last_position_only:
+            hidden_states, normed = hidden_states[:, -1:], normed[:, -1:]
         outputs = [
             self._transform(part, self.attention.dispatch(reader, *read), attention_mask)
-            for part, reader in zip(hidden_states.split(parts, dim=1), normed.split(parts, dim=1), strict=True)
+            for part, reader in zip(hidden_states.split(size, dim=1), normed.split(size, dim=1), strict=True)
         ]
-        return torch.cat(outputs, dim=1), state, latest
+        return torch.cat(outputs, dim=1), None, None
+
+    def _prepare(
+        self, hidden_states: Tensor, attention_mask: Tensor, latest: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the attention reads: norm and convolution, and what the convolution of the next items starts from."""
+        normed = self.attention_norm(hidden_states) * attention_mask[..., None]
+        if self.convolution is None:
+            return normed, normed[:, :0]
+        num_latest = self.convolution.shape[0] - 1
+        if latest is None:
+            inputs = F.pad(normed, (0, 0, num_latest, 0))
+        else:
+            inputs = prepend(latest, normed, attention_mask)
+        return causal_convolution(inputs, self.convolution), inputs[:, inputs.shape[1] - num_latest :]
 
     def _transform(self, hidden_states: Tensor, attended: Tensor, attention_mask: Tensor) -> Tensor:
         """What follows the attention, position by position."""
@@ -598,8 +610,8 @@ class ElasticModel(ElasticPreTrainedModel):
         if cache is not None:
             cache.check(self.config, input_ids.shape[0])
         # Tied embeddings are small for the softmax; as inputs they are learned much sooner at unit scale.
-        embeddings = self.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)  # (B, L, D)
-        embeddings = embeddings * attention_mask[..., None]
+        scale = math.sqrt(self.config.hidden_size) * attention_mask
+        embeddings = self.embed_tokens(input_ids) * scale[..., None].to(self.dtype)  # (B, L, D)
         experts = self._experts(embeddings, attention_mask)
         hidden_states = self.dropout(embeddings)
         rotations = None
