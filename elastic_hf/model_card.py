@@ -58,7 +58,7 @@ _MOVIELENS_CITATION = _bibtex(
     year="2015",
     doi="10.1145/2827872",
 )
-_ORDER_OF_RATING = "Films come in the order in which they were rated, many in one sitting, not seen."
+_ORDER_OF_RATING = "They stand in the order of rating, many of one sitting, which is not the order of watching."
 
 DATA_SOURCES = {
     "ml-100k": DataSource(
@@ -464,7 +464,8 @@ def _comparison_rows(results: dict, models: dict[str, list[dict]]) -> list[list[
     if "test_ndcg@10" not in results:
         return []
     measured = {name: [(run, "test") for run in runs] for name, runs in models.items()}
-    measured.setdefault("popularity", [(results, "popularity")])
+    if "popularity_ndcg@10" in results:
+        measured.setdefault("popularity", [(results, "popularity")])
     rows = []
     for name, runs in measured.items():
         values = {
