@@ -124,3 +124,54 @@ def ranking_metrics(ranks: np.ndarray, top_ids: np.ndarray, num_items: int) -> d
     recommended = np.unique(top_ids[:, :10])
     metrics["coverage@10"] = float((recommended >= 0).sum() / num_items)
     return metrics
+
+
+def popularity_bias(
+    top_ids: np.ndarray, target_ids: np.ndarray, counts: np.ndarray, num_special_tokens: int = 3
+) -> dict[str, float]:
+    """
+    How popular the recommended items are, beside the items that the users went on to.
+
+    The popularity percentile of an item is the share of the catalogue that occurs less often than it, plus half the
+    share that occurs equally often, itself included. Over the catalogue its mean is 0.5, whatever the ties. The head
+    of the catalogue are the items above percentile 0.9: the most popular tenth, where no counts are equal.
+
+    Args:
+        top_ids (`np.ndarray` of shape `(num_users, top_k)`):
+            The recommended token ids, best first; -1 where there was nothing left to recommend.
+        target_ids (`np.ndarray` of shape `(num_users,)`):
+            Token id of the item that each user went on to.
+        counts (`np.ndarray` of shape `(vocab_size,)`):
+            How often each token occurs in the training histories. The first `num_special_tokens` are no items.
+        num_special_tokens (`int`, *optional*, defaults to 3):
+            Number of tokens before the first item.
+
+    Returns:
+        `dict[str, float]`: `popularity_percentile@10`, the mean over all users' first ten recommendations, and
+        `popularity_percentile_target`, the mean over the targets; `head_share@10` and `head_share_target`, the shares
+        of them that lie in the head.
+
+    Raises:
+        `ValueError`: if the shapes do not belong together, a token id is not an item, or nobody is recommended any.
+    """
+    num_users, vocab_size = len(target_ids), len(counts)
+    if top_ids.ndim != 2 or target_ids.ndim != 1 or len(top_ids) != num_users:
+        raise ValueError(
+            "top_ids and target_ids must have shapes (num_users, top_k) and (num_users,), "
+            f"found {top_ids.shape} and {target_ids.shape}"
+        )
+    item_counts = counts[num_special_tokens:]
+    in_order = np.sort(item_counts)
+    num_fewer, num_not_more = (np.searchsorted(in_order, item_counts, side) for side in ("left", "right"))
+    percentiles = (num_fewer + num_not_more) / (2 * len(item_counts))
+
+    bias = {}
+    recommended = top_ids[:, :10]
+    for name, ids in (("@10", recommended[recommended != -1]), ("_target", target_ids)):
+        if not ids.size or ids.min() < num_special_tokens or ids.max() >= vocab_size:
+            found = f"values from {ids.min()} to {ids.max()}" if ids.size else "none"
+            field = "top_ids" if name == "@10" else "target_ids"
+            raise ValueError(f"{field} must be items, in [{num_special_tokens}, {vocab_size}), found {found}")
+        bias[f"popularity_percentile{name}"] = float(percentiles[ids - num_special_tokens].mean())
+        bias[f"head_share{name}"] = float((percentiles[ids - num_special_tokens] > 0.9).mean())
+    return bias

@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer
@@ -15,6 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .data_collator import SequentialRecommendationCollator
 from .metrics import CUTOFFS, rank_targets, ranking_metrics
+from .model_card import render_model_card
 from .modeling_recommender import top_k_items
 
 
@@ -165,59 +165,73 @@ class SequentialRecommendationTrainer(Trainer):
         dataset: str | None = None,
     ) -> None:
         """
-        Writes `README.md` into `args.output_dir`: what was trained, on what, and the metrics of the last evaluation
+        Writes `README.md` into `args.output_dir`, as [`~model_card.render_model_card`] renders it: from the folder's
+        `all_results.json` where there is one, and else from what was trained and the metrics of the last evaluation
         (with `load_best_model_at_end`, those of the best checkpoint). What is unknown is left out.
 
         Args:
             language (`str`, *optional*): Language of the items' titles.
-            license (`str`, *optional*): License of the model.
-            tags (`str` or `list[str]`, *optional*): Tags beside `"sequential-recommendation"`.
-            model_name (`str`, *optional*): Defaults to the name of the output folder.
+            license (`str`, *optional*): License of the weights.
+            tags (`str` or `list[str]`, *optional*): Tags beside those of every card.
+            model_name (`str`, *optional*): Title of the card; defaults to the last part of the repository's name.
             finetuned_from (`str`, *optional*): The Hub id of the model that this one was trained on from.
             dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the training data.
             dataset (`str`, *optional*): Name of the training data, as it is to be read.
         """
         if not self.is_world_process_zero():
             return
-        model_name = model_name or os.path.basename(os.path.abspath(self.args.output_dir))
-        tags = [tags] if isinstance(tags, str) else tags or []
-        config = self.model.config
-        card_data = ModelCardData(
-            language=language,
+        card = render_model_card(
+            self.args.output_dir,
+            self.hub_model_id or self.args.hub_model_id or self.args.output_dir,
+            self._known_for_card(dataset),
+            model_name=model_name,
             license=license,
-            library_name="transformers",
-            tags=["sequential-recommendation", config.model_type, *tags],
+            language=language,
+            tags=[tags] if isinstance(tags, str) else tags,
             base_model=finetuned_from,
             datasets=dataset_tags,
-            metrics=["hr", "ndcg", "mrr"],
         )
-        settings = {
-            "Model": type(self.model).__name__,
-            "Data": dataset,
-            "Items": config.vocab_size - config.num_special_tokens,
-            "Parameters": self.model.num_parameters(),
-            "Longest input": f"{self.data_collator.max_length} items",
-            "Training objective": config.training_objective,
-            "Epochs": None if self.state.epoch is None else f"{self.state.epoch:g}",
-            "Seed": self.args.seed,
-            "Versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
-        }
-        lines = [f"# {model_name}", "", "A sequential recommender: a user's history of items in, the next item out."]
-        lines += ["", "| setting | value |", "| --- | --- |"]
-        lines += [f"| {name} | {value} |" for name, value in settings.items() if value is not None]
-        metrics = self._metrics_for_card()
-        if metrics:
-            lines += ["", "## Evaluation", ""]
-            lines += ["On the evaluation dataset, each user's target ranked in the full catalogue; ties count against"]
-            lines += ["the model.", ""]
-            lines += ["| metric | seen items excluded | seen items kept |", "| --- | --- | --- |"]
-            for name in ("HR", "NDCG", "MRR"):
-                for k in CUTOFFS:
-                    key = f"eval_{name.lower()}@{k}"
-                    lines.append(f"| {name}@{k} | {metrics[key]:.4f} | {metrics[f'{key}_seen_kept']:.4f} |")
-            lines.append(f"| Coverage@10 | {metrics['eval_coverage@10']:.4f} | |")
-        card = ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
         card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def training_settings(self) -> dict:
+        """The settings of the training that results and model cards name; a batch is that of all processes."""
+        args = self.args
+        return {
+            "epochs": args.num_train_epochs,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "schedule": str(args.lr_scheduler_type),
+            "warmup_steps": args.warmup_steps,
+            "weight_decay": args.weight_decay,
+            "bf16": args.bf16,
+            "metric_for_best_model": args.metric_for_best_model,
+        }
+
+    def best_epoch(self) -> float | None:
+        """The epoch of the best checkpoint, if that is the one which training ends with."""
+        if not self.args.load_best_model_at_end:
+            return None
+        epochs = [log["epoch"] for log in self.state.log_history if log["step"] == self.state.best_global_step]
+        return epochs[0] if epochs else None
+
+    def _known_for_card(self, dataset: str | None) -> dict:
+        """What all_results.json would say, as far as the trainer knows."""
+        config = self.model.config
+        known = {
+            "dataset": dataset,
+            "model_type": config.model_type,
+            "seed": self.args.seed,
+            "num_items": config.vocab_size - config.num_special_tokens,
+            "num_parameters": self.model.num_parameters(),
+            "max_length": self.data_collator.max_length,
+            "config": config.to_dict(),
+            "training": self.training_settings(),
+            "epochs": self.state.epoch or None,
+            "best_epoch": self.best_epoch(),
+            "transformers_version": transformers.__version__,
+            "torch_version": torch.__version__,
+        }
+        return known | (self._metrics_for_card() or {})
 
     def _metrics_for_card(self) -> dict[str, float] | None:
         logs = [log for log in self.state.log_history if "eval_ndcg@10" in log and "eval_coverage@10" in log]

@@ -10,6 +10,8 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
+from elastic_hf.model_card import mean_and_deviation, table
+
 
 EXAMPLES = Path(__file__).parent
 DOCUMENTS = (EXAMPLES.parent / "README.md", EXAMPLES / "README.md", EXAMPLES / "results.md")
@@ -20,21 +22,9 @@ def read_results(pattern: str) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text()) for path in sorted((EXAMPLES / "results").glob(pattern))}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
 def runs(pattern: str = "*.json") -> list[dict]:
     """The results of run_seqrec.py that match."""
     return [run for run in read_results(pattern).values() if "main_row" in run]
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """`mean ± standard deviation` of several seeds, or the value of one."""
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 def accuracy_rows(chosen: list[dict], keys: tuple[str, ...]) -> list[list[str]]:

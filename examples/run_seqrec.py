@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import matplotlib
 import numpy as np
 import pyarrow.compute as pc
 import torch
@@ -38,6 +37,7 @@ from transformers import (
     AutoModel,
     EarlyStoppingCallback,
     HfArgumentParser,
+    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
@@ -48,13 +48,11 @@ from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSeque
 from elastic_hf.configuration_recommender import RecommenderConfig
 from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
 from elastic_hf.interactions import load_histories
+from elastic_hf.metrics import popularity_bias
+from elastic_hf.plots import plot_expert_horizons, plot_training_curve
 from elastic_hf.tokenization_elastic import ElasticItemTokenizer
 from elastic_hf.trainer import SequentialRecommendationTrainer
 from reporting import git_commit, processor, write_json
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 logger = logging.getLogger(__name__)
@@ -187,21 +185,10 @@ def memory_usage(trainer: SequentialRecommendationTrainer, users: Dataset) -> di
     }
 
 
-def plot_training_curve(log_history: list[dict], file: Path) -> None:
-    """Training loss and validation NDCG@10 by epoch."""
-    figure, loss_axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    metric_axis = loss_axis.twinx()
-    for axis, key, label, color in (
-        (loss_axis, "loss", "training loss (nats per target)", "tab:gray"),
-        (metric_axis, "eval_ndcg@10", "validation NDCG@10", "tab:blue"),
-    ):
-        points = [(log["epoch"], log[key]) for log in log_history if key in log]
-        if points:
-            axis.plot(*zip(*points, strict=True), color=color)
-        axis.set_ylabel(label, color=color)
-    loss_axis.set_xlabel("epoch")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+def expert_half_lives(model: PreTrainedModel) -> list[list[list[float]]]:
+    """The half-life of each interest expert of a causal ELASTIC, in items: layers x heads x experts."""
+    log_half_lives = (layer.attention.log_half_life.detach().double() for layer in model.model.layers)
+    return [(1 + log_half_life.exp()).cpu().numpy().round(2).tolist() for log_half_life in log_half_lives]
 
 
 def main() -> None:
@@ -351,6 +338,7 @@ def main() -> None:
     launcher = "python" if world_size == 1 else f"torchrun --nproc_per_node {world_size}"
     results = {
         "dataset": dataset_name,
+        "hub_dataset": source if "/" in source and not Path(source).exists() else None,
         "model_type": config.model_type,
         "seed": training_args.seed,
         "variant": training_args.variant,
@@ -358,20 +346,13 @@ def main() -> None:
         "git_commit": git_commit(),
         "command": f"{launcher} {shlex.join(sys.argv)}",
         "protocol": f"{data_args.split}, full ranking",
+        "k_core": data_args.k_core,
         **counts,
         "num_parameters": model.num_parameters(),
         "max_length": data_args.max_length,
         "split_into_windows": data_args.split_into_windows,
         "config": {name: getattr(config, name) for name in fields},
-        "training": {
-            "epochs": training_args.num_train_epochs,
-            "batch_size": training_args.train_batch_size * training_args.gradient_accumulation_steps * world_size,
-            "learning_rate": training_args.learning_rate,
-            "schedule": str(training_args.lr_scheduler_type),
-            "warmup_steps": training_args.warmup_steps,
-            "weight_decay": training_args.weight_decay,
-            "bf16": training_args.bf16,
-        },
+        "training": trainer.training_settings(),
     }
 
     # 6. Training
@@ -381,14 +362,18 @@ def main() -> None:
     elif training_args.do_train:
         train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         state = trainer.state
-        best_epochs = [log["epoch"] for log in state.log_history if log["step"] == state.best_global_step]
         results |= {
             "epochs": state.epoch,
-            "best_epoch": best_epochs[0] if best_epochs else None,
+            "best_epoch": trainer.best_epoch(),
             "stopped_early": state.global_step < state.max_steps,
             "resumed_from_checkpoint": checkpoint,
             "train_seconds": train_metrics["train_runtime"],
             "train_loss": train_metrics["train_loss"],
+            "log_history": [
+                {key: log[key] for key in ("epoch", "loss", "eval_ndcg@10") if key in log}
+                for log in state.log_history
+                if "loss" in log or "eval_ndcg@10" in log
+            ],
         }
         trainer.save_model()
 
@@ -403,11 +388,17 @@ def main() -> None:
         counter = SequentialRecommendationTrainer(popularity, training_args, collator, eval_dataset=splits["test"])
         for metrics in (prediction.metrics, counter.evaluate(metric_key_prefix="popularity")):
             results |= {key: value for key, value in metrics.items() if "@" in key}
+        item_counts = popularity.get_output_embeddings().weight[:, 0].detach().cpu().numpy()
+        bias = popularity_bias(prediction.predictions[1], prediction.label_ids, item_counts, config.num_special_tokens)
+        results |= {f"test_{key}": value for key, value in bias.items()}
 
         if config.model_type == "elastic" and config.num_memory_subkeys:
             results |= memory_usage(trainer, splits["test"])
 
-    # 8. Results, model card and training curve
+    if config.model_type == "elastic" and config.is_causal:
+        results["expert_half_lives"] = expert_half_lives(trainer.model)
+
+    # 8. Results, pictures and model card
     if is_main_process:
         if training_args.do_predict:
             user, recommended = splits["test"].with_format(None)[0], prediction.predictions[1][0, :10]
@@ -417,12 +408,6 @@ def main() -> None:
                 "recommended": tokenizer.convert_ids_to_titles(recommended[recommended >= 0]),
                 "target": tokenizer.convert_ids_to_titles(user["target"]),
             }
-
-        if training_args.do_train:
-            # The model folder holds no pickle; the checkpoints keep theirs.
-            (output_dir / "training_args.bin").unlink(missing_ok=True)
-            trainer.create_model_card(model_name=output_dir.name, dataset=dataset_name)
-            plot_training_curve(trainer.state.log_history, output_dir / "training_curve.png")
         results |= {
             "total_seconds": round(time.time() - start_time, 1),
             "hardware": hardware(),
@@ -435,6 +420,15 @@ def main() -> None:
         write_json(results_file, results)
         if training_args.results_dir:
             write_json(Path(training_args.results_dir) / f"{run_name}.json", results)
+
+        if training_args.do_train:
+            # The model folder holds no pickle; the checkpoints keep theirs.
+            (output_dir / "training_args.bin").unlink(missing_ok=True)
+            if results.get("log_history"):
+                plot_training_curve(results["log_history"], output_dir / "training_curve.png")
+            if "expert_half_lives" in results:
+                plot_expert_horizons(results["expert_half_lives"], output_dir / "expert_horizons.png")
+            trainer.create_model_card()
 
         # 9. Metrics beside the baseline, and recommendations for the first test user
         if training_args.do_predict:

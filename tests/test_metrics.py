@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_hf.metrics import rank_targets, ranking_metrics
+from elastic_hf.metrics import popularity_bias, rank_targets, ranking_metrics
 
 
 NUM_ITEMS = 31
@@ -157,3 +157,41 @@ def test_metrics_worked_by_hand():
 def test_bad_ranks_are_named(ranks, top_ids, message):
     with pytest.raises(ValueError, match=message):
         ranking_metrics(ranks, top_ids, num_items=NUM_ITEMS)
+
+
+def test_popularity_bias_worked_by_hand():
+    counts = np.array([99, 99, 99, *(7, 0, 20, 7, 1, 2, 3, 4, 5, 6)])  # items 3 to 12
+    # Ten items: 20 beats nine of them and half of itself; each 7 beats seven, and half of the two of them.
+    percentile = {3: 8 / 10, 4: 0.5 / 10, 5: 9.5 / 10, 6: 8 / 10, 7: 1.5 / 10}
+    top_ids = np.array([[5, 3] + [-1] * 18, [5, 4] + [-1] * 18, [7] * 10 + [5] * 10])
+    bias = popularity_bias(top_ids, np.array([6, 4, 5]), counts)
+    first_ten = [percentile[item] for item in (5, 3, 5, 4, *[7] * 10)]
+    assert bias["popularity_percentile@10"] == pytest.approx(sum(first_ten) / 14)
+    assert bias["popularity_percentile_target"] == pytest.approx((8 / 10 + 0.5 / 10 + 9.5 / 10) / 3)
+    assert bias["head_share@10"] == 2 / 14  # the second ten of the third user do not count
+    assert bias["head_share_target"] == 1 / 3
+    assert len(bias) == 4
+
+
+def test_popularity_percentiles_average_one_half_whatever_the_ties():
+    catalogue = np.arange(3, VOCAB_SIZE)
+    for counts in (np.arange(VOCAB_SIZE), np.ones(VOCAB_SIZE), np.arange(VOCAB_SIZE) // 5):
+        bias = popularity_bias(catalogue[:, None], catalogue, counts)
+        assert bias["popularity_percentile@10"] == bias["popularity_percentile_target"] == pytest.approx(0.5)
+    assert popularity_bias(catalogue[:, None], catalogue, np.arange(VOCAB_SIZE))["head_share@10"] == 3 / NUM_ITEMS
+    assert popularity_bias(catalogue[:, None], catalogue, np.ones(VOCAB_SIZE))["head_share@10"] == 0
+
+
+@pytest.mark.parametrize(
+    ("top_ids", "target_ids", "message"),
+    [
+        ([[3, 4]], [5, 6], r"found \(1, 2\) and \(2,\)"),
+        ([[3, 2]], [5], r"top_ids must be items, in \[3, 34\), found values from 2 to 3"),
+        ([[3, VOCAB_SIZE]], [5], "found values from 3 to 34"),
+        ([[-1, -1]], [5], "top_ids must be items, .* found none"),
+        ([[3, 4]], [-1], "target_ids must be items"),
+    ],
+)
+def test_popularity_of_what_is_no_item_is_refused(top_ids, target_ids, message):
+    with pytest.raises(ValueError, match=message):
+        popularity_bias(np.array(top_ids), np.array(target_ids), np.ones(VOCAB_SIZE))

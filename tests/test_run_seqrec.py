@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
 import run_seqrec
+from elastic_hf.model_card import render_model_card
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]
@@ -94,6 +97,12 @@ def test_results(finished):
     assert results["epochs"] == 2 and results["best_epoch"] in (1, 2) and not results["stopped_early"]
     assert results["memory_slots"] == 36 and 0 < results["memory_share_retrieved"] <= 1
     assert 0 < results["memory_entropy"] <= 1
+    assert 0 < results["test_popularity_percentile@10"] < 1 and 0 < results["test_popularity_percentile_target"] < 1
+    assert 0 <= results["test_head_share@10"] <= 1 and 0 <= results["test_head_share_target"] <= 1
+    assert results["k_core"] == 3 and results["hub_dataset"] is None
+    assert [log["epoch"] for log in results["log_history"] if "loss" in log] == [1, 2]
+    assert [log["epoch"] for log in results["log_history"] if "eval_ndcg@10" in log] == [1, 2]
+    assert results["training"]["metric_for_best_model"] == "ndcg@10"
     assert 0 < results["train_seconds"] <= results["total_seconds"]
     assert results["command"].startswith("python ") and "--max_length 10" in results["command"]
     for prefix in ("validation", "test", "popularity"):
@@ -108,16 +117,38 @@ def test_output_folder(finished):
     output_dir, results, _ = finished
     names = {path.name for path in output_dir.iterdir() if path.is_file()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "items.parquet", "README.md"} <= names
-    assert (output_dir / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("training_curve.png", "expert_horizons.png"):
+        assert (output_dir / picture).read_bytes().startswith(b"\x89PNG")
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".tmp"))]
     assert list(output_dir.rglob("events.out.tfevents*"))
-    card = (output_dir / "README.md").read_text()
-    assert f"{results['validation_ndcg@10']:.4f}" in card
 
     tokenizer, model = AutoTokenizer.from_pretrained(output_dir), AutoModel.from_pretrained(output_dir)
     inputs = tokenizer([[1, 8, 15]], is_split_into_words=True, return_tensors="pt")
     recommended = model.recommend(**inputs, top_k=3).token_ids
     assert all(title.startswith("Product no. ") for title in tokenizer.convert_ids_to_titles(recommended)[0])
+
+
+def test_the_card_is_of_this_run_and_its_snippet_runs(finished, capsys):
+    output_dir, results, _ = finished
+    card = (output_dir / "README.md").read_text()
+    assert str(render_model_card(output_dir, str(output_dir))) == card
+    assert f"| NDCG@10 | {results['test_ndcg@10']:.4f} | {results['test_ndcg@10_seen_kept']:.4f} |" in card
+    assert f"best NDCG@10 on the validation items: {results['validation_ndcg@10']:.4f}" in card
+    assert f"{NUM_USERS} users, {NUM_ITEMS} items, {results['num_interactions']} interactions" in card
+    assert f"popularity percentile {results['test_popularity_percentile@10']:.2f}" in card
+    assert "](training_curve.png)" in card and "](expert_horizons.png)" in card
+    assert results["command"] in card and "None" not in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    exec(snippet)
+    assert capsys.readouterr().out.count("Product no. ") == 10
+
+
+def test_expert_half_lives_are_those_of_the_model(finished):
+    output_dir, results, _ = finished
+    (layer,) = AutoModel.from_pretrained(output_dir).model.layers
+    log_forget = layer.attention.log_forget(torch.float64)[:, 0]  # (H, E)
+    half_lives = torch.tensor(results["expert_half_lives"], dtype=torch.float64)[0]
+    torch.testing.assert_close((half_lives * log_forget).exp(), torch.full((2, 4), 0.5).double(), atol=2e-3, rtol=0)
 
 
 def test_what_is_printed(finished):

@@ -340,14 +340,38 @@ def test_weight_decay_spares_embeddings_norms_and_biases(tmp_path):
 def test_model_card_tells_the_best_checkpoint_and_no_more(tmp_path):
     trainer = make_trainer(tmp_path, load_best_model_at_end=True)
     trainer.create_model_card()
-    assert "## Evaluation" not in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "## Results" not in card and "epochs" not in card
     trainer.train()
     trainer.create_model_card(model_name="toy", dataset="walks", license="mit", tags="test")
     card = (tmp_path / "README.md").read_text()
-    assert "# toy" in card and "| Data | walks |" in card and "license: mit" in card and "- test" in card
+    assert "# toy" in card and "trained on walks:" in card and "license: mit" in card and "- test" in card
+    assert f"**walks**: {NUM_ITEMS} items." in card and "| epochs | 3 |" in card
     best = next(log for log in trainer.state.log_history if log.get("eval_ndcg@10") == trainer.state.best_metric)
     assert f"| NDCG@10 | {best['eval_ndcg@10']:.4f} | {best['eval_ndcg@10_seen_kept']:.4f} |" in card
-    assert "fine-tuned" not in card and "None" not in card and "base_model" not in card
+    assert f"epoch {best['epoch']:g}, the one with the best NDCG@10 on the evaluation dataset" in card
+    assert "fine-tuned" not in card and "None" not in card and "base_model" not in card and "test items" not in card
+
+
+def test_model_card_tells_the_results_of_the_whole_run_where_there_are_some(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.args.hub_model_id = "org/toy"
+    trainer.evaluate()
+    results = {"dataset": "walks", "protocol": "leave_one_out, full ranking", "max_length": MAX_LENGTH}
+    metrics = [f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)]
+    results |= {f"test_{key}{suffix}": 0.125 for key in metrics for suffix in ("", "_seen_kept")}
+    results |= {f"popularity_{key}{suffix}": 0.0625 for key in metrics for suffix in ("", "_seen_kept")}
+    results |= {"test_coverage@10": 0.5, "popularity_coverage@10": 0.25}
+    (tmp_path / "all_results.json").write_text(json.dumps(results))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| NDCG@10 | 0.1250 | 0.1250 |" in card and "| popularity | 1 | 0.0625 |" in card
+    assert "Leave-one-out" in card and 'from_pretrained("org/toy")' in card and "# toy" in card
+
+    # Transformers has a file of the same name for the metrics that a script saves.
+    trainer.save_metrics("all", {"train_loss": 1.5})
+    trainer.create_model_card()
+    assert "on the evaluation dataset:" in (tmp_path / "README.md").read_text()
 
 
 def test_without_a_collator_the_tokenizer_is_needed(tmp_path):

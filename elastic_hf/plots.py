@@ -1,0 +1,67 @@
+"""Pictures of a run, for its folder and its model card. They need matplotlib: `pip install "elastic_hf[examples]"`."""
+
+import os
+
+from matplotlib.figure import Figure
+
+
+def plot_training_curve(log_history: list[dict], file: str | os.PathLike) -> None:
+    """
+    Draws the training loss and the validation NDCG@10 by epoch.
+
+    Args:
+        log_history (`list[dict]`):
+            As `TrainerState.log_history`: entries with `epoch` and `loss` (nats per target), `eval_ndcg@10`, or both.
+        file (`str` or `os.PathLike`): The picture, in the format of its suffix.
+
+    Raises:
+        `ValueError`: if no entry has a loss or a metric.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    loss_axis = figure.subplots()
+    axes = {"loss": (loss_axis, "training loss (nats per target)", "tab:gray")}
+    axes["eval_ndcg@10"] = (loss_axis.twinx(), "validation NDCG@10, seen items excluded", "tab:blue")
+    if not any(key in log for log in log_history for key in axes):
+        raise ValueError(f"log_history must have entries with {' or '.join(axes)}, found {len(log_history)} without")
+    for key, (axis, label, color) in axes.items():
+        points = [(log["epoch"], log[key]) for log in log_history if key in log]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=color, marker=".")
+        axis.set_ylabel(label, color=color)
+    loss_axis.set(xlabel="epoch", title="Training")
+    figure.savefig(file, dpi=120)
+
+
+def plot_expert_horizons(half_lives: list[list[list[float]]], file: str | os.PathLike) -> None:
+    """
+    Draws how far back each interest expert of a causal ELASTIC looks, one row of points for each layer and head.
+
+    Args:
+        half_lives (nested `list` of shape `(num_layers, num_heads, num_experts)`):
+            Half-life of each expert, in items: after so many new items, what it has read counts half.
+        file (`str` or `os.PathLike`): The picture, in the format of its suffix.
+
+    Raises:
+        `ValueError`: if there is no expert, or a half-life is not positive.
+    """
+    rows = {
+        f"layer {layer}, head {head}": experts
+        for layer, heads in enumerate(half_lives, start=1)
+        for head, experts in enumerate(heads, start=1)
+    }
+    smallest = min((value for experts in rows.values() for value in experts), default=0.0)
+    if not smallest > 0:
+        raise ValueError(f"half_lives must hold positive numbers of items, found {smallest} as the smallest")
+    figure = Figure(figsize=(7, 1.6 + 0.4 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for row, experts in enumerate(rows.values()):
+        axis.plot(experts, [row] * len(experts), "o", color="tab:blue", alpha=0.5)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    largest = max(value for experts in rows.values() for value in experts)
+    axis.set(xscale="log", xlim=(min(0.9, 0.9 * smallest), max(11, 1.1 * largest)))
+    axis.xaxis.set_major_formatter("{x:,g}")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_title("How far back the interest experts look")
+    axis.set_xlabel("half-life of an expert (items after which what it has read counts half)")
+    figure.savefig(file, dpi=120)
