@@ -14,7 +14,12 @@ from elastic_hf.model_card import mean_and_deviation, table
 
 
 EXAMPLES = Path(__file__).parent
-DOCUMENTS = (EXAMPLES.parent / "README.md", EXAMPLES / "README.md", EXAMPLES / "results.md")
+DOCUMENTS = (
+    EXAMPLES.parent / "README.md",
+    EXAMPLES / "README.md",
+    EXAMPLES / "results.md",
+    EXAMPLES / "benchmarks.md",
+)
 
 
 def read_results(pattern: str) -> dict[str, dict]:
@@ -172,6 +177,203 @@ def lengths() -> str:
     return table([*header, "seconds per epoch"], rows)
 
 
+def benchmark(subject: str) -> dict:
+    """The results of one sub-command of run_benchmark.py; without rows where it has not run."""
+    return read_results(f"benchmark-{subject}.json").get(f"benchmark-{subject}.json", {"rows": []})
+
+
+def by_length(subject: str, wanted_pass: str, key: str) -> dict[str, dict[int, float]]:
+    """Seconds or bytes for one user, of each side at each length."""
+    values = {}
+    for row in benchmark(subject)["rows"]:
+        if row["pass"] == wanted_pass:
+            for side, value in row[key].items():
+                values.setdefault(side, {})[row["length"]] = value / row["batch_size"]
+    return values
+
+
+def length_table(subject: str, wanted_pass: str, key: str, unit: float) -> str:
+    """One row for each side, one column for each length."""
+    values = by_length(subject, wanted_pass, key)
+    lengths = sorted({length for side in values.values() for length in side})
+    rows = [
+        [side, *(f"{of_side[length] / unit:.3g}" if length in of_side else "" for length in lengths)]
+        for side, of_side in values.items()
+    ]
+    return table(["items in the history", *(f"{length:,}" for length in lengths)], rows)
+
+
+def inference() -> str:
+    """Milliseconds to encode a user."""
+    return length_table("inference", "inference", "seconds", 1e-3)
+
+
+def training() -> str:
+    """Milliseconds of a training step for one user of a batch."""
+    return length_table("training", "training", "seconds", 1e-3)
+
+
+def inference_memory() -> str:
+    """Peak megabytes to encode a user."""
+    return length_table("memory", "inference", "peak_bytes", 1e6)
+
+
+def training_memory() -> str:
+    """Peak megabytes of a training step for one user of a batch."""
+    return length_table("memory", "training", "peak_bytes", 1e6)
+
+
+def streaming() -> str:
+    """One more item and the ten best, by what was read before."""
+    results = benchmark("streaming")
+    seconds = results.get("seconds", {})
+    first = next(iter(seconds.values()), None)
+    rows = [[length, f"{1e3 * value:.3f}", f"{value / first:.2f}"] for length, value in seconds.items()]
+    return table(["items read before", "milliseconds", "ratio to the first"], rows)
+
+
+def memory_bank() -> str:
+    """The interest memory by its number of slots."""
+    rows = []
+    for row in benchmark("memory-bank")["rows"]:
+        for slots, seconds in row["seconds"].items():
+            line = [row["pass"], f"{int(slots):,}", f"{1e3 * seconds:.1f}", f"{seconds / row['seconds']['0']:.2f}"]
+            rows.append([*line, f"{row['peak_bytes'][slots] / 1e6:.1f}"])
+    return table(["pass", "slots", "milliseconds", "ratio to none", "peak megabytes"], rows)
+
+
+def catalogue() -> str:
+    """Training and recommending by the number of items."""
+    rows = []
+    measured = benchmark("catalogue")["rows"]
+    for row in measured:
+        line = [f"{row['num_items']:,}", f"{row['num_parameters']:,}", f"{1e3 * row['training_seconds']:.0f}"]
+        line += [f"{row['training_seconds'] / measured[0]['training_seconds']:.2f}"]
+        line += [f"{row['training_peak_bytes'] / 1e6:.0f}", f"{1e3 * row['ranking_seconds']:.0f}"]
+        line += [f"{row['ranking_peak_bytes'] / 1e6:.0f}", f"{1e3 * row['exact_seconds']:.0f}"]
+        rows.append([*line, f"{1e3 * row['index_seconds']:.0f}", f"{row['index_recall@10']:.3f}"])
+    header = ["items", "parameters", "training step (ms)", "ratio", "its peak (MB)", "ranking (ms)", "its peak (MB)"]
+    return table([*header, "`recommend` (ms)", "with an index (ms)", "recall@10 of the index"], rows)
+
+
+def hardware() -> str:
+    """Where the benchmarks ran."""
+    rows = []
+    for subject in ("inference", "training", "memory", "streaming", "memory-bank", "catalogue"):
+        results = benchmark(subject)
+        if "hardware" in results:
+            versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+            rows.append([subject, results["hardware"], str(results["threads"]), versions, results["git_commit"][:9]])
+    return table(["benchmark", "hardware", "threads", "versions", "commit"], rows)
+
+
+def findings() -> list[tuple[str, float, str, bool]]:
+    """What was aimed at: its name, the figure found, the figure wanted, and whether it was reached."""
+    seconds = by_length("inference", "inference", "seconds")
+    steps = by_length("training", "training", "seconds")
+    peaks = {name: by_length("memory", name, "peak_bytes") for name in ("inference", "training")}
+    found = []
+
+    def at_least(name: str, figure: float, wanted: float, unit: str = "x"):
+        found.append((name, f"{figure:.3g}{unit}", f"at least {wanted:g}{unit}", figure >= wanted))
+
+    def at_most(name: str, figure: float, wanted: float, unit: str = "x"):
+        found.append((name, f"{figure:.3g}{unit}", f"at most {wanted:g}{unit}", figure <= wanted))
+
+    sdpa, naive = "sasrec, sdpa", "sasrec, naive"
+    if all(peaks.values()):
+        for side in ("elastic", "elastic, bidirectional"):
+            saved = 100 * (1 - peaks["inference"][side][2048] / peaks["inference"][naive][2048])
+            at_least(f"{side}: peak memory saved, encoding 2,048 items, naive attention", saved, 95, " %")
+            saved = 100 * (1 - peaks["training"][side][2048] / peaks["training"][naive][2048])
+            at_least(f"{side}: peak memory saved, training on 2,048 items, naive attention", saved, 90, " %")
+            share = peaks["training"][side][2048] / peaks["training"][sdpa][2048]
+            at_most(f"{side}: peak memory, training on 2,048 items, over SDPA's", share, 1)
+    if seconds:
+        for side, wanted in (("elastic", (2.7, 8, 20)), ("elastic, bidirectional", (3, 8, 25))):
+            for length, times in zip((2048, 8192, 32768), wanted, strict=True):
+                ratio = seconds[sdpa][length] / seconds[side][length]
+                at_least(f"{side}: speed of encoding {length:,} items against SDPA", ratio, times)
+        at_least(
+            "elastic: speed of encoding 2,048 items against naive attention",
+            seconds[naive][2048] / seconds["elastic"][2048],
+            15,
+        )
+        for side in ("elastic", "elastic, bidirectional"):
+            faster = [length for length in seconds[side] if seconds[side][length] < seconds[sdpa][length]]
+            at_most(f"{side}: shortest measured history encoded faster than by SDPA", min(faster), 300, " items")
+            growth = seconds[side][32768] / seconds[side][4096]
+            at_most(f"{side}: time at 32,768 items over time at 4,096", growth, 8.8)
+        (row,) = [row for row in benchmark("inference")["rows"] if row["length"] == 2048]
+        floor = row["operations"]["elastic"] / benchmark("inference")["product_rate"]
+        at_least("elastic: arithmetic floor over the time, 2,048 items", floor / row["seconds"]["elastic"], 0.4)
+    if steps:
+        for side in ("elastic", "elastic, no memory", "elastic, bidirectional"):
+            ratio = steps[sdpa][2048] / steps[side][2048]
+            at_least(f"{side}: speed of a training step on 2,048 items against SDPA", ratio, 2.5)
+            at_most(
+                f"{side}: time of a training step on 200 items over SDPA's", steps[side][200] / steps[sdpa][200], 1.15
+            )
+    if benchmark("streaming").get("seconds"):
+        times = benchmark("streaming")["seconds"]
+        at_most("elastic: one more item after 100,000 items over after 100", times["100,000"] / times["100"], 1.1)
+    for row in benchmark("memory-bank")["rows"]:
+        wanted = {"inference": 1.1, "training": 1.6}[row["pass"]]
+        ratio = row["seconds"]["262144"] / row["seconds"]["0"]
+        at_most(f"interest memory of 262,144 slots over none, {row['pass']}", ratio, wanted)
+    if benchmark("catalogue")["rows"]:
+        times = {row["num_items"]: row["training_seconds"] for row in benchmark("catalogue")["rows"]}
+        at_most("training step with 1,000,000 items over 10,000", times[1_000_000] / times[10_000], 1.5)
+    return found
+
+
+def targets() -> str:
+    """What was aimed at, and what was found."""
+    rows = [[name, figure, wanted, "yes" if reached else "no"] for name, figure, wanted, reached in findings()]
+    return table(["what", "found", "aimed at", "reached"], rows)
+
+
+def claims() -> str:
+    """The abstract's two figures beside what was found for them, at the lengths of the benchmark."""
+    seconds = by_length("inference", "inference", "seconds")
+    peaks = by_length("memory", "training", "peak_bytes")
+    rows = []
+    for attention in ("naive", "sdpa"):
+        other = f"sasrec, {attention}"
+        for side in ("elastic", "elastic, bidirectional"):
+            for length in (200, 2048, 8192, 32768):
+                if length in seconds.get(other, {}):
+                    row = [side, attention, f"{length:,}", f"{seconds[other][length] / seconds[side][length]:.2g}x"]
+                    saved = (
+                        ""
+                        if length not in peaks.get(other, {})
+                        else f"{1 - peaks[side][length] / peaks[other][length]:.0%}"
+                    )
+                    rows.append([*row, saved])
+    header = ["ELASTIC", "SASRec's attention", "items", "encoding, times as fast (claim: 2.7x)"]
+    return table([*header, "memory saved in training (claim: up to 90 %)"], rows)
+
+
+def headline() -> str:
+    """Three figures for the README."""
+    seconds = by_length("inference", "inference", "seconds")
+    peaks = by_length("memory", "training", "peak_bytes")
+    if not seconds or not peaks or not benchmark("streaming").get("seconds"):
+        return ""
+    ratio = {length: seconds["sasrec, sdpa"][length] / seconds["elastic"][length] for length in (8192, 32768)}
+    saved = 1 - peaks["elastic"][2048] / peaks["sasrec, naive"][2048]
+    times = benchmark("streaming")["seconds"]
+    return "\n".join(
+        [
+            f"- Encoding a user: {ratio[8192]:.1f} times as fast as SASRec with PyTorch's fused attention at 8,192 "
+            f"items, {ratio[32768]:.0f} times at 32,768.",
+            f"- Training on 2,048 items: {saved:.0%} less memory than SASRec with naive attention.",
+            f"- One more interaction: {1e3 * times['100,000']:.1f} ms after 100,000 items, "
+            f"{1e3 * times['100']:.1f} ms after 100.",
+        ]
+    )
+
+
 def data() -> str:
     """How long 20 million interactions take to become split histories."""
     rows = []
@@ -219,6 +421,17 @@ TABLES = {
         data,
         tokenizer,
         recommendations,
+        inference,
+        training,
+        inference_memory,
+        training_memory,
+        streaming,
+        memory_bank,
+        catalogue,
+        hardware,
+        targets,
+        claims,
+        headline,
     )
 }
 

@@ -4,6 +4,8 @@ python examples/run_benchmark.py inference    # histories to user embeddings, by
 python examples/run_benchmark.py training     # a training step, by length, beside other models
 python examples/run_benchmark.py memory       # peak memory of both
 python examples/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
+python examples/run_benchmark.py catalogue    # training and recommending with up to a million items
+python examples/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
 python examples/run_benchmark.py data         # 20 million interactions from a file to split histories
 python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 
@@ -44,8 +46,10 @@ def report(file: Path, results: dict) -> None:
 
 # 1. models: the same width, layers, heads and batch for every side
 
+LONG = [1_024, 2_048, 4_096]
 SIDES = {
     "elastic": ("elastic", {}),
+    "elastic, no memory": ("elastic", {"num_memory_subkeys": 0}),
     "elastic, bidirectional": ("elastic", {"is_causal": False, "training_objective": "prefix"}),
     "sasrec, sdpa": ("sasrec", {}),
     "sasrec, naive": ("sasrec", {}),
@@ -89,13 +93,8 @@ def make_step(model, batch_size: int, length: int, num_items: int, subject: str)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(3, num_items + 3, (batch_size, length), generator=generator).to(model.device)
     if subject == "inference":
-        model.eval()
-
-        @torch.inference_mode()
-        def step():
-            model.get_user_embeddings(input_ids)
-
-        return step
+        model.eval().requires_grad_(False)
+        return lambda: model.get_user_embeddings(input_ids)
 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -164,9 +163,30 @@ def setting(args: argparse.Namespace) -> dict:
     }
 
 
+def product_rate() -> float:
+    """Multiplications and additions a second of a large matrix product, two for each."""
+    import torch
+
+    size = 2048 if torch.cuda.is_available() else 1024
+    matrix = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
+    seconds = median_seconds({"product": lambda: matrix @ matrix}, repetitions=20, warmup=3)["product"]
+    return 2 * size**3 / seconds
+
+
+def count_operations(step) -> int:
+    """The multiplications and additions of the matrix products of one call."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def benchmark_models(args: argparse.Namespace) -> None:
     """Time or memory of every side at every length."""
     results = {**setting(args), "num_items": args.num_items, "rows": []}
+    if args.subject == "inference":
+        results["product_rate"] = product_rate()
     passes = ("inference", "training") if args.subject == "memory" else (args.subject,)
     for length in args.lengths:
         batch_size = max(1, min(args.batch_size, args.max_positions // length))
@@ -181,6 +201,10 @@ def benchmark_models(args: argparse.Namespace) -> None:
                 row["peak_bytes"] = {side: peak_bytes(step) for side, step in steps.items()}
             else:
                 row["seconds"] = median_seconds(steps, args.repetitions, args.warmup)
+            if args.subject == "inference":
+                # The counter does not know the fused attention of a processor, so that only these counts are whole.
+                ours = [side for side in sides if side.startswith("elastic")]
+                row["operations"] = {side: count_operations(steps[side]) for side in ours}
             results["rows"].append(row)
             print(json.dumps(row))
     plot(results, args.output.with_suffix(".png"))
@@ -203,11 +227,93 @@ def plot(results: dict, file: Path) -> None:
             key, label, unit = ("peak_bytes", "peak megabytes per user", 1e6)
         for side in rows[0][key]:
             points = [(row["length"], row[key][side] / unit / row["batch_size"]) for row in rows if side in row[key]]
-            axis.plot(*zip(*points, strict=True), marker=".", label=side)
+            style = "-" if side.startswith("elastic") else "--"
+            axis.plot(*zip(*points, strict=True), marker=".", linestyle=style, label=side)
         axis.set(xscale="log", yscale="log", xlabel="history length (items)", ylabel=f"{label}, {name}")
         axis.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def benchmark_memory_bank(args: argparse.Namespace) -> None:
+    """What an interest memory costs by its number of slots: encoding users, and a training step."""
+    results = {**setting(args), "length": args.length, "batch_size": args.batch_size, "rows": []}
+    results["num_items"] = args.num_items
+    for subject in ("inference", "training"):
+        steps = {}
+        for num_subkeys in args.num_subkeys:
+            changes = {"num_memory_subkeys": num_subkeys, "training_loss": "sampled_softmax"}
+            model = make_model("elastic", args.length, args.num_items, **changes)
+            steps[str(num_subkeys**2)] = make_step(model, args.batch_size, args.length, args.num_items, subject)
+        seconds = median_seconds(steps, args.repetitions, args.warmup)
+        peaks = {name: peak_bytes(step) for name, step in steps.items()}
+        results["rows"].append({"pass": subject, "seconds": seconds, "peak_bytes": peaks})
+    report(args.output, results)
+
+
+def benchmark_catalogue(args: argparse.Namespace) -> None:
+    """Training with a sampled softmax, ranking and recommending, by the number of items."""
+    import torch
+
+    from elastic_hf import ItemIndex
+    from elastic_hf.metrics import rank_targets
+
+    results = {**setting(args), "length": args.length, "batch_size": args.batch_size, "num_users": args.num_users}
+    results["rows"] = []
+    training, ranking, models = {}, {}, {}
+    for num_items in args.num_items:
+        name = str(num_items)
+        model = make_model("elastic", args.length, num_items, training_loss="sampled_softmax")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # items in groups of a hundred, as a trained catalogue has them, not all alike
+            groups = torch.randn(num_items // 100 + 1, model.config.hidden_size, generator=generator)
+            near = torch.randint(len(groups), (num_items + 3,), generator=generator)
+            noise = torch.randn(num_items + 3, model.config.hidden_size, generator=generator)
+            model.get_input_embeddings().weight.copy_(0.02 * (groups[near] + noise))
+        training[name] = make_step(model, args.batch_size, args.length, num_items, "training")
+        users = torch.randint(3, num_items + 3, (args.num_users, args.length + 1), generator=generator)
+        histories, targets = users.to(model.device).split([args.length, 1], dim=1)
+
+        def rank(model=model, histories=histories, targets=targets[:, 0]):
+            users = model.eval().get_user_embeddings(histories)
+            rank_targets(users, model.get_output_embeddings().weight, targets, histories)
+            model.train()
+
+        ranking[name] = rank
+        models[name] = (model, histories)
+    seconds = {
+        "training": median_seconds(training, args.repetitions, args.warmup),
+        "ranking": median_seconds(ranking, args.repetitions, args.warmup),
+    }
+    for name, (model, histories) in models.items():
+        model.eval()
+        start = time.perf_counter()
+        index = ItemIndex(model)
+        build_seconds = time.perf_counter() - start
+        recommend = {
+            "exact": lambda model=model, histories=histories: model.recommend(histories, top_k=10),
+            "index": lambda model=model, histories=histories, index=index: model.recommend(
+                histories, top_k=10, index=index
+            ),
+        }
+        recommend_seconds = median_seconds(recommend, args.repetitions, args.warmup)
+        exact, found = (function().token_ids for function in recommend.values())
+        recall = (exact[:, :, None] == found[:, None]).any(dim=-1).float().mean().item()
+        results["rows"].append(
+            {
+                "num_items": int(name),
+                "num_parameters": model.num_parameters(),
+                "training_seconds": seconds["training"][name],
+                "training_peak_bytes": peak_bytes(training[name]),
+                "ranking_seconds": seconds["ranking"][name],
+                "ranking_peak_bytes": peak_bytes(ranking[name]),
+                "exact_seconds": recommend_seconds["exact"],
+                "index_seconds": recommend_seconds["index"],
+                "index_recall@10": recall,
+                "index_build_seconds": build_seconds,
+            }
+        )
+    report(args.output, results)
 
 
 def benchmark_streaming(args: argparse.Namespace) -> None:
@@ -357,16 +463,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     subjects = parser.add_subparsers(required=True)
 
-    for subject, text in (
-        ("inference", "seconds from histories to user embeddings"),
-        ("training", "seconds of a training step"),
-        ("memory", "peak memory of both"),
+    for subject, text, lengths in (
+        ("inference", "seconds from histories to user embeddings", [100, 200, 300, 500, *LONG, 8192, 32768]),
+        ("training", "seconds of a training step", [50, 100, 200, 500, *LONG]),
+        ("memory", "peak memory of both", [200, 500, *LONG]),
     ):
         models = subjects.add_parser(subject, help=f"{text}, by length, beside other models")
-        models.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096, 8192, 32768])
+        models.add_argument("--lengths", type=int, nargs="+", default=lengths)
         models.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
         models.add_argument("--batch_size", type=int, default=4, help="Histories in a batch.")
-        models.add_argument("--max_positions", type=int, default=16_384, help="Positions in a batch of several.")
+        models.add_argument("--max_positions", type=int, default=8_192, help="Positions in a batch of several.")
         models.add_argument("--longest_naive", type=int, default=8_192, help="Longest length of naive attention.")
         models.add_argument("--num_items", type=int, default=10_000)
         models.add_argument("--repetitions", type=int, default=7)
@@ -381,6 +487,26 @@ def main() -> None:
     streaming.add_argument("--warmup", type=int, default=20)
     streaming.add_argument("--output", type=Path, default=RESULTS / "benchmark-streaming.json")
     streaming.set_defaults(run=benchmark_streaming, subject="streaming")
+
+    catalogue = subjects.add_parser("catalogue", help="training and recommending, by the number of items")
+    catalogue.add_argument("--num_items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    catalogue.add_argument("--length", type=int, default=200)
+    catalogue.add_argument("--batch_size", type=int, default=64)
+    catalogue.add_argument("--num_users", type=int, default=256, help="Users that are ranked and recommended to.")
+    catalogue.add_argument("--repetitions", type=int, default=5)
+    catalogue.add_argument("--warmup", type=int, default=1)
+    catalogue.add_argument("--output", type=Path, default=RESULTS / "benchmark-catalogue.json")
+    catalogue.set_defaults(run=benchmark_catalogue, subject="catalogue")
+
+    bank = subjects.add_parser("memory-bank", help="the cost of the interest memory, by its number of slots")
+    bank.add_argument("--num_subkeys", type=int, nargs="+", default=[0, 32, 128, 512])
+    bank.add_argument("--length", type=int, default=2_048)
+    bank.add_argument("--batch_size", type=int, default=4)
+    bank.add_argument("--num_items", type=int, default=10_000)
+    bank.add_argument("--repetitions", type=int, default=7)
+    bank.add_argument("--warmup", type=int, default=2)
+    bank.add_argument("--output", type=Path, default=RESULTS / "benchmark-memory-bank.json")
+    bank.set_defaults(run=benchmark_memory_bank, subject="memory-bank")
 
     data = subjects.add_parser("data", help="seconds and peak memory from a file of interactions to split histories")
     data.add_argument("--num_rows", type=int, default=20_000_000)
