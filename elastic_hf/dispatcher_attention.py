@@ -89,6 +89,25 @@ def final_state(key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, 
     return new if state is None else new + elapsed[..., -1, :].exp()[..., None] * state
 
 
+def read_weights(query: Tensor, key: Tensor, scores: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
+    """What a reader at the end of a history reads: `sum_m shares_m sum_j weights_mj v_j` is the last output.
+
+    Args:
+        query (`torch.Tensor` of shape `(..., K)`): of the last position.
+
+    Returns:
+        The share of each expert in what is read, of shape `(..., E)`, and that of each item in what each expert holds,
+        of shape `(..., E, L)`. Both sum to 1, or are zeros where the history is empty.
+    """
+    elapsed = _elapsed(log_forget, key.shape[-2])  # (..., L, E)
+    weights = torch.exp(scores + (elapsed[..., -1:, :] - elapsed)).mT  # (..., E, L)
+    total = weights.sum(dim=-1, keepdim=True)
+    has_items = total != 0
+    weights = weights / torch.where(has_items, total, 1.0)
+    logits = (weights @ key @ query[..., None])[..., 0] / math.sqrt(query.shape[-1])  # (..., E)
+    return logits.softmax(dim=-1) * has_items[..., 0], weights
+
+
 def causal_lda_recurrent(
     query: Tensor, key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

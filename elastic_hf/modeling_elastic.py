@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_elastic import ElasticCache
 from .configuration_elastic import ElasticConfig
-from .dispatcher_attention import causal_lda_chunked, dispatch, final_state
+from .dispatcher_attention import causal_lda_chunked, dispatch, final_state, read_weights
 from .modeling_recommender import SequentialRecommendationOutput, SequentialRecommenderMixin
 
 
@@ -47,6 +47,32 @@ BALANCE_SCALE = 1e-8
 def max_positions(device: torch.device) -> int:
     """[`MAX_POSITIONS`] of a device."""
     return MAX_POSITIONS.get(device.type, MAX_POSITIONS["cuda"])
+
+
+@dataclass
+class ElasticExplanation(ModelOutput):
+    """
+    How causal ELASTIC arrived at its recommendations. N layers, H heads, E interest experts; zeros at padding.
+
+    Args:
+        half_lives (`torch.FloatTensor` of shape `(N, H, E)`):
+            How far back each expert looks: the number of items after which it has forgotten half of what it held.
+        assignments (`torch.FloatTensor` of shape `(batch_size, N, H, history_length, E)`):
+            How each item is shared out among the experts of a head; sums to 1 over them.
+        item_weights (`torch.FloatTensor` of shape `(batch_size, N, H, history_length)`):
+            The weight of each item in what the last position reads from the experts; sums to 1 over the items.
+        token_ids (`torch.LongTensor` of shape `(batch_size, top_k)`):
+            The recommended items, best first.
+        contributions (`torch.FloatTensor` of shape `(batch_size, top_k, history_length)`):
+            How much each item of the history carried each recommendation, to first order: the gradient of the score
+            by the item's embedding, times that embedding. Negative where the item spoke against it.
+    """
+
+    half_lives: torch.FloatTensor | None = None
+    assignments: torch.FloatTensor | None = None
+    item_weights: torch.FloatTensor | None = None
+    token_ids: torch.LongTensor | None = None
+    contributions: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -334,16 +360,7 @@ class ElasticCausalAttention(nn.Module):
         # States add up thousands of items: float32 at least, whatever autocast says.
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(query.dtype, torch.float32)
-            query = query.to(dtype).unflatten(-1, (self.num_heads, -1))  # (B, L or 1, H, K)
-            key, value = key_value.to(dtype).unflatten(-1, (2, self.num_heads, -1)).unbind(dim=2)  # (B, L, H, K)
-            experts = self.experts.to(dtype) / (math.sqrt(self.head_size) * SCORE_CAP)
-            scores = torch.tanh(torch.einsum("blhk,hmk->bhlm", key, experts))  # (B, H, L, E)
-            unread = torch.where(attention_mask, 0.0, -math.inf).to(dtype)[:, None, :, None]
-            scores = torch.add(unread, scores, alpha=SCORE_CAP)
-            cos, sin = (table.to(dtype) for table in rotations)
-            key = rotate(key, cos, sin).transpose(1, 2)  # (B, H, L, K)
-            query = rotate(query, cos[:, -query.shape[1] :], sin[:, -query.shape[1] :]).transpose(1, 2)
-            value = value.transpose(1, 2)
+            query, key, value, scores = self._split(query.to(dtype), key_value.to(dtype), attention_mask, rotations)
             log_forget = self.log_forget(dtype)  # (H, 1, E)
             if state is not None:
                 state = state.to(dtype)
@@ -356,10 +373,40 @@ class ElasticCausalAttention(nn.Module):
         output = output.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         return self.output(output * F.silu(gate)), state
 
+    def _split(
+        self, query: Tensor, key_value: Tensor, attention_mask: Tensor, rotations: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, Q, D) and (B, L, 2D) -> query (B, H, Q, K), key and value (B, H, L, K) and scores (B, H, L, E)."""
+        query = query.unflatten(-1, (self.num_heads, -1))  # (B, Q, H, K)
+        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).unbind(dim=2)  # (B, L, H, K)
+        experts = self.experts.to(key.dtype) / (math.sqrt(self.head_size) * SCORE_CAP)
+        scores = torch.tanh(torch.einsum("blhk,hmk->bhlm", key, experts))
+        unread = torch.where(attention_mask, 0.0, -math.inf).to(key.dtype)[:, None, :, None]
+        scores = torch.add(unread, scores, alpha=SCORE_CAP)
+        cos, sin = (table.to(key.dtype) for table in rotations)
+        key = rotate(key, cos, sin).transpose(1, 2)
+        query = rotate(query, cos[:, -query.shape[1] :], sin[:, -query.shape[1] :]).transpose(1, 2)
+        return query, key, value.transpose(1, 2), scores
+
+    def explain(
+        self, hidden_states: Tensor, attention_mask: Tensor, rotations: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The share of each item that each expert takes, (B, H, L, E), and the weight of each item in what the last
+        position reads, (B, H, L)."""
+        query, _ = self.query_gate(hidden_states[:, -1:]).chunk(2, dim=-1)
+        query, key, _, scores = self._split(query, self.key_value(hidden_states), attention_mask, rotations)
+        shares, weights = read_weights(query[:, :, 0], key, scores, self.log_forget(key.dtype))
+        taken = scores.masked_fill(~attention_mask[:, None, :, None], 0).softmax(dim=-1)
+        return taken * attention_mask[:, None, :, None], (shares[..., None] * weights).sum(dim=-2)
+
+    @property
+    def half_lives(self) -> Tensor:
+        """After how many items each expert has forgotten half of what it held: (H, E), at least 1."""
+        return 1 + self.log_half_life.exp()
+
     def log_forget(self, dtype: torch.dtype) -> Tensor:
         """Log of what each expert keeps of its state at each new item: (H, 1, E). A half-life is at least one item."""
-        half_life = 1 + self.log_half_life.to(dtype).exp()
-        return (-math.log(2) / half_life)[:, None]
+        return (-math.log(2) / self.half_lives.to(dtype))[:, None]
 
 
 class ElasticBidirectionalAttention(nn.Module):
@@ -499,9 +546,7 @@ class ElasticLayer(GradientCheckpointingLayer):
         ]
         return torch.cat(outputs, dim=1), None, None
 
-    def _prepare(
-        self, hidden_states: Tensor, attention_mask: Tensor, latest: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _prepare(self, hidden_states: Tensor, attention_mask: Tensor, latest: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the attention reads: norm and convolution, and what the convolution of the next items starts from."""
         normed = self.attention_norm(hidden_states) * attention_mask[..., None]
         if self.convolution is None:
@@ -724,6 +769,58 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
             outputs = self.model(ids, mask, last_position_only=True, cache=cache, use_cache=True, **kwargs)
             cache = outputs.cache
         return ElasticModelOutput(outputs.last_hidden_state, cache=cache if use_cache else None)
+
+    def explain(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, top_k: int = 10
+    ) -> ElasticExplanation:
+        """Which experts took each interaction, how far back they look, and which items carried the recommendations.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `recommend`.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `recommend`.
+            top_k (`int`, defaults to 10): how many recommendations are explained, each by a backward pass.
+
+        Returns:
+            [`ElasticExplanation`]
+
+        Raises:
+            ValueError: if the model is not causal, and as `recommend`.
+        """
+        if not self.config.is_causal:
+            raise ValueError("explain needs is_causal=True: the experts of a bidirectional model have no half-lives")
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        token_ids = self.recommend(input_ids, attention_mask, top_k).token_ids
+        layers = [layer.attention for layer in self.model.layers]
+        explained, embedded = [], []
+
+        def keep_explanation(attention: nn.Module, inputs: tuple) -> None:
+            with torch.no_grad():
+                explained.append(attention.explain(*inputs[:3]))
+
+        def keep_embeddings(embedding: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[0]
+
+        hooks = [layer.register_forward_pre_hook(keep_explanation) for layer in layers]
+        hooks.append(self.model.embed_tokens.register_forward_hook(keep_embeddings))
+        try:
+            with torch.enable_grad():
+                logits = self(input_ids, attention_mask).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        scores = logits.gather(1, token_ids).sum(dim=0)  # (top_k,): rows do not depend on each other
+        gradients = [torch.autograd.grad(score, embedded[0], retain_graph=True)[0] for score in scores]
+        contributions = torch.stack([(gradient * embedded[0]).sum(dim=-1) for gradient in gradients], dim=1)
+        assignments, item_weights = (torch.stack(parts, dim=1) for parts in zip(*explained, strict=True))
+        return ElasticExplanation(
+            half_lives=torch.stack([layer.half_lives for layer in layers]).detach(),
+            assignments=assignments,
+            item_weights=item_weights,
+            token_ids=token_ids,
+            contributions=contributions.detach(),
+        )
 
     @torch.no_grad()
     def get_retrieved_slots(

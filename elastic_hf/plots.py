@@ -65,3 +65,30 @@ def plot_expert_horizons(half_lives: list[list[list[float]]], file: str | os.Pat
     axis.set_title("How far back the interest experts look")
     axis.set_xlabel("half-life of an expert (items after which what it has read counts half)")
     figure.savefig(file, dpi=120)
+
+
+def plot_contributions(titles: list[str], contributions: list[float], file: str | os.PathLike) -> None:
+    """
+    Draws how much each item of a history carried one recommendation, the latest item at the bottom.
+
+    Args:
+        titles (`list[str]`): The items of the history, oldest first.
+        contributions (`list[float]`):
+            One for each of them, as `explain` of ELASTIC returns them: the part of the recommendation's score that
+            goes with the item, to first order; negative where it spoke against it.
+        file (`str` or `os.PathLike`): The picture, in the format of its suffix.
+
+    Raises:
+        `ValueError`: if there are no items, or not as many titles as contributions.
+    """
+    if not titles or len(titles) != len(contributions):
+        raise ValueError(f"titles and contributions must be as many, found {len(titles)} and {len(contributions)}")
+    figure = Figure(figsize=(7, 1.2 + 0.25 * len(titles)), layout="constrained")
+    axis = figure.subplots()
+    colors = ["tab:blue" if value >= 0 else "tab:orange" for value in contributions]
+    axis.barh(range(len(titles)), contributions, color=colors)
+    axis.set_yticks(range(len(titles)), titles)
+    axis.set_ylim(len(titles) - 0.5, -0.5)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(title="What carried the recommendation", xlabel="contribution of an item to the score")
+    figure.savefig(file, dpi=120)

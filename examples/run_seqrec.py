@@ -37,7 +37,6 @@ from transformers import (
     AutoModel,
     EarlyStoppingCallback,
     HfArgumentParser,
-    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
@@ -183,12 +182,6 @@ def memory_usage(trainer: SequentialRecommendationTrainer, users: Dataset) -> di
         "memory_share_retrieved": (counts > 0).float().mean().item(),
         "memory_entropy": (entropy / math.log(len(counts))).item(),
     }
-
-
-def expert_half_lives(model: PreTrainedModel) -> list[list[list[float]]]:
-    """The half-life of each interest expert of a causal ELASTIC, in items: layers x heads x experts."""
-    log_half_lives = (layer.attention.log_half_life.detach().double() for layer in model.model.layers)
-    return [(1 + log_half_life.exp()).cpu().numpy().round(2).tolist() for log_half_life in log_half_lives]
 
 
 def main() -> None:
@@ -396,7 +389,8 @@ def main() -> None:
             results |= memory_usage(trainer, splits["test"])
 
     if config.model_type == "elastic" and config.is_causal:
-        results["expert_half_lives"] = expert_half_lives(trainer.model)
+        half_lives = (layer.attention.half_lives for layer in trainer.model.model.layers)
+        results["expert_half_lives"] = [of_layer.detach().cpu().numpy().round(2).tolist() for of_layer in half_lives]
 
     # 8. Results, pictures and model card
     if is_main_process:

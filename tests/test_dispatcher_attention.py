@@ -12,6 +12,7 @@ from elastic_hf.dispatcher_attention import (
     causal_lda_recurrent,
     dispatch,
     final_state,
+    read_weights,
 )
 
 
@@ -101,6 +102,17 @@ def test_final_state_is_where_the_recurrence_ends():
     outputs, state = causal_lda_recurrent(query, *inputs)
     torch.testing.assert_close(final_state(*inputs), state)
     torch.testing.assert_close(dispatch(query[..., -1, :], final_state(*inputs)), outputs[..., -1, :])
+
+
+def test_read_weights_are_what_the_last_output_reads():
+    query, key, value, scores, log_forget = make_inputs(65, padding=65)
+    outputs, _ = causal_lda_recurrent(query, key, value, scores, log_forget)
+    shares, weights = read_weights(query[..., -1, :], key, scores, log_forget)
+    assert shares.shape == (B, H, E) and weights.shape == (B, H, E, 65)
+    torch.testing.assert_close((shares[..., None, :] @ weights @ value)[..., 0, :], outputs[..., -1, :])
+    assert (shares[0] == 0).all() and (weights[0] == 0).all()  # an empty history
+    torch.testing.assert_close(shares[1].sum(dim=-1), torch.ones(H, dtype=torch.float64))
+    torch.testing.assert_close(weights[1].sum(dim=-1), torch.ones(H, E, dtype=torch.float64))
 
 
 def test_an_empty_history_gives_zeros_and_finite_gradients():

@@ -453,6 +453,47 @@ def test_initial_scale(name):
             assert 0.019 < parameter.std() < 0.021, name
 
 
+# Explaining
+
+
+def test_an_explanation_shares_out_each_item_and_each_reading():
+    model = tiny_model()
+    input_ids, attention_mask = histories()
+    explanation = model.explain(input_ids, attention_mask, top_k=5)
+    assert explanation.half_lives.shape == (2, 3, 6) and explanation.half_lives.min() >= 1
+    assert explanation.assignments.shape == (3, 2, 3, 7, 6) and explanation.item_weights.shape == (3, 2, 3, 7)
+    is_item = attention_mask[:, None, None].bool().expand(-1, 2, 3, -1)
+    torch.testing.assert_close(explanation.assignments.sum(dim=-1), is_item.float())
+    torch.testing.assert_close(explanation.item_weights.sum(dim=-1), torch.ones(3, 2, 3))
+    assert (explanation.item_weights[~is_item] == 0).all() and (explanation.item_weights[is_item] > 0).all()
+    assert torch.equal(explanation.token_ids, model.recommend(input_ids, attention_mask, top_k=5).token_ids)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_contributions_are_the_slopes_of_the_scores():
+    """Scaling an item's embedding by 1 + e changes the score by e times its contribution."""
+    model = tiny_model().double().requires_grad_(False)
+    input_ids, attention_mask = histories()
+    explanation = model.explain(input_ids, attention_mask, top_k=4)
+    assert explanation.contributions.shape == (3, 4, 7)
+    step = 1e-6
+    for t in range(7):
+        scores = []
+        for sign in (-1, 1):
+            scale = torch.ones(7, 1, dtype=torch.float64)
+            scale[t] += sign * step
+            hook = model.model.embed_tokens.register_forward_hook(lambda *call, scale=scale: call[-1] * scale)
+            scores.append(model(input_ids, attention_mask).logits.gather(1, explanation.token_ids))
+            hook.remove()
+        slope = (scores[1] - scores[0]) / (2 * step)
+        torch.testing.assert_close(explanation.contributions[..., t], slope, atol=1e-7, rtol=1e-5)
+
+
+def test_a_bidirectional_model_is_not_explained():
+    with pytest.raises(ValueError, match="explain needs is_causal=True"):
+        tiny_model(**PREFIX).explain(histories()[0])
+
+
 # Saving, loading, compiling
 
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from elastic_hf.plots import plot_expert_horizons, plot_training_curve
+from elastic_hf.plots import plot_contributions, plot_expert_horizons, plot_training_curve
 
 
 @pytest.fixture
@@ -60,3 +60,11 @@ def test_nothing_to_draw_is_refused(tmp_path):
 def test_the_package_does_not_need_matplotlib():
     code = "import sys; sys.modules['matplotlib'] = None; import elastic_hf, elastic_hf.model_card"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_contributions_are_drawn_for_each_title(tmp_path):
+    plot_contributions(["Heat", "Fargo", "Alien"], [0.5, -0.25, 1.0], tmp_path / "contributions.png")
+    assert (tmp_path / "contributions.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="must be as many, found 1 and 2"):
+        plot_contributions(["Heat"], [0.5, 1.0], tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
