@@ -197,7 +197,7 @@ def causal_lda_chunked(
     fading = start[..., :, None, :] - end[..., None, :, :]  # (..., N, N, E)
     earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=key.device).tril(-1)
     fading = fading.masked_fill(~earlier[..., None], -math.inf).exp()
-    states = torch.einsum("...ijm,...jmk->...imk", fading, added)
+    states = (fading.movedim(-1, -3) @ added.transpose(-3, -2)).transpose(-3, -2)  # (..., N, E, 2K + 1)
     if state is not None:
         states = states + start.exp()[..., None] * state[..., None, :, :]
     last = whole[..., -1, :].exp()[..., None] * states[..., -1, :, :] + added[..., -1, :, :]
