@@ -1,6 +1,7 @@
 """Long-history sequential recommendation with ELASTIC, as plain Hugging Face models, tokenizers and datasets."""
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import baselines
 from .cache_elastic import ElasticCache
@@ -9,6 +10,7 @@ from .data_collator import SequentialRecommendationCollator
 from .interactions import load_histories
 from .item_index import ItemIndex
 from .modeling_elastic import ElasticForSequentialRecommendation, ElasticModel
+from .pipeline_elastic import SequentialRecommendationPipeline
 from .tokenization_elastic import ElasticItemTokenizer
 from .trainer import SequentialRecommendationTrainer
 
@@ -23,6 +25,7 @@ __all__ = [
     "ElasticModel",
     "ItemIndex",
     "SequentialRecommendationCollator",
+    "SequentialRecommendationPipeline",
     "SequentialRecommendationTrainer",
     "baselines",
     "load_histories",
@@ -31,3 +34,6 @@ __all__ = [
 AutoConfig.register(ElasticConfig.model_type, ElasticConfig, exist_ok=True)
 AutoModel.register(ElasticConfig, ElasticForSequentialRecommendation, exist_ok=True)
 AutoTokenizer.register(ElasticConfig, tokenizer_class=ElasticItemTokenizer, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    "sequential-recommendation", pipeline_class=SequentialRecommendationPipeline, pt_model=AutoModel, type="text"
+)

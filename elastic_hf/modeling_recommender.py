@@ -124,6 +124,14 @@ def _check_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
         )
 
 
+def _check_token_ids(name: str, token_ids: Tensor, vocab_size: int) -> None:
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
+        raise ValueError(
+            f"{name} must be between 0 and vocab_size - 1 ({vocab_size - 1}), "
+            f"found {int(token_ids.min())} to {int(token_ids.max())}"
+        )
+
+
 class SequentialRecommenderMixin:
     """The head: `self.model` turns histories into vectors, the rows of `self.lm_head.weight` are the items."""
 
@@ -241,6 +249,7 @@ class SequentialRecommenderMixin:
         exclude_seen: bool = True,
         candidate_ids: torch.LongTensor | None = None,
         index=None,
+        seen_ids: torch.LongTensor | None = None,
     ) -> Recommendations:
         """The items most likely to come next. At most `2**24 + 2 * batch_size * top_k` scores are held at once.
 
@@ -250,28 +259,28 @@ class SequentialRecommenderMixin:
             attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
                 1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
             top_k (`int`, defaults to 10): how many items for each history.
-            exclude_seen (`bool`, defaults to `True`): leave out what `input_ids` already holds.
+            exclude_seen (`bool`, defaults to `True`): leave out what `seen_ids` holds.
             candidate_ids (`torch.LongTensor` of shape `(num_candidates,)`, *optional*):
                 The token ids to choose from. Defaults to the whole catalogue.
             index ([`~elastic_hf.ItemIndex`], *optional*):
                 Search this index of the items instead of scoring all of them: approximate, for large catalogues.
+            seen_ids (`torch.LongTensor` of shape `(batch_size, num_seen)`, *optional*):
+                The whole histories, where the model reads a part of them; padding may fill them up. Defaults to
+                `input_ids`.
 
         Returns:
             [`Recommendations`]: `token_ids` and `scores`, each of shape `(batch_size, top_k)`, best first.
 
         Raises:
             ValueError: if a history is empty or not padded on the left, `candidate_ids` are no distinct items or given
-                with an `index`, fewer than `top_k` items are left to recommend (or were found), or a score is NaN.
+                with an `index`, `seen_ids` are no token ids of as many histories, fewer than `top_k` items are left to
+                recommend (or were found), or a score is NaN.
         """
         config = self.config
         _check_histories(input_ids)
         if input_ids.shape[0] == 0:
             raise ValueError("input_ids must hold at least one history, found none")
-        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < config.vocab_size:
-            raise ValueError(
-                f"input_ids must be between 0 and vocab_size - 1 ({config.vocab_size - 1}), "
-                f"found {int(input_ids.min())} to {int(input_ids.max())}"
-            )
+        _check_token_ids("input_ids", input_ids, config.vocab_size)
         if attention_mask is None:
             attention_mask = (input_ids != config.pad_token_id).long()
         _check_shape("attention_mask", attention_mask, input_ids)
@@ -293,19 +302,25 @@ class SequentialRecommenderMixin:
                 )
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, found {top_k}")
+        if seen_ids is None:
+            seen_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
+        if seen_ids.dim() != 2 or seen_ids.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"seen_ids must have shape ({input_ids.shape[0]}, num_seen), found {tuple(seen_ids.shape)}"
+            )
+        _check_token_ids("seen_ids", seen_ids, config.vocab_size)
 
         user_embeddings = self.get_user_embeddings(input_ids, attention_mask)
-        seen_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id) if exclude_seen else None
         if index is not None:
             if candidate_ids is not None:
                 raise ValueError("candidate_ids must not be given with an index, which searches all items")
-            scores, token_ids = index.search(user_embeddings, top_k, seen_ids)
+            scores, token_ids = index.search(user_embeddings, top_k, seen_ids if exclude_seen else None)
         else:
             scores, token_ids = top_k_items(
                 user_embeddings,
                 self.lm_head.weight,
                 top_k,
-                seen_ids=seen_ids,
+                seen_ids=seen_ids if exclude_seen else None,
                 candidate_ids=candidate_ids,
                 num_special_tokens=config.num_special_tokens,
             )

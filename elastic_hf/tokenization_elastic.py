@@ -2,7 +2,7 @@
 
 The vocabulary is a WordLevel `tokenizer.json`, so that plain `AutoTokenizer.from_pretrained` gives the same token ids
 where this package is not installed. `items.parquet` lies beside it and keeps what a vocabulary of strings cannot: the
-original type of the item ids, and the titles.
+original type of the item ids, the titles, and how often the items occur in the training histories.
 
 Token ids: `[PAD]` 0, `[UNK]` 1, `[MASK]` 2, then the items from 3 on, in the order they were given.
 """
@@ -61,12 +61,13 @@ class ElasticItemTokenizer(TokenizersBackend):
         Args:
             items (`datasets.Dataset`, `pyarrow.Table`, `polars.DataFrame` or iterable of `int` or `str`):
                 The catalogue in token order: a table with the column `item_id` (integers or strings) and, optionally,
-                `title` (strings, null where unknown), or the item ids alone.
+                `title` (strings, null where unknown) and `count` (integers, the interactions in the training
+                histories), such as the `items` of [`load_histories`]; or the item ids alone.
             model_max_length (`int`): Longest history, in items, that `truncation=True` keeps.
 
         Raises:
             ValueError: If an item id is null, empty, given twice or contains a special token, if the ids are neither
-                integers nor strings, or if there are none.
+                integers nor strings, if there are none, or if a count is no integer of at least 0.
         """
         if isinstance(model_max_length, bool) or not isinstance(model_max_length, Integral) or model_max_length < 1:
             raise ValueError(f"model_max_length must be an integer of at least 1, found {model_max_length!r}")
@@ -110,7 +111,8 @@ class ElasticItemTokenizer(TokenizersBackend):
 
     @property
     def items(self) -> pa.Table:
-        """`pyarrow.Table`: the catalogue in token order: `item_id` (int64 or string), `title` (string, nullable)."""
+        """`pyarrow.Table`: the catalogue in token order: `item_id` (int64 or string), `title` (string, nullable) and,
+        where the training histories were counted, `count` (int64)."""
         if self._items is None:
             vocabulary = sorted(self.get_vocab().items(), key=lambda token_and_id: token_and_id[1])
             self._items = _as_item_table([token for token, _ in vocabulary[NUM_SPECIAL_TOKENS:]])
@@ -211,7 +213,7 @@ class ElasticItemTokenizer(TokenizersBackend):
 
 
 def _as_item_table(items: Any) -> pa.Table:
-    """Checks a catalogue and reduces it to `item_id` (int64 or string) and `title` (string)."""
+    """Checks a catalogue and reduces it to `item_id` (int64 or string), `title` (string) and, if given, `count`."""
     if isinstance(items, Dataset):
         items = items.with_format("arrow")[:]
     elif not hasattr(items, "__arrow_c_stream__"):
@@ -247,7 +249,15 @@ def _as_item_table(items: Any) -> pa.Table:
         titles = table["title"].combine_chunks().cast(pa.string())
     else:
         titles = pa.nulls(table.num_rows, pa.string())
-    return pa.table({"item_id": item_ids, "title": titles})
+    columns = {"item_id": item_ids, "title": titles}
+    if "count" in table.column_names:
+        counts = table["count"].combine_chunks()
+        if not pa.types.is_integer(counts.type):
+            raise ValueError(f"counts must be integers, found {counts.type}")
+        if counts.null_count or pc.min(counts).as_py() < 0:
+            raise ValueError(f"counts must be at least 0, found {'a null' if counts.null_count else pc.min(counts)}")
+        columns["count"] = counts.cast(pa.int64())
+    return pa.table(columns)
 
 
 def _as_strings(ids: Any) -> Any:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, modeling_recommender
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ItemIndex, modeling_recommender
 from elastic_hf.modeling_recommender import top_k_items
 
 
@@ -57,6 +57,18 @@ def test_recommend_from_candidates(model, input_ids):
     assert result.token_ids.tolist() == sorted_by_hand(logits, allowed, 3)
 
 
+@pytest.mark.parametrize("has_index", [False, True])
+def test_recommend_leaves_out_what_was_seen_before_the_window(model, input_ids, has_index):
+    """The model reads the last two items of the whole histories."""
+    index = ItemIndex(model, num_clusters=2, num_probes=2) if has_index else None
+    window = input_ids[:, -2:]
+    allowed = [set(range(3, VOCAB_SIZE)) - set(row) for row in input_ids.tolist()]
+    result = model.recommend(window, top_k=16, seen_ids=input_ids, index=index)
+    assert result.token_ids.tolist() == sorted_by_hand(model(window).logits, allowed, 16)
+    kept = model.recommend(window, top_k=20, seen_ids=input_ids, exclude_seen=False, index=index)
+    assert kept.token_ids.sort().values.tolist() == [list(range(3, VOCAB_SIZE))] * 2
+
+
 def test_recommend_holds_no_more_scores_than_stated(model, monkeypatch):
     """With room for two items per row at once, no tensor of scores is wider than two items and the best so far."""
     monkeypatch.setattr(modeling_recommender, "MAX_SCORES", 4)
@@ -108,6 +120,9 @@ def test_more_than_the_catalogue_holds_is_an_error(model, input_ids, top_k):
         ({"candidate_ids": torch.tensor([5, 5])}, "distinct"),
         ({"candidate_ids": torch.tensor([2, 5])}, "candidate_ids must be items, from 3 to 22, found 2 to 5"),
         ({"top_k": 0}, "top_k must be at least 1, found 0"),
+        ({"seen_ids": torch.tensor([3, 4])}, r"seen_ids must have shape \(2, num_seen\), found \(2,\)"),
+        ({"seen_ids": torch.tensor([[3, 4]])}, r"seen_ids must have shape \(2, num_seen\), found \(1, 2\)"),
+        ({"seen_ids": torch.tensor([[3], [-1]])}, r"seen_ids must be between 0 .*22\), found -1 to 3"),
     ],
 )
 def test_recommend_names_what_is_wrong(model, input_ids, changes, message):

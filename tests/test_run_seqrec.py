@@ -126,6 +126,8 @@ def test_output_folder(finished):
     inputs = tokenizer([[1, 8, 15]], is_split_into_words=True, return_tensors="pt")
     recommended = model.recommend(**inputs, top_k=3).token_ids
     assert all(title.startswith("Product no. ") for title in tokenizer.convert_ids_to_titles(recommended)[0])
+    # All interactions but the two targets of each user.
+    assert sum(tokenizer.items["count"].to_pylist()) == results["num_interactions"] - 2 * NUM_USERS
 
 
 def test_the_card_is_of_this_run_and_its_snippet_runs(finished, capsys):

@@ -28,7 +28,7 @@ def string_tokenizer() -> ElasticItemTokenizer:
 
 @pytest.fixture(scope="module")
 def integer_tokenizer() -> ElasticItemTokenizer:
-    items = Dataset.from_dict({"item_id": INTEGER_IDS, "title": list("ABCDEF"), "count": [1] * 6})
+    items = Dataset.from_dict({"item_id": INTEGER_IDS, "title": list("ABCDEF"), "count": [4, 0, 2, 9, 1, 2]})
     return ElasticItemTokenizer.from_items(items, model_max_length=4)
 
 
@@ -78,6 +78,11 @@ def test_integer_ids_are_taken_as_integers_and_as_strings(integer_tokenizer):
     assert integer_tokenizer.convert_tokens_to_ids(INTEGER_IDS) == [3, 4, 5, 6, 7, 8]
 
 
+def test_items_hold_the_counts_that_were_given(string_tokenizer, integer_tokenizer):
+    assert string_tokenizer.items.column_names == ["item_id", "title"]
+    assert integer_tokenizer.items["count"].to_pylist() == [4, 0, 2, 9, 1, 2]
+
+
 @pytest.mark.parametrize("item", [None, 1.5, True])
 def test_slow_path_refuses_what_is_no_item_id(integer_tokenizer, item):
     with pytest.raises(ValueError, match="item ids must be integers or strings"):
@@ -98,6 +103,9 @@ def test_slow_path_refuses_what_is_no_item_id(integer_tokenizer, item):
         ([1, "a"], "all integers or all strings"),
         ([1.5, 2.5], "integers or strings, found double"),
         (pa.table({"item": [1]}), "column 'item_id', found"),
+        (pa.table({"item_id": [1, 2], "count": [1.5, 2.0]}), "counts must be integers, found double"),
+        (pa.table({"item_id": [1, 2], "count": [3, None]}), "counts must be at least 0, found a null"),
+        (pa.table({"item_id": [1, 2], "count": [3, -1]}), "counts must be at least 0, found -1"),
     ],
 )
 def test_bad_items_are_refused(items, message):
