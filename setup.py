@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', init).group(1)
 
 examples = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16"]
 faiss = ["faiss-cpu>=1.12"]
+onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 
 setup(
     name="elastic_hf",
@@ -38,7 +39,8 @@ setup(
     extras_require={
         "examples": examples,
         "faiss": faiss,
-        "test": [*examples, *faiss, "pytest>=8", "ruff>=0.12"],
+        "onnx": onnx,
+        "test": [*examples, *faiss, *onnx, "pytest>=8", "ruff>=0.12"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
