@@ -162,7 +162,8 @@ def publish(
 
     commit = None
     if is_new:
-        with _in_one_line(token, unchanged), warnings.catch_warnings():
+        in_doubt = f"{repo_id} is as it was or holds all of it, publish again to know"
+        with _in_one_line(token, unchanged, in_doubt), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
             commit = api.create_commit(
                 repo_id,
@@ -198,16 +199,25 @@ def _holds(api: HfApi, repo_id: str, revision: str, operations: list[CommitOpera
 
 
 @contextmanager
-def _in_one_line(token: str, outcome: str) -> Iterator[None]:
-    """Turns whatever goes wrong into a [`PublishError`] of one line: the reason and the outcome, never the token."""
+def _in_one_line(token: str, outcome: str, in_doubt: str | None = None) -> Iterator[None]:
+    """
+    Turns whatever goes wrong into a [`PublishError`] of one line: the reason and the outcome, never the token. Without
+    a clear refusal, the answer to what was done may have been lost: the outcome is `in_doubt`.
+    """
     try:
         yield
     except Exception as error:
+        is_refused = isinstance(error, RuntimeError | ValueError) or 400 <= _status(error) < 500
+        outcome = outcome if is_refused else in_doubt or outcome
         raise PublishError(f"{_reason(error).replace(token, '***')}: {outcome}") from error
 
 
+def _status(error: Exception) -> int:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+
+
 def _reason(error: Exception) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    status = _status(error)
     if status == 401:
         return "the Hub does not know the token (401): log in again with `hf auth login`"
     if status == 403:
@@ -218,7 +228,7 @@ def _reason(error: Exception) -> str:
         )
     if status == 429:
         return "the Hub has had too many requests (429): try again later"
-    if status is not None and status >= 500:
+    if status >= 500:
         return f"the Hub has failed ({status}): try again later"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
