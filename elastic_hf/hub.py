@@ -31,9 +31,8 @@ OPTIONAL_FILES = (
 )
 # What the code in a repository is loaded as by those who do not have this package.
 REMOTE_CLASSES = {"AutoConfig": ElasticConfig, "AutoModel": ElasticForSequentialRecommendation}
-# Serves the model on Inference Endpoints, where this package is not installed.
+# Serves the model on Inference Endpoints.
 HANDLER_FILE = Path(__file__).with_name("handler.py")
-HANDLER_REQUIREMENTS = "transformers>=5.20,<6\n"
 
 
 class PublishError(RuntimeError):
@@ -79,9 +78,11 @@ def files_to_publish(folder: str | Path) -> list[CommitOperationAdd]:
             name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in REMOTE_CLASSES.items()
         }
         contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-        if HANDLER_FILE.exists():
-            contents.setdefault("handler.py", HANDLER_FILE)
-            contents.setdefault("requirements.txt", HANDLER_REQUIREMENTS.encode())
+    if HANDLER_FILE.exists():
+        from .handler import REQUIREMENTS  # here, since the handler imports this package as a user does
+
+        contents.setdefault("handler.py", HANDLER_FILE)
+        contents.setdefault("requirements.txt", REQUIREMENTS.encode())
     return [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
 
 

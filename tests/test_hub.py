@@ -37,8 +37,7 @@ CODE = {
     "modeling_elastic.py",
     "modeling_recommender.py",
 }
-if HANDLER_FILE.exists():
-    CODE |= {"handler.py", "requirements.txt"}
+HANDLER = {"handler.py", "requirements.txt"} if HANDLER_FILE.exists() else set()
 MODEL = {"README.md", "config.json", "items.parquet", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RESULTS = {"all_results.json", "expert_horizons.png", "results/shop-elastic-42.json", "training_curve.png"}
 CARD = "---\nlicense: mit\n---\n# Shop\n"
@@ -141,7 +140,7 @@ def test_one_commit_holds_what_is_allowed_and_nothing_else(hub, folder):
     commit = publish(folder, REPO, private=True, commit_message="A shop")
     assert contents(folder) == before
     files = hub.files(REPO)
-    assert files.keys() == {".gitattributes"} | MODEL | RESULTS | CODE
+    assert files.keys() == {".gitattributes"} | MODEL | HANDLER | RESULTS | CODE
     assert commits(hub) == ["A shop", "initial commit"] and hub.repo(REPO).head("main").oid == commit.oid
     assert hub.repo(REPO).private
     for name in MODEL - {"config.json"} | RESULTS:
@@ -404,7 +403,7 @@ def test_a_dry_run_needs_no_network(hub, folder, run, monkeypatch):
     listing, card = output.split("\n\n", 1)
     assert (code, error, card) == (0, "", CARD) and not hub.requests
     sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in listing.splitlines()}
-    assert sizes.keys() == MODEL | RESULTS | CODE
+    assert sizes.keys() == MODEL | HANDLER | RESULTS | CODE
     assert sizes["model.safetensors"] == (folder / "model.safetensors").stat().st_size
 
 
@@ -420,7 +419,7 @@ def test_a_baseline_is_published_without_code(hub, trained, tmp_path):
     (folder / "README.md").write_text(CARD)
     publish(folder, REPO)
     files = hub.files(REPO)
-    assert files.keys() == MODEL | {".gitattributes"} and "auto_map" not in json.loads(files["config.json"])
+    assert files.keys() == {".gitattributes"} | MODEL | HANDLER and "auto_map" not in json.loads(files["config.json"])
 
 
 def test_what_a_client_notices_of_changed_bytes(published, tmp_path):
@@ -450,13 +449,13 @@ def test_the_trainer_pushes_what_publish_does(hub, tmp_path):
     trainer = make_trainer(tmp_path / "shop", hub_always_push=True, hub_private_repo=True)
     trainer.train()
     files = hub.files(REPO)
-    assert files.keys() == {".gitattributes"} | MODEL | CODE
+    assert files.keys() == {".gitattributes"} | MODEL | HANDLER | CODE
     assert b"# shop" in files["README.md"] and b"sequential-recommendation" in files["README.md"]
     in_training = ["Training in progress, step 4", "Training in progress, step 2", "initial commit"]
     assert commits(hub) == in_training and hub.repo(REPO).private
     trainer.push_to_hub(dataset="a shop")
     files = hub.files(REPO)
-    assert files.keys() == {".gitattributes"} | MODEL | CODE and b"| Data | a shop |" in files["README.md"]
+    assert files.keys() == {".gitattributes"} | MODEL | HANDLER | CODE and b"| Data | a shop |" in files["README.md"]
     assert files["model.safetensors"] == (tmp_path / "shop" / "model.safetensors").read_bytes()
     assert commits(hub) == ["End of training", *in_training]
     trainer.push_to_hub(dataset="another shop", blocking=False).result()
