@@ -455,11 +455,11 @@ def test_the_trainer_pushes_what_publish_does(hub, tmp_path):
     assert commits(hub) == in_training and hub.repo(REPO).private
     trainer.push_to_hub(dataset="a shop")
     files = hub.files(REPO)
-    assert files.keys() == {".gitattributes"} | MODEL | HANDLER | CODE and b"| Data | a shop |" in files["README.md"]
+    assert files.keys() == {".gitattributes"} | MODEL | HANDLER | CODE and b"a shop" in files["README.md"]
     assert files["model.safetensors"] == (tmp_path / "shop" / "model.safetensors").read_bytes()
     assert commits(hub) == ["End of training", *in_training]
     trainer.push_to_hub(dataset="another shop", blocking=False).result()
-    assert b"| Data | another shop |" in hub.files(REPO)["README.md"]
+    assert b"another shop" in hub.files(REPO)["README.md"]
 
 
 def test_a_push_that_fails_does_not_end_the_training(hub, tmp_path, caplog):
