@@ -7,6 +7,7 @@ from . import baselines
 from .cache_elastic import ElasticCache
 from .configuration_elastic import ElasticConfig
 from .data_collator import SequentialRecommendationCollator
+from .hub import publish
 from .interactions import load_histories
 from .item_index import ItemIndex
 from .modeling_elastic import ElasticForSequentialRecommendation, ElasticModel
@@ -29,6 +30,7 @@ __all__ = [
     "SequentialRecommendationTrainer",
     "baselines",
     "load_histories",
+    "publish",
 ]
 
 AutoConfig.register(ElasticConfig.model_type, ElasticConfig, exist_ok=True)

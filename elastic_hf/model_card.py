@@ -251,7 +251,7 @@ def render_model_card(folder: str | os.PathLike, repo_id: str, known: dict | Non
         others,
         benchmark=benchmark,
         pictures=pictures,
-        has_code="auto_map" in config,
+        has_code=config.get("model_type") == "elastic",  # its code is published with it
         **options,
     )
 

@@ -1,21 +1,33 @@
 """A thin [`Trainer`]: ranks instead of logits in evaluation, batches of similar lengths, honest model cards."""
 
+import logging
 import os
+import shutil
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress, hf_api
 
 from .data_collator import SequentialRecommendationCollator
+from .hub import publish
 from .metrics import CUTOFFS, rank_targets, ranking_metrics
 from .model_card import render_model_card
 from .modeling_recommender import top_k_items
+
+
+logger = logging.getLogger(__name__)
 
 
 class LengthGroupedEpochSampler(LengthGroupedSampler):
@@ -51,6 +63,8 @@ class SequentialRecommendationTrainer(Trainer):
     - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
     - Weight decay applies to the weights of linear layers only: not to embeddings, norms and biases.
     - The model card states what was trained and measured, and nothing else.
+    - `push_to_hub` publishes what [`publish`] does: the model with its code and its card, nothing pickled. A push that
+      fails while the model is trained is logged, and training goes on.
 
     Args:
         data_collator ([`SequentialRecommendationCollator`], *optional*):
@@ -58,8 +72,8 @@ class SequentialRecommendationTrainer(Trainer):
         kwargs: All other arguments of [`Trainer`]; `compute_metrics` defaults to [`ranking_metrics`].
 
     Raises:
-        `ValueError`: without a `data_collator`, if `model` or `processing_class` is missing; in evaluation, if a row
-        has no `target`.
+        `ValueError`: without a `data_collator`, if `model` or `processing_class` is missing; if `hub_strategy` would
+        push optimizer states; in evaluation, if a row has no `target`.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs) -> None:
@@ -72,6 +86,15 @@ class SequentialRecommendationTrainer(Trainer):
                 mask_token_id=model.config.mask_token_id,
                 max_length=tokenizer.model_max_length,
                 objective=model.config.training_objective,
+            )
+        if (
+            args is not None
+            and args.push_to_hub
+            and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE)
+        ):
+            raise ValueError(
+                "hub_strategy must be 'end' or 'every_save', since optimizer states are pickled and not published, "
+                f"found {args.hub_strategy.value!r}"
             )
         kwargs.setdefault("compute_metrics", self._compute_ranking_metrics)
         super().__init__(model, args, data_collator, **kwargs)
@@ -233,8 +256,76 @@ class SequentialRecommendationTrainer(Trainer):
         }
         return known | (self._metrics_for_card() or {})
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future | None:
+        """
+        Saves the model, writes its card and publishes both, as [`publish`] does.
+
+        Args:
+            commit_message (`str`): First line of the commit's message.
+            blocking (`bool`): Wait for the upload; otherwise its `Future` is returned.
+            token (`str`, *optional*): Defaults to `args.hub_token`.
+            revision (`str`, *optional*): Branch to commit to. Defaults to `args.hub_revision`, then to `"main"`.
+            private (`bool`, *optional*): Whether a new repository is private. Defaults to `args.hub_private_repo`.
+            kwargs: Arguments of [`create_model_card`].
+
+        Returns:
+            What [`publish`] returns; `None` on all processes but the first.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        self._finish_current_push()
+        push = partial(self._publish, self.args.output_dir, commit_message, token, revision)
+        return push() if blocking else hf_api().run_as_future(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The stock one pushes pickles, and a configuration without the code that it names.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
+        shutil.copy(Path(self.args.output_dir, "README.md"), checkpoint_folder)
+        message = f"Training in progress, step {self.state.global_step}"
+        job = hf_api().run_as_future(self._publish, checkpoint_folder, message)
+        job.add_done_callback(_warn_of_failure)
+        if is_busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def _publish(
+        self, folder: str, commit_message: str, token: str | None = None, revision: str | None = None
+    ) -> CommitInfo | None:
+        return publish(
+            folder,
+            self.hub_model_id,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+        )
+
     def _metrics_for_card(self) -> dict[str, float] | None:
         logs = [log for log in self.state.log_history if "eval_ndcg@10" in log and "eval_coverage@10" in log]
         if self.args.load_best_model_at_end and self.state.best_global_step:
             logs = [log for log in logs if log["step"] == self.state.best_global_step]
         return logs[-1] if logs else None
+
+
+def _warn_of_failure(push: Future) -> None:
+    if push.exception() is not None:
+        logger.warning(f"push_to_hub: {push.exception()}")

@@ -4,11 +4,11 @@ Writes a trained recommender as ONNX programs, to serve it without PyTorch.
 
     python examples/export_onnx.py --model_name_or_path outputs/shop --output_dir outputs/shop-onnx
 
-`history.onnx` takes `input_ids` and `attention_mask` of shape (batch, length), 1 for items and 0 for the padding on the
-left, and returns `logits`, the scores of every token as the next item. `step.onnx`, of a causal ELASTIC, takes the new
-items of each user and the user's state as well (`states`, `convolution`, `num_items`: zeros for a new user), and returns
-the logits and the next state, whose size does not depend on the length of the history. Batch and length are free, up to
-4,096 items at once. `items.parquet` and `tokenizer.json` lie beside the programs.
+`history.onnx` takes `input_ids` and `attention_mask` of shape (batch, length), 1 for items and 0 for the padding on
+the left, and returns `logits`, the scores of every token as the next item. `step.onnx`, of a causal ELASTIC, takes the
+new items of each user and the user's state as well (`states`, `convolution`, `num_items`: zeros for a new user), and
+returns the logits and the next state, whose size does not depend on the length of the history. Batch and length are
+free, up to 4,096 items at once. `items.parquet` and `tokenizer.json` lie beside the programs.
 
 Each program is run by ONNX Runtime on histories of several lengths before the command ends, and must give PyTorch's
 output to 1e-5.

@@ -46,6 +46,7 @@ import elastic_hf
 from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
 from elastic_hf.configuration_recommender import RecommenderConfig
 from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
+from elastic_hf.hub import publish
 from elastic_hf.interactions import load_histories
 from elastic_hf.metrics import popularity_bias
 from elastic_hf.plots import plot_expert_horizons, plot_training_curve
@@ -194,6 +195,8 @@ def main() -> None:
         raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, found {model_args.model_type!r}")
     if not training_args.do_train and model_args.model_name_or_path is None:
         raise ValueError("without do_train there is no model to evaluate: set model_name_or_path")
+    if training_args.hub_token is not None:
+        raise ValueError("hub_token would be written into the results: set HF_TOKEN, or log in with `hf auth login`")
 
     source = data_args.train_file or data_args.dataset_name or "synthetic"
     dataset_name = data_args.dataset_name or source
@@ -414,6 +417,8 @@ def main() -> None:
         write_json(results_file, results)
         if training_args.results_dir:
             write_json(Path(training_args.results_dir) / f"{run_name}.json", results)
+        if training_args.push_to_hub:
+            publish(output_dir, trainer.hub_model_id, revision=training_args.hub_revision)
 
         if training_args.do_train:
             # The model folder holds no pickle; the checkpoints keep theirs.

@@ -261,11 +261,21 @@ def test_two_processes(shop, finished, tmp_path):
     assert {key: results[key] for key in popularity} == {key: finished[1][key] for key in popularity}
 
 
+def test_a_run_that_is_pushed_ends_with_its_results(shop, tmp_path, hub):
+    arguments = arguments_for(shop, tmp_path / "out", push_to_hub=True, hub_model_id="ada/shop")
+    run(command_line(arguments | {"hub_strategy": "end", "num_train_epochs": 1}))
+    files = hub.files("ada/shop")
+    for name in ("README.md", "model.safetensors", "all_results.json", "training_curve.png"):
+        assert files[name] == (tmp_path / "out" / name).read_bytes()
+    assert "modeling_elastic.py" in files and "training_args.bin" not in files
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "sasrec5"}, "model_type must be one of elastic, .*popularity, found 'sasrec5'"),
         ({"do_eval": True}, "set model_name_or_path"),
+        ({"hub_token": "hf_secret"}, "hub_token would be written into the results"),
         ({"config_overrides": "hidden_sise=16"}, "hidden_sise"),
         ({"config_overrides": "vocab_size=16"}, "vocab_size must be the tokenizer's"),
         ({"config_overrides": "training_loss=mse"}, "training_loss must be one of"),

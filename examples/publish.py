@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""
+Publishes a trained model on the Hugging Face Hub: weights, configuration, item tokenizer, code, model card and
+results, in one commit.
+
+    python examples/publish.py outputs/shop org/shop-recommender --dry_run          # what would be published
+    python examples/publish.py outputs/shop org/shop-recommender --private --tag v1
+
+It needs a token with write access, from `hf auth login` or the variable HF_TOKEN. Where nothing has changed there is
+no commit; an upload that is refused or interrupted leaves the repository as it was.
+"""
+
+import argparse
+import sys
+
+import huggingface_hub
+
+from elastic_hf.hub import PublishError, files_to_publish, publish
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="Output folder of run_seqrec.py.")
+    parser.add_argument("repo_id", help="Model repository, as namespace/name; it is created if there is none.")
+    parser.add_argument("--private", action="store_true", default=None, help="Create the repository as a private one.")
+    parser.add_argument("--revision", help="Branch to commit to, which must exist; main by default.")
+    parser.add_argument("--tag", help="Name for this version, made after the commit.")
+    parser.add_argument("--create_pr", action="store_true", help="Propose the commit as a pull request.")
+    parser.add_argument("--license", help="Hub id of the licence of the weights, such as mit, for the card.")
+    parser.add_argument("--dry_run", action="store_true", help="List the files, print the card, publish nothing.")
+    args = parser.parse_args()
+    huggingface_hub.logging.set_verbosity_error()  # errors come out below, in one line
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        if args.dry_run:
+            operations = files_to_publish(args.folder, args.repo_id, args.license)
+            for operation in operations:
+                print(f"{operation.upload_info.size:14,}  {operation.path_in_repo}")
+            (card,) = [operation for operation in operations if operation.path_in_repo == "README.md"]
+            with card.as_file() as file:
+                print("", file.read().decode(), sep="\n", end="")
+            return 0
+        commit = publish(
+            args.folder,
+            args.repo_id,
+            private=args.private,
+            revision=args.revision,
+            tag=args.tag,
+            create_pr=args.create_pr,
+            license=args.license,
+        )
+    except (OSError, PublishError, ValueError) as error:
+        print(f"publish.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("publish.py: error: interrupted: a commit is made as a whole or not at all", file=sys.stderr)
+        return 1
+    if commit is None:
+        print(f"{args.repo_id} holds this model already: nothing to commit")
+    else:
+        print(f"{args.repo_id}: {commit.pr_url or commit.commit_url}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+import pytest
+from huggingface_hub import constants
+
+from hub_server import HubServer
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback that this process and its children take for the only one there is, as ada."""
+    with HubServer() as server:
+        # Constants are read from the environment once, when huggingface_hub is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        for name, value in server.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        yield server
