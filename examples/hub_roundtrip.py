@@ -5,7 +5,7 @@ From interactions to a published model and back, through a Hub of its own on thi
     python examples/hub_roundtrip.py
 
 It trains a tiny model, publishes it in a private repository, loads it in fresh processes with this package and without
-it, compares their logits bit for bit, changes bytes on the Hub and shows who refuses them, and kills an upload midway.
+it, compares their logits bit for bit, runs the pipeline, changes bytes on the Hub and shows who refuses them, and kills an upload midway.
 It takes a minute or two on a CPU and fails where anything is not as it should be.
 """
 
@@ -50,6 +50,14 @@ logits = model(**history).logits.detach().numpy()
 best = tokenizer.convert_ids_to_tokens(model.recommend(**history, top_k=5).token_ids[0].tolist())
 print(type(model).__module__.split(".")[0], "recommends items", *best)
 print(hashlib.sha256(logits.tobytes()).hexdigest())
+"""
+
+PIPELINE = """
+import elastic_hf
+from transformers import pipeline
+
+recommend = pipeline("sequential-recommendation", model="{repo}", revision="v1", top_k=5)
+print(*(recommended["item"] for recommended in recommend([7, 14, 21])))
 """
 
 
@@ -122,7 +130,10 @@ def main() -> None:
         assert logits == other_logits and with_package.split()[1:] == without_package.split()[1:]
         print("the logits are the same, bit for bit")
 
-        # 4. is the place of pipeline("sequential-recommendation", model=REPO), loaded both ways like the model above.
+        print("\n4. The pipeline")
+        items = roundtrip.run("-c", PIPELINE.format(repo=REPO))
+        print(items)
+        assert items.split() == with_package.split()[3:]
 
         print("\n5. Bytes changed on the Hub")
         entry = hub.repo(REPO).head("v1").files["model.safetensors"]
