@@ -845,7 +845,7 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         queries = []
         handle = memory.query_norm.register_forward_hook(lambda module, inputs, output: queries.append(output))
         try:
-            self.get_user_embeddings(input_ids, attention_mask)
+            super()._read_histories(input_ids, attention_mask)  # at once: one query for each history
         finally:
             handle.remove()
         query = queries[0].reshape(input_ids.shape[0], self.config.num_memory_heads, 2, -1)

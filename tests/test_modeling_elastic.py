@@ -182,6 +182,14 @@ def test_retrieved_slots_are_those_whose_values_get_a_gradient(flags):
         assert read == sorted({*slots[row].flatten().tolist()})
 
 
+@every_mode
+def test_retrieved_slots_do_not_depend_on_how_histories_are_read(flags, monkeypatch):
+    model = tiny_model(**flags)
+    expected = model.get_retrieved_slots(*histories())
+    monkeypatch.setattr(modeling_elastic, "MAX_POSITIONS", {"cpu": 2, "cuda": 0})
+    assert torch.equal(model.get_retrieved_slots(*histories()), expected)
+
+
 def test_a_model_without_memory_retrieves_no_slots():
     with pytest.raises(ValueError, match="num_memory_subkeys must be at least 1"):
         tiny_model(num_memory_subkeys=0).get_retrieved_slots(histories()[0])
