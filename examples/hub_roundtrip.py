@@ -5,7 +5,7 @@ From interactions to a published model and back, through a Hub of its own on thi
     python examples/hub_roundtrip.py
 
 It trains a tiny model, publishes it in a private repository, loads it in fresh processes with this package and without
-it, compares their logits bit for bit, runs the pipeline, changes bytes on the Hub and shows who refuses them, and kills
+it, compares their logits bit for bit, runs the pipeline, changes bytes on the Hub, shows who refuses them, and kills
 an upload midway. It takes a minute or two on a CPU and fails where anything is not as it should be.
 """
 
