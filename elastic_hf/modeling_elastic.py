@@ -31,9 +31,9 @@ ROTARY_BASE = 10000.0
 SCORE_CAP = 10.0
 # Positions of a batch that are encoded at once where no gradient is needed: what fits a processor's cache, or keeps a
 # GPU busy.
-MAX_POSITIONS = {"cpu": 2**11, "cuda": 2**17}
+MAX_POSITIONS = {"cpu": 2**12, "cuda": 2**17}
 # Items of a history that are read at once at least, so that their attention has whole chunks.
-MIN_PIECE = 512
+MIN_PIECE = 1024
 # Scores of sub-keys held at once while slots are searched: 8 MiB of float32.
 MAX_SUBKEY_SCORES = 2**21
 # Fewer columns than this are left to `topk`; the rows of longer tables are searched by groups first.
