@@ -39,7 +39,7 @@ CODE = {
 }
 HANDLER = {"handler.py", "requirements.txt"} if HANDLER_FILE.exists() else set()
 MODEL = {"README.md", "config.json", "items.parquet", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-RESULTS = {"all_results.json", "expert_horizons.png", "results/shop-elastic-42.json", "training_curve.png"}
+RESULTS = {"expert_horizons.png", "results/shop-elastic-42.json", "training_curve.png"}
 CARD = "---\nlicense: mit\n---\n# Shop\n"
 
 
@@ -68,7 +68,6 @@ def trained(tmp_path_factory):
     make_tokenizer().save_pretrained(path)
     make_model().save_pretrained(path)
     (path / "README.md").write_text(CARD)
-    (path / "all_results.json").write_text('{"test_ndcg@10": 0.5}\n')
     for name in ("training_curve.png", "expert_horizons.png"):
         (path / name).write_bytes(b"\x89PNG" + name.encode())
     # what must stay here
@@ -133,6 +132,25 @@ def refused(run):
         return error
 
     return refused
+
+
+def test_the_card_is_rendered_for_the_repository(run, hub, folder):
+    """From the results in the folder; the card that lies there names the folder, and stays."""
+    (folder / "results" / "shop-elastic-42.json").unlink()
+    (folder / "all_results.json").write_text('{"model_type": "elastic", "test_hr@10": 0.5, "test_hr@10_seen_kept": 0.25}\n')
+    before = contents(folder)
+    code, printed, _ = run(folder, REPO, "--license", "apache-2.0", "--dry_run")
+    assert code == 0 and not hub.requests
+    assert run(folder, REPO, "--license", "apache-2.0")[0] == 0
+    files = hub.files(REPO)
+    card = files["README.md"].decode()
+    assert card in printed and "license: apache-2.0" in card and f'from_pretrained("{REPO}")' in card
+    assert "trust_remote_code=True" in card and files.keys() >= CODE | {"all_results.json"}
+    assert contents(folder) == before
+
+
+def test_a_license_needs_a_card_made_from_results(refused, folder):
+    assert "license is written into a card made from all_results.json" in refused(folder, REPO, "--license", "mit")
 
 
 def test_one_commit_holds_what_is_allowed_and_nothing_else(hub, folder):
@@ -392,7 +410,9 @@ def test_what_the_folder_must_hold(hub, folder, refused):
 
 
 def test_a_token_in_a_file_is_not_published(hub, folder, refused):
-    (folder / "all_results.json").write_text(json.dumps({"command": f"run_seqrec.py --hub_token {hub.tokens['ada']}"}))
+    (folder / "results" / "shop-elastic-42.json").unlink()
+    results = {"model_type": "elastic", "notes": f"run_seqrec.py --hub_token {hub.tokens['ada']}"}
+    (folder / "all_results.json").write_text(json.dumps(results))
     assert "all_results.json must not hold the token" in refused(folder, REPO)
     assert not hub.requests
 
