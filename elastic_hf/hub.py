@@ -77,7 +77,8 @@ def files_to_publish(
     for pattern in OPTIONAL_FILES:
         contents |= {file.relative_to(folder).as_posix(): file for file in sorted(folder.glob(pattern))}
     if repo_id is not None and "all_results.json" in contents:
-        contents["README.md"] = str(render_model_card(folder, repo_id, license=license)).encode()
+        has_code = model_type == ElasticConfig.model_type
+        contents["README.md"] = str(render_model_card(folder, repo_id, license=license, has_code=has_code)).encode()
     elif license is not None:
         raise ValueError(f"license is written into a card made from all_results.json, found none in {folder}")
     if model_type == ElasticConfig.model_type:

@@ -251,8 +251,7 @@ def render_model_card(folder: str | os.PathLike, repo_id: str, known: dict | Non
         others,
         benchmark=benchmark,
         pictures=pictures,
-        has_code=config.get("model_type") == "elastic",  # its code is published with it
-        **options,
+        **{"has_code": "auto_map" in config, **options},
     )
 
 

@@ -417,8 +417,6 @@ def main() -> None:
         write_json(results_file, results)
         if training_args.results_dir:
             write_json(Path(training_args.results_dir) / f"{run_name}.json", results)
-        if training_args.push_to_hub:
-            publish(output_dir, trainer.hub_model_id, revision=training_args.hub_revision)
 
         if training_args.do_train:
             # The model folder holds no pickle; the checkpoints keep theirs.
@@ -428,6 +426,8 @@ def main() -> None:
             if "expert_half_lives" in results:
                 plot_expert_horizons(results["expert_half_lives"], output_dir / "expert_horizons.png")
             trainer.create_model_card()
+        if training_args.push_to_hub:
+            publish(output_dir, trainer.hub_model_id, revision=training_args.hub_revision)
 
         # 9. Metrics beside the baseline, and recommendations for the first test user
         if training_args.do_predict:

@@ -137,7 +137,8 @@ def refused(run):
 def test_the_card_is_rendered_for_the_repository(run, hub, folder):
     """From the results in the folder; the card that lies there names the folder, and stays."""
     (folder / "results" / "shop-elastic-42.json").unlink()
-    (folder / "all_results.json").write_text('{"model_type": "elastic", "test_hr@10": 0.5, "test_hr@10_seen_kept": 0.25}\n')
+    results = {"model_type": "elastic", "test_hr@10": 0.5, "test_hr@10_seen_kept": 0.25}
+    (folder / "all_results.json").write_text(json.dumps(results))
     before = contents(folder)
     code, printed, _ = run(folder, REPO, "--license", "apache-2.0", "--dry_run")
     assert code == 0 and not hub.requests

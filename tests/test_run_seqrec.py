@@ -265,8 +265,10 @@ def test_a_run_that_is_pushed_ends_with_its_results(shop, tmp_path, hub):
     arguments = arguments_for(shop, tmp_path / "out", push_to_hub=True, hub_model_id="ada/shop")
     run(command_line(arguments | {"hub_strategy": "end", "num_train_epochs": 1}))
     files = hub.files("ada/shop")
-    for name in ("README.md", "model.safetensors", "all_results.json", "training_curve.png"):
+    for name in ("model.safetensors", "all_results.json", "training_curve.png"):
         assert files[name] == (tmp_path / "out" / name).read_bytes()
+    card = render_model_card(tmp_path / "out", "ada/shop", has_code=True)
+    assert files["README.md"].decode() == str(card) and "trust_remote_code=True" in str(card)
     assert "modeling_elastic.py" in files and "training_args.bin" not in files
 
 
