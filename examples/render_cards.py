@@ -21,7 +21,7 @@ NAMESPACE = "elastic-hf"
 CHECKPOINTS = {
     "elastic-ml1m": "ml-1m-elastic-42.json",
     "elastic-beauty": "beauty-elastic-42.json",
-    "elastic-tiny": "synthetic-elastic-42.json",
+    "elastic-tiny": "synthetic-elastic-42-tiny.json",
 }
 
 # What each picture shows of the results.
@@ -41,8 +41,10 @@ def render(name: str) -> ModelCard:
     """The card of a checkpoint, beside all main rows of the same data and length."""
     results = read_results("*.json")
     run = results.pop(CHECKPOINTS[name])
-    settings = ("main_row", "dataset", "max_length")
-    others = {file: other for file, other in results.items() if all(other.get(key) == run[key] for key in settings)}
+    same = [
+        file for file, other in results.items() if all(other.get(key) == run[key] for key in ("dataset", "max_length"))
+    ]
+    others = {file: results[file] for file in same if results[file]["main_row"]}
     return make_model_card(
         f"{NAMESPACE}/{name}",
         run,

@@ -1,3 +1,4 @@
+import ast
 import re
 import subprocess
 import sys
@@ -16,14 +17,34 @@ def test_tables_are_what_the_results_say(document):
     assert render_results.render(document) == document.read_text(), "run python examples/render_results.py"
 
 
-def test_the_readme_snippet_runs(tmp_path):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr
-    ndcg, titles = [line for line in result.stdout.splitlines() if not line.startswith("{")]
+@pytest.fixture
+def run_snippet(tmp_path):
+    """Runs one of the README's snippets in a fresh process, without a network: what it prints."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+    def run(number, folder):
+        environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(
+            [sys.executable, "-c", snippets[number]],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
+def test_the_readme_recommends_with_the_committed_model(run_snippet):
+    recommended = ast.literal_eval(run_snippet(0, ROOT))
+    assert len(recommended) == 3 and all("No. " in one["title"] for one in recommended)
+
+
+def test_the_readme_trains_and_recommends(run_snippet, tmp_path):
+    ndcg, titles = [line for line in run_snippet(1, tmp_path).splitlines() if not line.startswith("{")]
     assert 0 <= float(ndcg) <= 1
     assert len(re.findall(r"No\. \d+", titles)) == 5
 
