@@ -11,7 +11,7 @@ returns the logits and the next state, whose size does not depend on the length 
 free, up to 4,096 items at once. `items.parquet` and `tokenizer.json` lie beside the programs.
 
 Each program is run by ONNX Runtime on histories of several lengths before the command ends, and must give PyTorch's
-output to 1e-5.
+logits to 1e-5, and its states to 1e-5 of their largest value.
 """
 
 import argparse
@@ -95,7 +95,10 @@ def export(program: nn.Module, file: Path, with_state: bool) -> None:
             expected = program(*inputs)
         found = session.run(results, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
         for name, wanted, value in zip(results, expected if with_state else [expected], found, strict=True):
-            np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5, rtol=1e-4, err_msg=f"{file.name}: {name}")
+            # A state adds up what it has read: its sums grow with the history, and so does their rounding.
+            scale = 1.0 if name == "logits" else max(1.0, float(wanted.abs().max()))
+            message = f"{file.name}: {name}"
+            np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5 * scale, rtol=0, err_msg=message)
 
 
 def main() -> None:

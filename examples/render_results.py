@@ -232,6 +232,16 @@ def streaming() -> str:
     return table(["items read before", "milliseconds", "ratio to the first"], rows)
 
 
+def onnx() -> str:
+    """Exported programs beside PyTorch."""
+    rows = []
+    for row in benchmark("onnx")["rows"]:
+        seconds = row["seconds"]
+        line = [row["program"], f"{row['length']:,}", *(f"{1e3 * value:.2f}" for value in seconds.values())]
+        rows.append([*line, f"{seconds['pytorch'] / seconds['onnxruntime']:.2f}"])
+    return table(["program", "items", "PyTorch (ms)", "ONNX Runtime (ms)", "times as fast"], rows)
+
+
 def memory_bank() -> str:
     """The interest memory by its number of slots."""
     rows = []
@@ -259,7 +269,7 @@ def catalogue() -> str:
 def hardware() -> str:
     """Where the benchmarks ran."""
     rows = []
-    for subject in ("inference", "training", "memory", "streaming", "memory-bank", "catalogue"):
+    for subject in ("inference", "training", "memory", "streaming", "onnx", "memory-bank", "catalogue"):
         results = benchmark(subject)
         if "hardware" in results:
             versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
@@ -426,6 +436,7 @@ TABLES = {
         inference_memory,
         training_memory,
         streaming,
+        onnx,
         memory_bank,
         catalogue,
         hardware,

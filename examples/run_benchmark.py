@@ -6,6 +6,7 @@ python examples/run_benchmark.py memory       # peak memory of both
 python examples/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
 python examples/run_benchmark.py catalogue    # training and recommending with up to a million items
 python examples/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
+python examples/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
 python examples/run_benchmark.py data         # 20 million interactions from a file to split histories
 python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 
@@ -233,6 +234,34 @@ def plot(results: dict, file: Path) -> None:
         axis.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def benchmark_onnx(args: argparse.Namespace) -> None:
+    """Exported programs beside PyTorch: whole histories by length, and one more item on top of a state."""
+    import onnxruntime
+    import torch
+
+    from export_onnx import History, Step, export, make_inputs
+
+    model = make_model("elastic", 0, args.num_items).eval().requires_grad_(False)
+    results = {**setting(args), "num_items": args.num_items, "batch_size": args.batch_size, "rows": []}
+    results["versions"]["onnxruntime"] = version("onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, program, lengths in (("history", History(model), args.lengths), ("step", Step(model), [1])):
+            with_state = name == "step"
+            export(program, Path(folder) / f"{name}.onnx", with_state)
+            session = onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx")
+            names = [value.name for value in session.get_inputs()]
+            for length in lengths:
+                inputs = make_inputs(model, args.batch_size, length, with_state)
+                arrays = {key: value.numpy() for key, value in zip(names, inputs, strict=True)}
+                steps = {
+                    "pytorch": torch.no_grad()(lambda program=program, inputs=inputs: program(*inputs)),
+                    "onnxruntime": lambda session=session, arrays=arrays: session.run(None, arrays),
+                }
+                seconds = median_seconds(steps, args.repetitions, args.warmup)
+                results["rows"].append({"program": name, "length": length, "seconds": seconds})
+    report(args.output, results)
 
 
 def benchmark_memory_bank(args: argparse.Namespace) -> None:
@@ -497,6 +526,15 @@ def main() -> None:
     catalogue.add_argument("--warmup", type=int, default=1)
     catalogue.add_argument("--output", type=Path, default=RESULTS / "benchmark-catalogue.json")
     catalogue.set_defaults(run=benchmark_catalogue, subject="catalogue")
+
+    onnx = subjects.add_parser("onnx", help="ONNX Runtime beside PyTorch")
+    onnx.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 2_048])
+    onnx.add_argument("--batch_size", type=int, default=1)
+    onnx.add_argument("--num_items", type=int, default=10_000)
+    onnx.add_argument("--repetitions", type=int, default=50)
+    onnx.add_argument("--warmup", type=int, default=5)
+    onnx.add_argument("--output", type=Path, default=RESULTS / "benchmark-onnx.json")
+    onnx.set_defaults(run=benchmark_onnx, subject="onnx")
 
     bank = subjects.add_parser("memory-bank", help="the cost of the interest memory, by its number of slots")
     bank.add_argument("--num_subkeys", type=int, nargs="+", default=[0, 32, 128, 512])

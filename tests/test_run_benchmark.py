@@ -11,6 +11,7 @@ SMALL = {
     "training": ["--lengths", "5", "70", "--sides", "elastic", "sasrec, sdpa", "linrec"],
     "memory": ["--lengths", "5", "70", "--sides", "elastic", "lightsans"],
     "streaming": ["--lengths", "3", "80"],
+    "onnx": ["--lengths", "5"],
     "memory-bank": ["--num_subkeys", "0", "8", "--length", "70"],
     "catalogue": ["--num_items", "40", "90", "--length", "7", "--batch_size", "3", "--num_users", "2"],
 }
@@ -37,6 +38,9 @@ def test_every_benchmark_measures_its_sides(subject, tmp_path, monkeypatch):
         assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     elif subject == "streaming":
         assert list(results["seconds"]) == ["3", "80"] and results["bytes_per_user"] == 17_672
+    elif subject == "onnx":
+        assert [(row["program"], row["length"]) for row in results["rows"]] == [("history", 5), ("step", 1)]
+        assert all(list(row["seconds"]) == ["pytorch", "onnxruntime"] for row in results["rows"])
     elif subject == "memory-bank":
         assert [list(row["seconds"]) for row in results["rows"]] == [["0", "64"]] * 2
     else:
