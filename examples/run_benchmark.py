@@ -246,11 +246,14 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
     model = make_model("elastic", 0, args.num_items).eval().requires_grad_(False)
     results = {**setting(args), "num_items": args.num_items, "batch_size": args.batch_size, "rows": []}
     results["versions"]["onnxruntime"] = version("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    # Its threads would wait for more work in a loop, in the way of the other side.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         for name, program, lengths in (("history", History(model), args.lengths), ("step", Step(model), [1])):
             with_state = name == "step"
             export(program, Path(folder) / f"{name}.onnx", with_state)
-            session = onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx")
+            session = onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx", options)
             names = [value.name for value in session.get_inputs()]
             for length in lengths:
                 inputs = make_inputs(model, args.batch_size, length, with_state)
