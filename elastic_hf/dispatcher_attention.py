@@ -1,7 +1,7 @@
 """Linear dispatcher attention (LDA) as pure functions of tensors.
 
 The paper (arXiv 2408.09380) lets a few interest experts read the history ("aggregate") and each item read the experts
-("dispatch"): two softmax attentions, each [`attend`] here. The `causal_lda_*` functions are its causal form: at
+("dispatch"): two softmax attentions, in `modeling_elastic.py`. The `causal_lda_*` functions are its causal form: at
 position t the experts have read items up to t only, each with its own forgetting,
 
     a[t,m,j] = exp(scores[j,m]) * exp(sum of log_forget[l,m] for l in j+1..t)       j <= t
@@ -35,27 +35,6 @@ from torch import Tensor
 CHUNK_SIZE = 64
 # The states of up to this many chunks come from one closed form; a longer history is cut into blocks of that size.
 CHUNKS_PER_BLOCK = 64
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, `softmax(Q K^T / sqrt(K)) V`: experts reading items, or items reading experts.
-
-    Args:
-        query (`torch.Tensor` of shape `(B, H, Q, K)`): the readers.
-        key, value (`torch.Tensor` of shape `(B, H, L, K)`): what is read.
-        attention_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): False for padding. Where a whole row is
-            padding, its readers get zeros.
-
-    Returns:
-        `torch.Tensor` of shape `(B, H, Q, K)`.
-    """
-    if attention_mask is None:
-        return F.scaled_dot_product_attention(query, key, value)
-    # A softmax over nothing is NaN, in the gradient too: an empty row reads its padding and is zeroed afterwards.
-    has_items = attention_mask.any(dim=-1, keepdim=True)  # (B, 1)
-    readable = (attention_mask | ~has_items)[:, None, None, :]  # (B, 1, 1, L)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=readable)
-    return output * has_items[:, :, None, None]
 
 
 def dispatch(query: Tensor, state: Tensor) -> Tensor:

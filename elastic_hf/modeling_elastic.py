@@ -394,15 +394,18 @@ class ElasticCausalAttention(nn.Module):
         """The share of each item that each expert takes, (B, H, L, E), and the weight of each item in what the last
         position reads, (B, H, L)."""
         query, _ = self.query_gate(hidden_states[:, -1:]).chunk(2, dim=-1)
-        query, key, _, scores = self._split(query, self.key_value(hidden_states), attention_mask, rotations)
-        shares, weights = read_weights(query[:, :, 0], key, scores, self.log_forget(key.dtype))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        key_value = self.key_value(hidden_states).to(dtype)
+        query, key, _, scores = self._split(query.to(dtype), key_value, attention_mask, rotations)
+        shares, weights = read_weights(query[:, :, 0], key, scores, self.log_forget(dtype))
         taken = scores.masked_fill(~attention_mask[:, None, :, None], 0).softmax(dim=-1)
         return taken * attention_mask[:, None, :, None], (shares[..., None] * weights).sum(dim=-2)
 
     @property
     def half_lives(self) -> Tensor:
         """After how many items each expert has forgotten half of what it held: (H, E), at least 1."""
-        return 1 + self.log_half_life.exp()
+        dtype = torch.promote_types(self.log_half_life.dtype, torch.float32)
+        return 1 + self.log_half_life.to(dtype).exp()
 
     def log_forget(self, dtype: torch.dtype) -> Tensor:
         """Log of what each expert keeps of its state at each new item: (H, 1, E). A half-life is at least one item."""

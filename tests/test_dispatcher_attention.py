@@ -6,7 +6,6 @@ import torch
 import reference
 from elastic_hf import dispatcher_attention
 from elastic_hf.dispatcher_attention import (
-    attend,
     causal_lda_chunked,
     causal_lda_parallel,
     causal_lda_recurrent,
@@ -137,19 +136,3 @@ def test_float32_holds_the_stated_range():
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         error = (gradient.double() - wanted).norm() / wanted.norm()
         assert error < 1e-3, f"relative error {error:.2e}"
-
-
-@pytest.mark.parametrize("num_readers", [1, 5])
-def test_attend_equals_the_loop(num_readers):
-    torch.manual_seed(0)
-    query = torch.randn(3, H, num_readers, K, dtype=torch.float64, requires_grad=True)
-    key, value = (torch.randn(3, H, 7, K, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    mask = torch.ones(3, 7, dtype=torch.bool)
-    mask[0, :3] = False
-    mask[2] = False  # an empty history
-    expected, expected_gradients = outputs_and_gradients(
-        lambda *inputs: reference.attend(*inputs, mask), [query, key, value]
-    )
-    output, gradients = outputs_and_gradients(lambda *inputs: attend(*inputs, mask), [query, key, value])
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(gradients, expected_gradients)

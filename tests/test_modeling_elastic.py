@@ -78,6 +78,7 @@ def test_bidirectional_attention_is_the_papers_two_attentions(length):
     experts = torch.randn(3, 6, 24, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(3, length, dtype=torch.bool)
     mask[0, : length // 2] = False
+    mask[2] = False  # an empty history
     inputs = [hidden_states, experts, *attention.parameters()]
     results = []
     for output in (
@@ -495,6 +496,12 @@ def test_contributions_are_the_slopes_of_the_scores():
             hook.remove()
         slope = (scores[1] - scores[0]) / (2 * step)
         torch.testing.assert_close(explanation.contributions[..., t], slope, atol=1e-7, rtol=1e-5)
+
+
+def test_bfloat16_weights_are_explained_in_float32():
+    explanation = tiny_model().to(torch.bfloat16).explain(*histories(), top_k=2)
+    assert explanation.half_lives.dtype == explanation.item_weights.dtype == torch.float32
+    torch.testing.assert_close(explanation.item_weights.sum(dim=-1), torch.ones(3, 2, 3))
 
 
 def test_a_bidirectional_model_is_not_explained():
