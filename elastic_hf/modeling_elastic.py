@@ -188,8 +188,9 @@ def _search_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> 
     scores, places = top_k_rows(halves, min(top_k, num_subkeys))
     scores, places = scores.unflatten(0, (num_heads, 2)), places.unflatten(0, (num_heads, 2))  # (G, 2, R, T)
     # A pair of the i-th and the j-th best has i * j pairs before it: those of the R best have i * j <= R.
-    ranks = torch.arange(1, scores.shape[2] + 1, device=scores.device)
-    first, second = (ranks[:, None] * ranks <= top_k).nonzero(as_tuple=True)
+    ranks = range(scores.shape[2])
+    pairs = [(i, j) for i in ranks for j in ranks if (i + 1) * (j + 1) <= top_k]
+    first, second = torch.tensor(pairs, device=scores.device).T
     scores = scores[:, 0, first] + scores[:, 1, second]
     slots = places[:, 0, first] * num_subkeys + places[:, 1, second]
     return slots.gather(1, top_k_rows(scores, top_k)[1]).permute(2, 0, 1)

@@ -48,10 +48,13 @@ def report(file: Path, results: dict) -> None:
 # 1. models: the same width, layers, heads and batch for every side
 
 LONG = [1_024, 2_048, 4_096]
+BIDIRECTIONAL = {"is_causal": False, "training_objective": "prefix"}
 SIDES = {
     "elastic": ("elastic", {}),
     "elastic, no memory": ("elastic", {"num_memory_subkeys": 0}),
-    "elastic, bidirectional": ("elastic", {"is_causal": False, "training_objective": "prefix"}),
+    "elastic, bidirectional": ("elastic", BIDIRECTIONAL),
+    "elastic, compiled": ("elastic", {}),
+    "elastic, bidirectional, compiled": ("elastic", BIDIRECTIONAL),
     "sasrec, sdpa": ("sasrec", {}),
     "sasrec, naive": ("sasrec", {}),
     "linrec": ("linrec", {}),
@@ -84,6 +87,8 @@ def make_model(side: str, length: int, num_items: int, **changes):
     config = AutoConfig.for_model(model_type, vocab_size=num_items + 3, **{**settings, **changes})
     attention = {"attn_implementation": "eager"} if side == "sasrec, naive" else {}
     model = AutoModel.from_config(config, **attention)
+    if side.endswith("compiled"):
+        model.model.compile(fullgraph=True)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
