@@ -126,21 +126,21 @@ def trials() -> str:
 
 
 ABLATIONS = {
-    "e8": "the recipe",
-    "e8-no-memory": "without interest memory",
-    "e8-forget-none": "without forgetting",
-    "e8-forget-fixed": "half-lives fixed at their initial values",
-    "e8-conv0": "without convolution",
-    "e8-bidirectional-prefix": "bidirectional, trained on prefixes",
-    "e8-bidirectional-cloze": "bidirectional, trained on masked items",
-    "e8-bidirectional-static": "the same with static experts instead of the memory's",
+    "r8": "the recipe",
+    "r8-no-memory": "without interest memory",
+    "r8-forget-none": "without forgetting",
+    "r8-forget-fixed": "half-lives fixed at their initial values",
+    "r8-conv0": "without convolution",
+    "r8-bidirectional-prefix": "bidirectional, trained on prefixes",
+    "r8-bidirectional-cloze": "bidirectional, trained on masked items",
+    "r8-bidirectional-static": "the same with static experts instead of the memory's",
 }
 
 
 def ablation() -> str:
     """What ELASTIC loses without its parts, from the trials of the same 8 epochs."""
     values = {}
-    for run in runs("trials/ml-1m-elastic-*-e8*.json"):
+    for run in runs("trials/ml-1m-elastic-*-r8*.json"):
         if run["variant"] in ABLATIONS:
             values.setdefault(run["variant"], []).append(run)
     rows = []
@@ -148,7 +148,7 @@ def ablation() -> str:
         seeds = values.get(variant, [])
         if seeds:
             ndcg = statistics.mean(run["validation_ndcg@10"] for run in seeds)
-            recipe = statistics.mean(run["validation_ndcg@10"] for run in values["e8"])
+            recipe = statistics.mean(run["validation_ndcg@10"] for run in values["r8"])
             row = [label, mean_and_deviation([run["validation_hr@10"] for run in seeds])]
             row += [mean_and_deviation([run["validation_ndcg@10"] for run in seeds])]
             row += [f"{ndcg - recipe:+.4f}", str(len(seeds)), f"{seeds[0]['num_parameters']:,}"]
