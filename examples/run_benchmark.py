@@ -190,6 +190,8 @@ def count_operations(step) -> int:
 
 def benchmark_models(args: argparse.Namespace) -> None:
     """Time or memory of every side at every length."""
+    import torch
+
     results = {**setting(args), "num_items": args.num_items, "rows": []}
     if args.subject == "inference":
         results["product_rate"] = product_rate()
@@ -197,6 +199,7 @@ def benchmark_models(args: argparse.Namespace) -> None:
     for length in args.lengths:
         batch_size = max(1, min(args.batch_size, args.max_positions // length))
         sides = [side for side in args.sides if length <= args.longest_naive or side != "sasrec, naive"]
+        sides = [side for side in sides if length in args.compiled_lengths or not side.endswith("compiled")]
         for subject in passes:
             steps = {}
             for side in sides:
@@ -208,11 +211,12 @@ def benchmark_models(args: argparse.Namespace) -> None:
             else:
                 row["seconds"] = median_seconds(steps, args.repetitions, args.warmup)
             if args.subject == "inference":
-                # The counter does not know the fused attention of a processor, so that only these counts are whole.
-                ours = [side for side in sides if side.startswith("elastic")]
+                # The counter knows neither the fused attention of a processor nor compiled programs.
+                ours = [side for side in sides if side.startswith("elastic") and not side.endswith("compiled")]
                 row["operations"] = {side: count_operations(steps[side]) for side in ours}
             results["rows"].append(row)
             print(json.dumps(row))
+            torch.compiler.reset()  # programs of another length are other programs
     plot(results, args.output.with_suffix(".png"))
     write_json(args.output, results)
 
@@ -500,16 +504,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     subjects = parser.add_subparsers(required=True)
 
-    for subject, text, lengths in (
-        ("inference", "seconds from histories to user embeddings", [100, 200, 300, 500, *LONG, 8192, 32768]),
-        ("training", "seconds of a training step", [50, 100, 200, 500, *LONG]),
-        ("memory", "peak memory of both", [200, 500, *LONG]),
+    for subject, text, lengths, compiled in (
+        (
+            "inference",
+            "seconds from histories to user embeddings",
+            [100, 200, 300, 500, *LONG, 8192, 32768],
+            [200, 2048, 8192, 32768],
+        ),
+        ("training", "seconds of a training step", [50, 100, 200, 500, *LONG], [200, 2048]),
+        ("memory", "peak memory of both", [200, 500, *LONG], [2048]),
     ):
         models = subjects.add_parser(subject, help=f"{text}, by length, beside other models")
         models.add_argument("--lengths", type=int, nargs="+", default=lengths)
         models.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
         models.add_argument("--batch_size", type=int, default=4, help="Histories in a batch.")
         models.add_argument("--max_positions", type=int, default=8_192, help="Positions in a batch of several.")
+        models.add_argument("--compiled_lengths", type=int, nargs="*", default=compiled, help="Lengths to compile for.")
         models.add_argument("--longest_naive", type=int, default=8_192, help="Longest length of naive attention.")
         models.add_argument("--num_items", type=int, default=10_000)
         models.add_argument("--repetitions", type=int, default=7)
