@@ -88,7 +88,7 @@ def make_model(side: str, length: int, num_items: int, **changes):
     attention = {"attn_implementation": "eager"} if side == "sasrec, naive" else {}
     model = AutoModel.from_config(config, **attention)
     if side.endswith("compiled"):
-        model.model.compile(fullgraph=True)
+        model.model.compile()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

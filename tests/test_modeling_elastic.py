@@ -561,6 +561,19 @@ def test_compiled_equals_eager(flags):
 
 
 @every_mode
+def test_compiled_base_model_equals_eager_in_one_graph_a_piece(flags, monkeypatch):
+    monkeypatch.setattr(modeling_elastic, "MAX_POSITIONS", {"cpu": 80, "cuda": 80})
+    monkeypatch.setattr(modeling_elastic, "MIN_PIECE", 40)
+    model = tiny_model(**flags)
+    inputs = histories(90, batch_size=2)
+    expected = model.get_user_embeddings(*inputs)
+    torch._dynamo.utils.counters.clear()
+    model.model.compile(backend="aot_eager")
+    torch.testing.assert_close(model.get_user_embeddings(*inputs), expected)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@every_mode
 def test_exported_equals_eager(flags):
     model = tiny_model(**flags)
     shape = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
