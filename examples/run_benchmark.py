@@ -3,6 +3,7 @@
 python examples/run_benchmark.py inference    # histories to user embeddings, by length, beside other models
 python examples/run_benchmark.py training     # a training step, by length, beside other models
 python examples/run_benchmark.py memory       # peak memory of both
+python examples/run_benchmark.py profile      # which operators the time of both goes into
 python examples/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
 python examples/run_benchmark.py catalogue    # training and recommending with up to a million items
 python examples/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
@@ -56,6 +57,7 @@ SIDES = {
     "elastic, compiled": ("elastic", {}),
     "elastic, bidirectional, compiled": ("elastic", BIDIRECTIONAL),
     "sasrec, sdpa": ("sasrec", {}),
+    "sasrec, sdpa, compiled": ("sasrec", {}),
     "sasrec, naive": ("sasrec", {}),
     "linrec": ("linrec", {}),
     "lightsans": ("lightsans", {}),
@@ -273,6 +275,38 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
                 }
                 seconds = median_seconds(steps, args.repetitions, args.warmup)
                 results["rows"].append({"program": name, "length": length, "seconds": seconds})
+    report(args.output, results)
+
+
+def benchmark_profile(args: argparse.Namespace) -> None:
+    """The operators in which ELASTIC and SASRec spend their time, the costliest first."""
+    import torch
+
+    results = {**setting(args), "num_items": args.num_items, "length": args.length, "batch_size": args.batch_size}
+    results["rows"] = []
+    on_gpu = torch.cuda.is_available()
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    for subject in ("inference", "training"):
+        for side in args.sides:
+            model = make_model(side, args.length, args.num_items, training_loss="sampled_softmax")
+            step = make_step(model, args.batch_size, args.length, args.num_items, subject)
+            for _ in range(args.warmup):
+                step()
+            with torch.profiler.profile() as profile:
+                for _ in range(args.repetitions):
+                    step()
+            events = sorted(profile.key_averages(), key=lambda event: -getattr(event, time_of))
+            total = sum(getattr(event, time_of) for event in events)
+            operators = [
+                {
+                    "name": event.key,
+                    "calls": event.count // args.repetitions,
+                    "share": getattr(event, time_of) / total,
+                }
+                for event in events[: args.num_operators]
+            ]
+            calls = sum(event.count for event in events) // args.repetitions
+            results["rows"].append({"pass": subject, "side": side, "calls": calls, "operators": operators})
     report(args.output, results)
 
 
@@ -519,7 +553,7 @@ def main() -> None:
         models.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
         models.add_argument("--batch_size", type=int, default=4, help="Histories in a batch.")
         models.add_argument("--max_positions", type=int, default=8_192, help="Positions in a batch of several.")
-        models.add_argument("--compiled_lengths", type=int, nargs="*", default=compiled, help="Lengths to compile for.")
+        models.add_argument("--compiled_lengths", type=int, nargs="*", default=compiled, help="To compile for.")
         models.add_argument("--longest_naive", type=int, default=8_192, help="Longest length of naive attention.")
         models.add_argument("--num_items", type=int, default=10_000)
         models.add_argument("--repetitions", type=int, default=7)
@@ -553,6 +587,17 @@ def main() -> None:
     onnx.add_argument("--warmup", type=int, default=5)
     onnx.add_argument("--output", type=Path, default=RESULTS / "benchmark-onnx.json")
     onnx.set_defaults(run=benchmark_onnx, subject="onnx")
+
+    profile = subjects.add_parser("profile", help="the operators that the time goes into")
+    profile.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=["elastic", "sasrec, sdpa"])
+    profile.add_argument("--length", type=int, default=2_048)
+    profile.add_argument("--batch_size", type=int, default=4)
+    profile.add_argument("--num_items", type=int, default=10_000)
+    profile.add_argument("--num_operators", type=int, default=12, help="Operators that are named.")
+    profile.add_argument("--repetitions", type=int, default=7)
+    profile.add_argument("--warmup", type=int, default=2)
+    profile.add_argument("--output", type=Path, default=RESULTS / "benchmark-profile.json")
+    profile.set_defaults(run=benchmark_profile, subject="profile")
 
     bank = subjects.add_parser("memory-bank", help="the cost of the interest memory, by its number of slots")
     bank.add_argument("--num_subkeys", type=int, nargs="+", default=[0, 32, 128, 512])

@@ -10,6 +10,7 @@ SMALL = {
     "inference": ["--lengths", "5", "70", "--sides", "elastic", "elastic, bidirectional", "sasrec, naive"],
     "training": ["--lengths", "5", "70", "--sides", "elastic", "sasrec, sdpa", "linrec"],
     "memory": ["--lengths", "5", "70", "--sides", "elastic", "lightsans"],
+    "profile": ["--length", "70", "--num_operators", "3"],
     "streaming": ["--lengths", "3", "80"],
     "onnx": ["--lengths", "5"],
     "memory-bank": ["--num_subkeys", "0", "8", "--length", "70"],
@@ -41,6 +42,11 @@ def test_every_benchmark_measures_its_sides(subject, tmp_path, monkeypatch):
     elif subject == "onnx":
         assert [(row["program"], row["length"]) for row in results["rows"]] == [("history", 5), ("step", 1)]
         assert all(list(row["seconds"]) == ["pytorch", "onnxruntime"] for row in results["rows"])
+    elif subject == "profile":
+        assert [(row["pass"], row["side"]) for row in results["rows"]] == [
+            (name, side) for name in ("inference", "training") for side in ("elastic", "sasrec, sdpa")
+        ]
+        assert all(len(row["operators"]) == 3 and 0 < row["operators"][0]["share"] < 1 for row in results["rows"])
     elif subject == "memory-bank":
         assert [list(row["seconds"]) for row in results["rows"]] == [["0", "64"]] * 2
     else:
