@@ -54,6 +54,7 @@ SIDES = {
     "elastic": ("elastic", {}),
     "elastic, no memory": ("elastic", {"num_memory_subkeys": 0}),
     "elastic, bidirectional": ("elastic", BIDIRECTIONAL),
+    "elastic, checkpointed": ("elastic", {}),
     "elastic, compiled": ("elastic", {}),
     "elastic, bidirectional, compiled": ("elastic", BIDIRECTIONAL),
     "sasrec, sdpa": ("sasrec", {}),
@@ -91,6 +92,8 @@ def make_model(side: str, length: int, num_items: int, **changes):
     model = AutoModel.from_config(config, **attention)
     if side.endswith("compiled"):
         model.model.compile()
+    if side.endswith("checkpointed"):
+        model.gradient_checkpointing_enable()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -205,6 +208,8 @@ def benchmark_models(args: argparse.Namespace) -> None:
         for subject in passes:
             steps = {}
             for side in sides:
+                if subject == "inference" and side.endswith("checkpointed"):
+                    continue
                 model = make_model(side, length, args.num_items, training_loss="sampled_softmax")
                 steps[side] = make_step(model, batch_size, length, args.num_items, subject)
             row = {"pass": subject, "length": length, "batch_size": batch_size}
@@ -214,7 +219,7 @@ def benchmark_models(args: argparse.Namespace) -> None:
                 row["seconds"] = median_seconds(steps, args.repetitions, args.warmup)
             if args.subject == "inference":
                 # The counter knows neither the fused attention of a processor nor compiled programs.
-                ours = [side for side in sides if side.startswith("elastic") and not side.endswith("compiled")]
+                ours = [side for side in steps if side.startswith("elastic") and not side.endswith("compiled")]
                 row["operations"] = {side: count_operations(steps[side]) for side in ours}
             results["rows"].append(row)
             print(json.dumps(row))

@@ -8,7 +8,7 @@ import run_benchmark
 
 SMALL = {
     "inference": ["--lengths", "5", "70", "--sides", "elastic", "elastic, bidirectional", "sasrec, naive"],
-    "training": ["--lengths", "5", "70", "--sides", "elastic", "sasrec, sdpa", "linrec"],
+    "training": ["--lengths", "5", "70", "--sides", "elastic", "elastic, checkpointed", "sasrec, sdpa"],
     "memory": ["--lengths", "5", "70", "--sides", "elastic", "lightsans"],
     "profile": ["--length", "70", "--num_operators", "3"],
     "streaming": ["--lengths", "3", "80"],
