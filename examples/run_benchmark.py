@@ -93,7 +93,7 @@ def make_model(side: str, length: int, num_items: int, **changes):
     if side.endswith("compiled"):
         model.model.compile()
     if side.endswith("checkpointed"):
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
