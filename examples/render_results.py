@@ -256,6 +256,19 @@ def profile() -> str:
     return table(["model", "pass", "calls in a step", "operator, share of the time (calls)"], rows)
 
 
+def ceiling() -> str:
+    """How much faster than SASRec a model would be whose attention cost nothing."""
+    lines = []
+    for row in benchmark("profile")["rows"]:
+        if row["side"] == "sasrec, sdpa":
+            share = sum(o["share"] for o in row["operators"] if "attention" in o["name"])
+            lines.append(
+                f"- {row['pass']}: {share:.0%} of SASRec's time is its attention; with the rest of its time, and an "
+                f"attention that cost nothing, a model would be {1 / (1 - share):.1f} times as fast."
+            )
+    return "\n".join(lines)
+
+
 def memory_bank() -> str:
     """The interest memory by its number of slots."""
     rows = []
@@ -469,6 +482,7 @@ TABLES = {
         streaming,
         onnx,
         profile,
+        ceiling,
         memory_bank,
         catalogue,
         hardware,
