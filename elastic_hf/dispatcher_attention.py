@@ -204,10 +204,10 @@ def _read_chunks(
         `torch.Tensor` of shape `(N, C, K)`.
     """
     scale = 1 / math.sqrt(query.shape[-1])
-    affinity = (query @ key.mT).tril_()  # (N, C, C)
-    logits = torch.baddbmm(query @ past_keys.mT, affinity, weights, beta=scale, alpha=scale)  # (N, C, E)
-    shares = (logits / total).softmax(dim=-1) / total
-    return torch.baddbmm(shares @ past_values, (shares @ weights.mT).tril_(), value)
+    logits = (query @ past_keys.mT).baddbmm_((query @ key.mT).tril_(), weights, beta=scale, alpha=scale)
+    shares = logits.div_(total).softmax(dim=-1) / total  # (N, C, E)
+    del logits
+    return (shares @ past_values).baddbmm_((shares @ weights.mT).tril_(), value)
 
 
 class _ReadChunks(torch.autograd.Function):

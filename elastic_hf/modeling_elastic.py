@@ -126,10 +126,10 @@ def rotary_table(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
         head_size (`int`): K, even.
 
     Returns:
-        Cosines and sines, two `torch.FloatTensor` of shape `(B, L, 1, K / 2)`, for all heads.
+        Cosines and sines, two `torch.FloatTensor` of shape `(B, 1, L, K / 2)`, for all heads.
     """
     pairs = torch.arange(0, head_size, 2, device=positions.device)
-    angles = positions[..., None, None] / ROTARY_BASE ** (pairs / head_size)
+    angles = positions[:, None, :, None] / ROTARY_BASE ** (pairs / head_size)
     return angles.cos(), angles.sin()
 
 
@@ -138,11 +138,11 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     apart they are ("RoFormer", Su et al. 2021, equation 34, with these pairs of features).
 
     Args:
-        states (`torch.Tensor` of shape `(B, L, H, K)`): queries or keys.
-        cos, sin (`torch.Tensor` of shape `(B, L, 1, K / 2)`): of [`rotary_table`].
+        states (`torch.Tensor` of shape `(B, H, L, K)`): queries or keys.
+        cos, sin (`torch.Tensor` of shape `(B, 1, L, K / 2)`): of [`rotary_table`].
 
     Returns:
-        `torch.Tensor` of shape `(B, L, H, K)`.
+        `torch.Tensor` of shape `(B, H, L, K)`.
     """
     first, second = states.chunk(2, dim=-1)
     rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
@@ -362,6 +362,7 @@ class ElasticCausalAttention(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(query.dtype, torch.float32)
             query, key, value, scores = self._split(query.to(dtype), key_value.to(dtype), attention_mask, rotations)
+            del key_value
             log_forget = self.log_forget(dtype)  # (H, 1, E)
             if state is not None:
                 state = state.to(dtype)
@@ -378,16 +379,17 @@ class ElasticCausalAttention(nn.Module):
         self, query: Tensor, key_value: Tensor, attention_mask: Tensor, rotations: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, Q, D) and (B, L, 2D) -> query (B, H, Q, K), key and value (B, H, L, K) and scores (B, H, L, E)."""
-        query = query.unflatten(-1, (self.num_heads, -1))  # (B, Q, H, K)
-        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).unbind(dim=2)  # (B, L, H, K)
+        # Heads first, in memory too: products of chunks would copy what lies otherwise, each for itself.
+        key_value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        key, value = key_value.unbind()  # (B, H, L, K)
         experts = self.experts.to(key.dtype) / (math.sqrt(self.head_size) * SCORE_CAP)
-        scores = torch.tanh(torch.einsum("blhk,hmk->bhlm", key, experts))
+        scores = torch.tanh(key @ experts.mT)  # (B, H, L, E)
         unread = torch.where(attention_mask, 0.0, -math.inf).to(key.dtype)[:, None, :, None]
         scores = torch.add(unread, scores, alpha=SCORE_CAP)
         cos, sin = (table.to(key.dtype) for table in rotations)
-        key = rotate(key, cos, sin).transpose(1, 2)
-        query = rotate(query, cos[:, -query.shape[1] :], sin[:, -query.shape[1] :]).transpose(1, 2)
-        return query, key, value.transpose(1, 2), scores
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, Q, K)
+        query = rotate(query, cos[:, :, -query.shape[2] :], sin[:, :, -query.shape[2] :])
+        return query, rotate(key, cos, sin), value, scores
 
     def explain(
         self, hidden_states: Tensor, attention_mask: Tensor, rotations: tuple[Tensor, Tensor]
@@ -560,7 +562,8 @@ class ElasticLayer(GradientCheckpointingLayer):
             inputs = F.pad(normed, (0, 0, num_latest, 0))
         else:
             inputs = prepend(latest, normed, attention_mask)
-        return causal_convolution(inputs, self.convolution), inputs[:, inputs.shape[1] - num_latest :]
+        latest = inputs[:, inputs.shape[1] - num_latest :].clone()  # a view would keep all inputs
+        return causal_convolution(inputs, self.convolution), latest
 
     def _transform(self, hidden_states: Tensor, attended: Tensor, attention_mask: Tensor) -> Tensor:
         """What follows the attention, position by position."""

@@ -270,7 +270,7 @@ def test_rotation_equals_the_loop():
     positions = torch.randint(1000, (3, 7))
     gradients = []
     tables = (table.double() for table in rotary_table(positions, 10))
-    outputs = rotate(states, *tables), reference.rotate(states, positions)
+    outputs = rotate(states.transpose(1, 2), *tables).transpose(1, 2), reference.rotate(states, positions)
     for output in outputs:
         gradients.append(torch.autograd.grad((output**3).sum(), states)[0])
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)  # angles are float32
