@@ -8,11 +8,14 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's model name."""
+    """The processor's model name and the widest instructions that PyTorch uses on it, such as `AMD EPYC (AVX512)`."""
+    import torch
+
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def git_commit() -> str | None:

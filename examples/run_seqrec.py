@@ -230,6 +230,9 @@ def main() -> None:
         datasets.disable_progress_bars()
     if checkpoint is not None:
         logger.info(f"Resuming from {checkpoint}")
+    has_bfloat16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if training_args.bf16 and training_args.device.type == "cpu" and not has_bfloat16:
+        logger.warning("bf16 is many times slower than float32 on this processor, which has no instructions for it")
     set_seed(training_args.seed)
 
     # 2. Interactions -> histories

@@ -201,6 +201,13 @@ def test_a_trained_model_is_evaluated_again_from_yaml(shop, finished, tmp_path):
     assert not (tmp_path / "again" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(("capabilities", "num_warnings"), [({}, 1), ({"avx512_bf16": True}, 0)])
+def test_bfloat16_without_instructions_for_it_is_said(shop, tmp_path, monkeypatch, caplog, capabilities, num_warnings):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    run(command_line(arguments_for(shop, tmp_path / "run", bf16=True, num_train_epochs=1)))
+    assert sum("bf16" in record.message for record in caplog.records) == num_warnings
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_names_its_dataset_and_a_model_that_exists(recipe):
     parser = HfArgumentParser(
