@@ -379,7 +379,7 @@ class ElasticCausalAttention(nn.Module):
         self, query: Tensor, key_value: Tensor, attention_mask: Tensor, rotations: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, Q, D) and (B, L, 2D) -> query (B, H, Q, K), key and value (B, H, L, K) and scores (B, H, L, E)."""
-        # Heads first, in memory too: products of chunks would copy what lies otherwise, each for itself.
+        # Heads first in memory, too, or each product over chunks would copy its operands.
         key_value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
         key, value = key_value.unbind()  # (B, H, L, K)
         experts = self.experts.to(key.dtype) / (math.sqrt(self.head_size) * SCORE_CAP)
