@@ -556,7 +556,7 @@ class ElasticLayer(GradientCheckpointingLayer):
         """What the attention reads: norm and convolution, and what the convolution of the next items starts from."""
         normed = self.attention_norm(hidden_states) * attention_mask[..., None]
         if self.convolution is None:
-            return normed, normed[:, :0]
+            return normed, normed.new_empty(normed.shape[0], 0, normed.shape[2])
         num_latest = self.convolution.shape[0] - 1
         if latest is None:
             inputs = F.pad(normed, (0, 0, num_latest, 0))
