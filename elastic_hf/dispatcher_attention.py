@@ -35,6 +35,8 @@ from torch import Tensor
 CHUNK_SIZE = 64
 # The states of up to this many chunks come from one closed form; a longer history is cut into blocks of that size.
 CHUNKS_PER_BLOCK = 64
+# Chunks, over all histories and heads, whose tables of C * C a backward pass holds at once.
+MAX_CHUNKS = {"cpu": 64, "cuda": 2**14}
 
 
 def dispatch(query: Tensor, state: Tensor) -> Tensor:
@@ -210,8 +212,60 @@ def _read_chunks(
     return (shares @ past_values).baddbmm_((shares @ weights.mT).tril_(), value)
 
 
+def _read_chunks_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    total: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of [`_read_chunks`] by its arguments, from that by its output."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    affinity = (query @ key.mT).tril_()
+    logits = torch.baddbmm(query @ past_keys.mT, affinity, weights, beta=scale, alpha=scale).div_(total)
+    probabilities = logits.softmax(dim=-1)
+    shares = probabilities / total
+
+    # output = (shares W^T, item by item) V + shares V_past
+    value_gradient = (shares @ weights.mT).tril_().mT @ gradient
+    table = (gradient @ value.mT).tril_()
+    shares_gradient = torch.baddbmm(gradient @ past_values.mT, table, weights)
+    weights_gradient = table.mT @ shares
+    del table
+    past_values_gradient = shares.mT @ gradient
+
+    # shares = softmax(logits) / total
+    total_gradient = shares_gradient * shares
+    probabilities_gradient = shares_gradient.div_(total)
+    inner = (probabilities_gradient * probabilities).sum(dim=-1, keepdim=True)
+    logits_gradient = probabilities_gradient.sub_(inner).mul_(probabilities)
+
+    # logits = ((Q K^T, item by item) W + Q K_past^T) / (total sqrt(K))
+    total_gradient = total_gradient.addcmul_(logits_gradient, logits).div_(total).neg_()
+    logits_gradient = logits_gradient.div_(total).mul_(scale)
+    weights_gradient = weights_gradient.baddbmm_(affinity.mT, logits_gradient)
+    del affinity
+    table = (logits_gradient @ weights.mT).tril_()
+    query_gradient = torch.baddbmm(logits_gradient @ past_keys, table, key)
+    key_gradient = table.mT @ query
+    past_keys_gradient = logits_gradient.mT @ query
+    return (
+        query_gradient,
+        key_gradient,
+        value_gradient,
+        weights_gradient,
+        total_gradient,
+        past_keys_gradient,
+        past_values_gradient,
+    )
+
+
 class _ReadChunks(torch.autograd.Function):
-    """[`_read_chunks`], whose backward pass computes its (C x C) tables again instead of keeping them."""
+    """[`_read_chunks`], whose backward pass computes its (C x C) tables again instead of keeping them, those of
+    [`MAX_CHUNKS`] at once."""
 
     @staticmethod
     def forward(ctx, *inputs: Tensor) -> Tensor:
@@ -221,43 +275,15 @@ class _ReadChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, weights, total, past_keys, past_values = ctx.saved_tensors
-        scale = 1 / math.sqrt(query.shape[-1])
-        affinity = (query @ key.mT).tril_()
-        logits = torch.baddbmm(query @ past_keys.mT, affinity, weights, beta=scale, alpha=scale).div_(total)
-        probabilities = logits.softmax(dim=-1)
-        shares = probabilities / total
-
-        # output = (shares W^T, item by item) V + shares V_past
-        value_gradient = (shares @ weights.mT).tril_().mT @ gradient
-        table = (gradient @ value.mT).tril_()
-        shares_gradient = torch.baddbmm(gradient @ past_values.mT, table, weights)
-        weights_gradient = table.mT @ shares
-        past_values_gradient = shares.mT @ gradient
-
-        # shares = softmax(logits) / total
-        total_gradient = shares_gradient * shares
-        probabilities_gradient = shares_gradient.div_(total)
-        inner = (probabilities_gradient * probabilities).sum(dim=-1, keepdim=True)
-        logits_gradient = probabilities_gradient.sub_(inner).mul_(probabilities)
-
-        # logits = ((Q K^T, item by item) W + Q K_past^T) / (total sqrt(K))
-        total_gradient = total_gradient.addcmul_(logits_gradient, logits).div_(total).neg_()
-        logits_gradient = logits_gradient.div_(total).mul_(scale)
-        weights_gradient = weights_gradient.baddbmm_(affinity.mT, logits_gradient)
-        table = (logits_gradient @ weights.mT).tril_()
-        query_gradient = torch.baddbmm(logits_gradient @ past_keys, table, key)
-        key_gradient = table.mT @ query
-        past_keys_gradient = logits_gradient.mT @ query
-        return (
-            query_gradient,
-            key_gradient,
-            value_gradient,
-            weights_gradient,
-            total_gradient,
-            past_keys_gradient,
-            past_values_gradient,
-        )
+        inputs = ctx.saved_tensors  # once: a checkpoint hands out each tensor once
+        size = MAX_CHUNKS.get(gradient.device.type, MAX_CHUNKS["cuda"])
+        gradients = tuple(map(torch.empty_like, inputs))
+        parts = zip(*(x.split(size) for x in (gradient, *inputs)), strict=True)
+        places = zip(*(x.split(size) for x in gradients), strict=True)
+        for part, place in zip(parts, places, strict=True):
+            for result, wanted in zip(place, _read_chunks_backward(*part), strict=True):
+                result.copy_(wanted)
+        return gradients
 
 
 def _elapsed(log_forget: Tensor, length: int) -> Tensor:

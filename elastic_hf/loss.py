@@ -5,13 +5,14 @@ Axis letters: T targets, D hidden size, V items, N negatives. Divide the sum by 
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-# Scores held at once by the full softmax: 4 MiB of float32 stay in a processor's cache, 64 MiB keep a GPU busy.
+# Scores held at once by a softmax: 4 MiB of float32 stay in a processor's cache, 64 MiB keep a GPU busy.
 MAX_SCORES = {"cpu": 2**20, "cuda": 2**24}
 
 
@@ -33,24 +34,32 @@ def full_softmax_loss(
     Returns:
         `torch.Tensor` of shape `()`.
     """
-    device = user_embeddings.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        user_embeddings, item_embeddings = user_embeddings.to(dtype), item_embeddings.to(dtype)
-    return _FullSoftmaxLoss.apply(user_embeddings, item_embeddings, targets, seen)
+    return _FullSoftmaxLoss.apply(*_autocast(user_embeddings, item_embeddings), targets, seen)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the precision that autocast wants for their products."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _chunks(user_embeddings: Tensor, num_scores: int) -> Iterator[slice]:
+    """Targets whose scores are held at once, each with so many."""
+    limit = MAX_SCORES.get(user_embeddings.device.type, MAX_SCORES["cuda"])
+    size = max(1, limit // num_scores)
+    return (slice(start, start + size) for start in range(0, user_embeddings.shape[0], size))
 
 
 class _FullSoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, seen: Tensor | None) -> Tensor:
-        limit = MAX_SCORES.get(user_embeddings.device.type, MAX_SCORES["cuda"])
-        chunk_size = max(1, limit // item_embeddings.shape[0])
         dtype = torch.promote_types(user_embeddings.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=user_embeddings.device)
         user_gradient = torch.empty_like(user_embeddings)
         item_gradient = torch.zeros_like(item_embeddings, dtype=dtype)
-        for start in range(0, targets.shape[0], chunk_size):
-            chunk = slice(start, start + chunk_size)
+        for chunk in _chunks(user_embeddings, item_embeddings.shape[0]):
             users, wanted = user_embeddings[chunk], targets[chunk, None]
             scores = (users @ item_embeddings.T).to(dtype)
             scores -= scores.amax(dim=-1, keepdim=True)
@@ -83,6 +92,7 @@ def sampled_softmax_loss(
 
     Subtracting from each negative's score the log of its expected count makes the sampled normaliser an unbiased
     estimate of the full one (Bengio and Senecal 2008). A negative that is the target of a row is left out there.
+    Like [`full_softmax_loss`], it takes the gradient of a chunk of targets while its scores are there.
 
     Args:
         user_embeddings (`torch.Tensor` of shape `(T, D)`).
@@ -96,12 +106,51 @@ def sampled_softmax_loss(
     """
     # One look-up for all, so that one gradient of the size of the catalogue is made, not two.
     rows = F.embedding(torch.cat([targets, negatives]), item_embeddings)
+    user_embeddings, rows = _autocast(user_embeddings, rows)
     target_embeddings, negative_embeddings = rows.split([len(targets), len(negatives)])
-    positive = (user_embeddings * target_embeddings).sum(dim=-1, keepdim=True)  # (T, 1)
-    negative = user_embeddings @ negative_embeddings.T - log_q  # (T, N)
-    negative = negative.masked_fill(negatives == targets[:, None], -math.inf)
-    scores = torch.cat([positive, negative], dim=-1).float()
-    return (scores.logsumexp(dim=-1) - scores[:, 0]).sum()
+    return _SampledSoftmaxLoss.apply(
+        user_embeddings, target_embeddings, negative_embeddings, targets, negatives, log_q
+    )
+
+
+class _SampledSoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        user_embeddings: Tensor,
+        target_embeddings: Tensor,
+        negative_embeddings: Tensor,
+        targets: Tensor,
+        negatives: Tensor,
+        log_q: Tensor,
+    ) -> Tensor:
+        dtype = torch.promote_types(user_embeddings.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=user_embeddings.device)
+        user_gradient = torch.empty_like(user_embeddings)
+        target_gradient = torch.empty_like(target_embeddings)
+        negative_gradient = torch.zeros_like(negative_embeddings, dtype=dtype)
+        for chunk in _chunks(user_embeddings, len(negatives)):
+            users, wanted = user_embeddings[chunk], target_embeddings[chunk]
+            wanted_scores = (users * wanted).sum(dim=-1, keepdim=True).to(dtype)
+            scores = (users @ negative_embeddings.T).to(dtype).sub_(log_q)
+            scores.masked_fill_(negatives == targets[chunk, None], -math.inf)
+            largest = torch.maximum(scores.amax(dim=-1, keepdim=True), wanted_scores)
+            wanted_scores -= largest
+            probabilities = scores.sub_(largest).exp_()
+            normaliser = probabilities.sum(dim=-1, keepdim=True) + wanted_scores.exp()
+            total += (normaliser.log() - wanted_scores).sum()
+            score_gradient = probabilities.div_(normaliser).to(users.dtype)
+            wanted_gradient = (wanted_scores.exp() / normaliser - 1).to(users.dtype)
+            user_gradient[chunk] = torch.addcmul(score_gradient @ negative_embeddings, wanted_gradient, wanted)
+            target_gradient[chunk] = wanted_gradient * users
+            negative_gradient += score_gradient.T @ users
+        ctx.save_for_backward(user_gradient, target_gradient, negative_gradient.to(negative_embeddings.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(output_gradient * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
 def bce_loss(user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:

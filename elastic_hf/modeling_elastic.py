@@ -5,6 +5,7 @@ heads, S sub-keys per half of the interest memory, M = S * S memory slots, R ret
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
@@ -486,7 +486,7 @@ class ElasticFeedForward(nn.Module):
         return self.down(self.activation(self.up(hidden_states)))
 
 
-class ElasticLayer(GradientCheckpointingLayer):
+class ElasticLayer(nn.Module):
     """h = h + LDA(norm(h));   h = h + Memory(norm(h)) where the layer has one;   h = h + FeedForward(norm(h))"""
 
     def __init__(self, config: ElasticConfig, has_memory: bool):
@@ -502,6 +502,7 @@ class ElasticLayer(GradientCheckpointingLayer):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = ElasticFeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -528,29 +529,29 @@ class ElasticLayer(GradientCheckpointingLayer):
             these items (causal mode).
         """
         if self.is_causal:
-            normed, latest = self._prepare(hidden_states, attention_mask, latest)
-            if last_position_only:
-                hidden_states = hidden_states[:, -1:]
-            attended, state = self.attention(normed, attention_mask, rotations, state, last_position_only)
-            return self._transform(hidden_states, attended, attention_mask), state, latest
+            hidden_states, state, latest = self._checkpoint(
+                self._attend, hidden_states, attention_mask, last_position_only, rotations, state, latest
+            )
+            return self._transform(hidden_states, attention_mask), state, latest
 
         # Where no gradient is needed, position by position means part by part, so that parts stay in a cache.
         size = hidden_states.shape[1]
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             size = max(1, max_positions(hidden_states.device) // hidden_states.shape[0])
-        normed = []
-        for part, mask in zip(hidden_states.split(size, dim=1), attention_mask.split(size, dim=1), strict=True):
-            prepared, latest = self._prepare(part, mask, latest)
-            normed.append(prepared)
-        normed = torch.cat(normed, dim=1)
-        read = self.attention.aggregate(normed, attention_mask, experts)
+        normed, *read = self._checkpoint(self._aggregate, hidden_states, attention_mask, experts, size)
         if last_position_only:
             hidden_states, normed = hidden_states[:, -1:], normed[:, -1:]
-        outputs = [
-            self._transform(part, self.attention.dispatch(reader, *read), attention_mask)
-            for part, reader in zip(hidden_states.split(size, dim=1), normed.split(size, dim=1), strict=True)
-        ]
+        outputs = []
+        for part, reader in zip(hidden_states.split(size, dim=1), normed.split(size, dim=1), strict=True):
+            outputs.append(self._transform(self._checkpoint(self._dispatch, part, reader, *read), attention_mask))
         return torch.cat(outputs, dim=1), None, None
+
+    def _checkpoint(self, part: Callable, *inputs):
+        """A part of the layer, whose backward pass computes it again if activations are checkpointed. Parts need less
+        than a layer at once: what one keeps is gone before the next is computed again."""
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(part, *inputs)
+        return part(*inputs)
 
     def _prepare(self, hidden_states: Tensor, attention_mask: Tensor, latest: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the attention reads: norm and convolution, and what the convolution of the next items starts from."""
@@ -565,12 +566,45 @@ class ElasticLayer(GradientCheckpointingLayer):
         latest = inputs[:, inputs.shape[1] - num_latest :].clone()  # a view would keep all inputs
         return causal_convolution(inputs, self.convolution), latest
 
-    def _transform(self, hidden_states: Tensor, attended: Tensor, attention_mask: Tensor) -> Tensor:
+    def _attend(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        last_position_only: bool,
+        rotations: tuple[Tensor, Tensor],
+        state: Tensor | None,
+        latest: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        normed, latest = self._prepare(hidden_states, attention_mask, latest)
+        if last_position_only:
+            hidden_states = hidden_states[:, -1:]
+        attended, state = self.attention(normed, attention_mask, rotations, state, last_position_only)
+        return hidden_states + self.dropout(attended), state, latest
+
+    def _aggregate(
+        self, hidden_states: Tensor, attention_mask: Tensor, experts: Tensor, size: int
+    ) -> tuple[Tensor, ...]:
+        normed, latest = [], None
+        for part, mask in zip(hidden_states.split(size, dim=1), attention_mask.split(size, dim=1), strict=True):
+            prepared, latest = self._prepare(part, mask, latest)
+            normed.append(prepared)
+        normed = torch.cat(normed, dim=1)
+        return normed, *self.attention.aggregate(normed, attention_mask, experts)
+
+    def _dispatch(self, hidden_states: Tensor, normed: Tensor, *read: Tensor) -> Tensor:
+        return hidden_states + self.dropout(self.attention.dispatch(normed, *read))
+
+    def _transform(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """What follows the attention, position by position."""
-        hidden_states = hidden_states + self.dropout(attended)
         if self.memory is not None:
             readers = attention_mask[:, -hidden_states.shape[1] :]
-            hidden_states = hidden_states + self.dropout(self.memory(self.memory_norm(hidden_states), readers))
+            hidden_states = self._checkpoint(self._retrieve, hidden_states, readers)
+        return self._checkpoint(self._feed, hidden_states)
+
+    def _retrieve(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        return hidden_states + self.dropout(self.memory(self.memory_norm(hidden_states), attention_mask))
+
+    def _feed(self, hidden_states: Tensor) -> Tensor:
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 

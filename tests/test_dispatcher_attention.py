@@ -84,6 +84,15 @@ def test_a_history_longer_than_a_block_equals_the_recurrence(monkeypatch):
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("max_chunks", [1, 4])
+def test_gradients_of_a_few_chunks_at_once_equal_the_loop(max_chunks, monkeypatch):
+    monkeypatch.setitem(dispatcher_attention.MAX_CHUNKS, "cpu", max_chunks)
+    inputs = make_inputs(65, padding=3)
+    _, expected = outputs_and_gradients(loop, inputs)
+    _, gradients = outputs_and_gradients(lambda *x: causal_lda_chunked(*x, chunk_size=8)[0], inputs)
+    torch.testing.assert_close(gradients, expected)
+
+
 @pytest.mark.parametrize("form", [causal_lda_recurrent, causal_lda_chunked])
 @pytest.mark.parametrize("cut", [1, 64, 70])
 def test_a_state_carries_the_history(form, cut):

@@ -10,6 +10,8 @@ from elastic_hf.loss import bce_loss, full_softmax_loss, gbce_loss, sampled_soft
 
 
 T, D, V = 13, 5, 11
+NEGATIVES = torch.tensor([3, 0, 7, 3, 10, 2, 6])
+LOG_Q = torch.linspace(-2, 1, 7, dtype=torch.float64)
 
 
 @pytest.fixture
@@ -51,10 +53,12 @@ def test_full_softmax_leaves_out_what_was_seen_but_not_the_target(inputs, max_sc
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_full_softmax_never_holds_the_scores_of_all_targets(inputs, rows, monkeypatch):
+@pytest.mark.parametrize("loss_function", ["full_softmax", "sampled_softmax"])
+def test_a_softmax_never_holds_the_scores_of_all_targets(inputs, loss_function, rows, monkeypatch):
     """No tensor of scores that is computed on the way to the loss and its gradients has more rows than a chunk."""
     users, items, targets = inputs
-    monkeypatch.setitem(loss.MAX_SCORES, "cpu", V * rows)
+    num_scores = V if loss_function == "full_softmax" else NEGATIVES.shape[0]
+    monkeypatch.setitem(loss.MAX_SCORES, "cpu", num_scores * rows)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -62,13 +66,44 @@ def test_full_softmax_never_holds_the_scores_of_all_targets(inputs, rows, monkey
             nonlocal largest
             output = function(*args, **(kwargs or {}))
             for tensor in output if isinstance(output, tuple | list) else (output,):
-                if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[-1] == V:
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[-1] == num_scores:
                     largest = max(largest, tensor.shape[0])
             return output
 
     with Watch():
-        full_softmax_loss(users, items, targets).backward()
-    assert 0 < largest <= max(rows, D)  # item_embeddings.T has D rows
+        if loss_function == "full_softmax":
+            full_softmax_loss(users, items, targets).backward()
+        else:
+            sampled_softmax_loss(users, items, targets, NEGATIVES, LOG_Q).backward()
+    assert 0 < largest <= max(rows, D)  # the transposed embeddings of items or negatives have D rows
+
+
+@pytest.mark.parametrize("max_scores", [1, 7 * 3, 7 * 100], ids=["one row", "three rows", "one chunk"])
+def test_sampled_softmax_equals_the_naive_loss_with_gradients(inputs, max_scores, monkeypatch):
+    users, items, targets = inputs
+    assert (targets[:, None] == NEGATIVES).any(dim=-1).sum() not in (0, T)
+    monkeypatch.setitem(loss.MAX_SCORES, "cpu", max_scores)
+    rows = []
+    for t in range(T):
+        scores = [users[t] @ items[targets[t]]]
+        for negative, log_q in zip(NEGATIVES, LOG_Q, strict=True):
+            if negative != targets[t]:
+                scores.append(users[t] @ items[negative] - log_q)
+        rows.append(torch.stack(scores))
+    expected = reference.softmax_loss(rows, [0] * T)
+    result = sampled_softmax_loss(users, items, targets, NEGATIVES, LOG_Q)
+    torch.testing.assert_close(result, expected)
+    gradients = torch.autograd.grad(3 * result, (users, items))
+    for gradient, wanted in zip(gradients, torch.autograd.grad(3 * expected, (users, items)), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_sampled_softmax_holds_scores_of_any_size():
+    """exp(100) is no float32: the largest score of a row is taken off first, be it the target's or a negative's."""
+    users = torch.tensor([[100.0], [-100.0]])
+    items = torch.tensor([[1.0], [0.0]])
+    result = sampled_softmax_loss(users, items, torch.tensor([0, 0]), torch.tensor([1]), torch.zeros(1))
+    assert result.item() == pytest.approx(100)
 
 
 def test_sampled_softmax_with_every_item_once_is_the_full_softmax(inputs):

@@ -422,18 +422,31 @@ def test_bfloat16_autocast_trains_200_steps(flags):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    model = tiny_model(hidden_dropout=0.0).train()
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["causal", "no memory", "prefix"])
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient(name, use_reentrant):
+    model = tiny_model(**FLAGS[name], hidden_dropout=0.3).train()
     batch = train_batch(model)
-    gradients = []
-    for enable in (False, True):
-        if enable:
-            model.activation_checkpointing_enable()
+    num_kept = 0
+
+    def keep(tensor):
+        nonlocal num_kept
+        num_kept += tensor.numel()
+        return tensor
+
+    def gradients():
         model.zero_grad()
-        model(**batch).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**batch).loss
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    num_kept_before, num_kept = num_kept, 0
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    torch.testing.assert_close(gradients(), expected)
+    assert 0 < num_kept < num_kept_before / 2
 
 
 @pytest.mark.parametrize("name", ["causal", "prefix", "bidirectional, no memory"])
