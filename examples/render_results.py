@@ -315,7 +315,8 @@ def findings() -> list[tuple[str, float, str, bool]]:
         found.append((name, f"{rounded(figure, 3)}{unit}", f"at least {wanted:g}{unit}", figure >= wanted))
 
     def at_most(name: str, figure: float, wanted: float, unit: str = "x"):
-        found.append((name, f"{rounded(figure, 3)}{unit}", f"at most {wanted:g}{unit}", figure <= wanted))
+        shown = f"{figure:,}" if isinstance(figure, int) else rounded(figure, 3)
+        found.append((name, f"{shown}{unit}", f"at most {wanted:g}{unit}", figure <= wanted))
 
     sdpa, naive = "sasrec, sdpa", "sasrec, naive"
     if all(peaks.values()):
