@@ -86,7 +86,12 @@ class _FullSoftmaxLoss(torch.autograd.Function):
 
 
 def sampled_softmax_loss(
-    user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor
+    user_embeddings: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    log_q: Tensor,
+    sparse: bool = False,
 ) -> Tensor:
     """Cross-entropy over the target and one shared sample of negatives, corrected for how they were drawn.
 
@@ -100,12 +105,14 @@ def sampled_softmax_loss(
         targets (`torch.LongTensor` of shape `(T,)`).
         negatives (`torch.LongTensor` of shape `(N,)`): rows of `item_embeddings`, drawn from all items.
         log_q (`torch.Tensor` of shape `(N,)`): log of the expected number of times each is drawn, `log(N q_i)`.
+        sparse (`bool`, defaults to `False`): make the gradient of `item_embeddings` a sparse tensor, which is added in
+            place to a dense one from elsewhere: one gradient of the size of the catalogue instead of two.
 
     Returns:
         `torch.Tensor` of shape `()`.
     """
     # One look-up for all, so that one gradient of the size of the catalogue is made, not two.
-    rows = F.embedding(torch.cat([targets, negatives]), item_embeddings)
+    rows = F.embedding(torch.cat([targets, negatives]), item_embeddings, sparse=sparse)
     user_embeddings, rows = _autocast(user_embeddings, rows)
     target_embeddings, negative_embeddings = rows.split([len(targets), len(negatives)])
     return _SampledSoftmaxLoss.apply(

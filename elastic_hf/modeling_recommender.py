@@ -198,7 +198,9 @@ class SequentialRecommenderMixin:
             shape = (config.num_negatives,)
             negatives = torch.randint(config.num_special_tokens, config.vocab_size, shape, device=labels.device)
             log_q = torch.full_like(negatives, math.log(config.num_negatives / items.shape[0]), dtype=torch.float32)
-            total = sampled_softmax_loss(users, self.lm_head.weight, labels[is_target], negatives, log_q)
+            # Tied embeddings have a dense gradient from the histories, too.
+            is_tied = bool(self._tied_weights_keys) and config.tie_word_embeddings
+            total = sampled_softmax_loss(users, self.lm_head.weight, labels[is_target], negatives, log_q, is_tied)
         else:
             negatives = torch.randint(items.shape[0], (targets.shape[0], config.num_negatives), device=targets.device)
             if config.training_loss == "bce":

@@ -199,5 +199,20 @@ def test_sampled_losses_score_items_only(training_loss, monkeypatch):
     assert (gradient[:3] == 0).all() and (gradient[3:] > 0).any()
 
 
+def test_tied_embeddings_have_one_dense_gradient_from_histories_and_sampled_softmax():
+    torch.manual_seed(0)
+    settings = {"vocab_size": VOCAB_SIZE, "training_loss": "sampled_softmax", "num_negatives": 5}
+    tied = ElasticForSequentialRecommendation(ElasticConfig(**settings)).eval()
+    untied = ElasticForSequentialRecommendation(ElasticConfig(**settings, tie_word_embeddings=False)).eval()
+    untied.load_state_dict(tied.state_dict())
+    for model in (tied, untied):
+        torch.manual_seed(1)
+        model(torch.tensor([[3, 9, 4, 5]]), labels=torch.tensor([[9, 4, 5, -100]])).loss.backward()
+    embeddings = (tied.lm_head, untied.lm_head, untied.get_input_embeddings())
+    gradients = [embedding.weight.grad for embedding in embeddings]
+    assert all(gradient.layout == torch.strided for gradient in gradients)
+    torch.testing.assert_close(gradients[0], gradients[1] + gradients[2])
+
+
 def test_a_batch_without_targets_has_zero_loss(model, input_ids):
     assert model(input_ids, labels=torch.full_like(input_ids, -100)).loss.item() == 0
