@@ -277,6 +277,8 @@ class _ReadChunks(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
         inputs = ctx.saved_tensors  # once: a checkpoint hands out each tensor once
         size = MAX_CHUNKS.get(gradient.device.type, MAX_CHUNKS["cuda"])
+        if gradient.shape[0] <= size:
+            return _read_chunks_backward(gradient, *inputs)
         gradients = tuple(map(torch.empty_like, inputs))
         parts = zip(*(x.split(size) for x in (gradient, *inputs)), strict=True)
         places = zip(*(x.split(size) for x in gradients), strict=True)
