@@ -4,15 +4,15 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import baselines
-from .cache_elastic import ElasticCache
-from .configuration_elastic import ElasticConfig
 from .data_collator import SequentialRecommendationCollator
 from .hub import publish
 from .interactions import load_histories
 from .item_index import ItemIndex
-from .modeling_elastic import ElasticForSequentialRecommendation, ElasticModel
-from .pipeline_elastic import SequentialRecommendationPipeline
-from .tokenization_elastic import ElasticItemTokenizer
+from .models.cache_elastic import ElasticCache
+from .models.configuration_elastic import ElasticConfig
+from .models.item_tokenizer import ElasticItemTokenizer
+from .models.modeling_elastic import ElasticForSequentialRecommendation, ElasticModel
+from .models.pipeline import SequentialRecommendationPipeline
 from .trainer import SequentialRecommendationTrainer
 
 

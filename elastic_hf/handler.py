@@ -13,7 +13,7 @@ from typing import Any
 from transformers import pipeline
 
 import elastic_hf
-from elastic_hf.pipeline_elastic import PARAMETERS
+from elastic_hf.models.pipeline import PARAMETERS
 
 
 # The content of the repository's requirements.txt.

@@ -11,12 +11,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from . import modeling_elastic
-from .configuration_elastic import ElasticConfig
 from .model_card import render_model_card
-from .modeling_elastic import ElasticForSequentialRecommendation
+from .models.configuration_elastic import ElasticConfig
+from .models.modeling_elastic import ElasticForSequentialRecommendation
 
 
 # All that is ever published of a folder.
@@ -30,6 +28,8 @@ OPTIONAL_FILES = (
     "handler.py",
     "requirements.txt",
 )
+# The code that a repository of ELASTIC holds.
+CODE_FOLDER = Path(__file__).with_name("models")
 # What the code in a repository is loaded as by those who do not have this package.
 REMOTE_CLASSES = {"AutoConfig": ElasticConfig, "AutoModel": ElasticForSequentialRecommendation}
 # Serves the model on Inference Endpoints.
@@ -82,8 +82,7 @@ def files_to_publish(
     elif license is not None:
         raise ValueError(f"license is written into a card made from all_results.json, found none in {folder}")
     if model_type == ElasticConfig.model_type:
-        code = [modeling_elastic.__file__, *get_relative_import_files(modeling_elastic.__file__)]
-        contents |= {Path(file).name: Path(file) for file in code}
+        contents |= {file.name: file for file in CODE_FOLDER.glob("[!_]*.py")}
         config["auto_map"] = {
             name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in REMOTE_CLASSES.items()
         }

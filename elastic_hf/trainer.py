@@ -24,7 +24,7 @@ from .data_collator import SequentialRecommendationCollator
 from .hub import publish
 from .metrics import CUTOFFS, rank_targets, ranking_metrics
 from .model_card import render_model_card
-from .modeling_recommender import top_k_items
+from .models.modeling_recommender import top_k_items
 
 
 logger = logging.getLogger(__name__)

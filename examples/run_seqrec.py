@@ -44,13 +44,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
 from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
-from elastic_hf.configuration_recommender import RecommenderConfig
 from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
 from elastic_hf.hub import publish
 from elastic_hf.interactions import load_histories
 from elastic_hf.metrics import popularity_bias
+from elastic_hf.models.configuration_recommender import RecommenderConfig
+from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.plots import plot_expert_horizons, plot_training_curve
-from elastic_hf.tokenization_elastic import ElasticItemTokenizer
 from elastic_hf.trainer import SequentialRecommendationTrainer
 from reporting import git_commit, processor, write_json
 

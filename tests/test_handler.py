@@ -10,7 +10,7 @@ import torch
 
 import elastic_hf
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer, handler
-from elastic_hf.pipeline_elastic import SequentialRecommendationPipeline
+from elastic_hf.models.pipeline import SequentialRecommendationPipeline
 
 
 @pytest.fixture(scope="module")

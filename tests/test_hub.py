@@ -28,15 +28,7 @@ ROOT = Path(elastic_hf.__file__).parents[1]
 SCRIPT = ROOT / "examples" / "publish.py"
 NUM_ITEMS = 31
 REPO = "ada/shop"
-CODE = {
-    "cache_elastic.py",
-    "configuration_elastic.py",
-    "configuration_recommender.py",
-    "dispatcher_attention.py",
-    "loss.py",
-    "modeling_elastic.py",
-    "modeling_recommender.py",
-}
+CODE = {file.name for file in (ROOT / "elastic_hf" / "models").glob("*.py")} - {"__init__.py"}
 HANDLER = {"handler.py", "requirements.txt"} if HANDLER_FILE.exists() else set()
 MODEL = {"README.md", "config.json", "items.parquet", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RESULTS = {"expert_horizons.png", "results/shop-elastic-42.json", "training_curve.png"}
@@ -165,7 +157,7 @@ def test_one_commit_holds_what_is_allowed_and_nothing_else(hub, folder):
     for name in MODEL - {"config.json"} | RESULTS:
         assert files[name] == (folder / name).read_bytes()
     for name in CODE:
-        assert files[name] == (ROOT / "elastic_hf" / name).read_bytes()
+        assert files[name] == (ROOT / "elastic_hf" / "models" / name).read_bytes()
     config = json.loads(files["config.json"])
     assert config.pop("auto_map") == {
         "AutoConfig": "configuration_elastic.ElasticConfig",

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 import elastic_hf
-from elastic_hf.configuration_elastic import ElasticConfig
 from elastic_hf.data_collator import SequentialRecommendationCollator
-from elastic_hf.modeling_elastic import ElasticForSequentialRecommendation
+from elastic_hf.models.configuration_elastic import ElasticConfig
+from elastic_hf.models.modeling_elastic import ElasticForSequentialRecommendation
 from elastic_hf.trainer import SequentialRecommendationTrainer
 
 

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from ..tokenization_elastic import ElasticItemTokenizer
+from ..models.item_tokenizer import ElasticItemTokenizer
 from .bert4rec import BERT4RecConfig, BERT4RecForSequentialRecommendation
 from .gru4rec import GRU4RecConfig, GRU4RecForSequentialRecommendation
 from .lightsans import LightSANsConfig, LightSANsForSequentialRecommendation

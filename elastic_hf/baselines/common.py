@@ -10,8 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration_recommender import RecommenderConfig
-from ..modeling_recommender import SequentialRecommenderMixin
+from ..models.configuration_recommender import RecommenderConfig
+from ..models.modeling_recommender import SequentialRecommenderMixin
 
 
 @strict

@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..configuration_recommender import RecommenderConfig
+from ..models.configuration_recommender import RecommenderConfig
 from .common import BaselineForSequentialRecommendation, BaselineModel, BaselinePreTrainedModel
 
 

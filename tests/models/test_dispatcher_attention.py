@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import reference
-from elastic_hf import dispatcher_attention
-from elastic_hf.dispatcher_attention import (
+from elastic_hf.models import dispatcher_attention
+from elastic_hf.models.dispatcher_attention import (
     causal_lda_chunked,
     causal_lda_parallel,
     causal_lda_recurrent,

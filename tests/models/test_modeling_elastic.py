@@ -6,8 +6,9 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import reference
-from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel, modeling_elastic
-from elastic_hf.modeling_elastic import (
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel
+from elastic_hf.models import modeling_elastic
+from elastic_hf.models.modeling_elastic import (
     ElasticBidirectionalAttention,
     ElasticInterestMemory,
     causal_convolution,

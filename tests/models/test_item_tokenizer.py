@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict, List, Value
 from transformers import AutoTokenizer
 
-from elastic_hf.tokenization_elastic import ElasticItemTokenizer
+from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 
 
 STRING_IDS = ["id one", "é2", " padded ", "日本 語", "a.b , c", "[pad]", "007", "7", "line\nbreak"]

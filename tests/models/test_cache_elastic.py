@@ -4,7 +4,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from elastic_hf import ElasticCache, ElasticConfig, ElasticForSequentialRecommendation, modeling_elastic
+from elastic_hf import ElasticCache, ElasticConfig, ElasticForSequentialRecommendation
+from elastic_hf.models import modeling_elastic
 
 
 SIZES = {

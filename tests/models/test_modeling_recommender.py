@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ItemIndex, modeling_recommender
-from elastic_hf.modeling_recommender import top_k_items
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ItemIndex
+from elastic_hf.models import modeling_recommender
+from elastic_hf.models.modeling_recommender import top_k_items
 
 
 VOCAB_SIZE = 23  # 20 items

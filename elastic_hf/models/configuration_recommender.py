@@ -28,7 +28,7 @@ class RecommenderConfig(PreTrainedConfig):
             predicted from both sides, and a mask token is appended at inference; `"prefix"`: the last position of a
             random prefix predicts the item after it.
         training_loss (`str`, defaults to `"full_softmax"`):
-            `"full_softmax"`, `"sampled_softmax"`, `"gbce"` or `"bce"`, see `loss.py`.
+            `"full_softmax"`, `"sampled_softmax"`, `"gbce"` or `"bce"`, see `losses.py`.
         exclude_seen (`bool`, defaults to `True`):
             Leave the items that a position has read out of its softmax, as `recommend` and the evaluation leave them
             out of their answer. Set it to `False` where users come back to items and these are to be recommended.

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Pipeline, PreTrainedModel
 
+from .item_tokenizer import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
 from .modeling_recommender import SequentialRecommenderMixin
-from .tokenization_elastic import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
 
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_elastic import ElasticCache
-from .loss import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
+from .losses import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
 
 # Scores held at once while the catalogue is searched: 2**24 float32 are 64 MiB.

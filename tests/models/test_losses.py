@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import reference
-from elastic_hf import loss
-from elastic_hf.loss import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
+from elastic_hf.models import losses
+from elastic_hf.models.losses import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
 
 T, D, V = 13, 5, 11
@@ -25,7 +25,7 @@ def inputs():
 @pytest.mark.parametrize("max_scores", [1, V * 3, V * 100], ids=["one row", "three rows", "one chunk"])
 def test_full_softmax_equals_the_naive_loss_with_gradients(inputs, max_scores, monkeypatch):
     users, items, targets = inputs
-    monkeypatch.setitem(loss.MAX_SCORES, "cpu", max_scores)
+    monkeypatch.setitem(losses.MAX_SCORES, "cpu", max_scores)
     expected = reference.softmax_loss(users @ items.T, targets)
     result = full_softmax_loss(users, items, targets)
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
@@ -37,7 +37,7 @@ def test_full_softmax_equals_the_naive_loss_with_gradients(inputs, max_scores, m
 @pytest.mark.parametrize("max_scores", [1, V * 3, V * 100], ids=["one row", "three rows", "one chunk"])
 def test_full_softmax_leaves_out_what_was_seen_but_not_the_target(inputs, max_scores, monkeypatch):
     users, items, targets = inputs
-    monkeypatch.setitem(loss.MAX_SCORES, "cpu", max_scores)
+    monkeypatch.setitem(losses.MAX_SCORES, "cpu", max_scores)
     seen = torch.randint(V + 1, (T, 4))  # V is no item
     assert (seen == targets[:, None]).any() and (seen == V).any()
     scores = users @ items.T
@@ -58,7 +58,7 @@ def test_a_softmax_never_holds_the_scores_of_all_targets(inputs, loss_function, 
     """No tensor of scores that is computed on the way to the loss and its gradients has more rows than a chunk."""
     users, items, targets = inputs
     num_scores = V if loss_function == "full_softmax" else NEGATIVES.shape[0]
-    monkeypatch.setitem(loss.MAX_SCORES, "cpu", num_scores * rows)
+    monkeypatch.setitem(losses.MAX_SCORES, "cpu", num_scores * rows)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -82,7 +82,7 @@ def test_a_softmax_never_holds_the_scores_of_all_targets(inputs, loss_function, 
 def test_sampled_softmax_equals_the_naive_loss_with_gradients(inputs, max_scores, monkeypatch):
     users, items, targets = inputs
     assert (targets[:, None] == NEGATIVES).any(dim=-1).sum() not in (0, T)
-    monkeypatch.setitem(loss.MAX_SCORES, "cpu", max_scores)
+    monkeypatch.setitem(losses.MAX_SCORES, "cpu", max_scores)
     rows = []
     for t in range(T):
         scores = [users[t] @ items[targets[t]]]
