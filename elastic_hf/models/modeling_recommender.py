@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_elastic import ElasticCache
+from .configuration_recommender import RecommenderConfig
 from .losses import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
 
@@ -130,6 +131,74 @@ def _check_token_ids(name: str, token_ids: Tensor, vocab_size: int) -> None:
             f"{name} must be between 0 and vocab_size - 1 ({vocab_size - 1}), "
             f"found {int(token_ids.min())} to {int(token_ids.max())}"
         )
+
+
+def validate_histories(input_ids: Tensor, attention_mask: Tensor | None, config: RecommenderConfig) -> Tensor:
+    """Check what a base model is given to read, and return which positions hold items.
+
+    What depends on the values is not checked while a program is traced, compiled or exported.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
+            Histories, oldest item first, padded on the left.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
+            1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
+        config ([`RecommenderConfig`]): names the token ids.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch_size, history_length)`: `True` for items, `False` for padding.
+
+    Raises:
+        ValueError: if `input_ids` are no such histories or no token ids, or if `attention_mask` has another shape, is
+            no mask of zeros and ones, or marks padding after an item.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.long, torch.int):
+        found = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids must be a tensor of token ids (torch.long or torch.int), found {found}")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must have shape (batch_size, history_length >= 1), found {tuple(input_ids.shape)}"
+        )
+    if attention_mask is None:
+        mask = input_ids != config.pad_token_id
+    else:
+        validate_shape("attention_mask", attention_mask, input_ids)
+        if attention_mask.is_floating_point() or attention_mask.is_complex():
+            raise ValueError(f"attention_mask must be of bool or an integer type, found {attention_mask.dtype}")
+        mask = attention_mask.bool()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_meta or input_ids.numel() == 0:
+        return mask
+    has_holes = (mask[:, :-1] & ~mask[:, 1:]).any()
+    bounds = [*input_ids.aminmax(), has_holes]
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        bounds += attention_mask.aminmax()
+    # One transfer from the device for all of them.
+    smallest, largest, has_holes, *mask_bounds = torch.stack([bound.long() for bound in bounds]).tolist()
+    if smallest < 0 or largest >= config.vocab_size:
+        raise ValueError(
+            f"input_ids must be between 0 and vocab_size - 1 ({config.vocab_size - 1}), found {smallest} to {largest}"
+        )
+    if mask_bounds and not 0 <= mask_bounds[0] <= mask_bounds[1] <= 1:
+        raise ValueError(f"attention_mask must be 0 or 1, found {mask_bounds[0]} to {mask_bounds[1]}")
+    if has_holes:
+        row = int((mask[:, :-1] & ~mask[:, 1:]).any(dim=1).nonzero()[0])
+        name = "input_ids" if attention_mask is None else "attention_mask"
+        raise ValueError(
+            f"{name} must be padded on the left (padding, then items up to the last position), "
+            f"found padding after an item in row {row}"
+        )
+    return mask
+
+
+def validate_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
+    """Check that a tensor has one value for each position of the histories.
+
+    Raises:
+        ValueError: if it is no tensor of the shape of `input_ids`.
+    """
+    shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+    if shape != tuple(input_ids.shape):
+        raise ValueError(f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, found {shape}")
 
 
 class SequentialRecommenderMixin:
