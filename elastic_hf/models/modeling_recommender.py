@@ -1,12 +1,16 @@
 """What every recommender here shares: the output class, the losses' entry, scoring and `recommend`."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_elastic import ElasticCache
@@ -199,6 +203,32 @@ def validate_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
     shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
     if shape != tuple(input_ids.shape):
         raise ValueError(f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, found {shape}")
+
+
+# Models that are being evaluated: in how many calls at once, and which of their modules were in training mode.
+_EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_EVALUATED_LOCK = Lock()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own mode when the last thread leaves."""
+    with _EVALUATED_LOCK:
+        num_calls, trained = _EVALUATED.get(model, (0, []))
+        in_training = [module for module in model.modules() if module.training]
+        _EVALUATED[model] = (num_calls + 1, trained + in_training)
+        for module in in_training:
+            module.training = False
+    try:
+        yield
+    finally:
+        with _EVALUATED_LOCK:
+            num_calls, trained = _EVALUATED.pop(model)
+            if num_calls > 1:
+                _EVALUATED[model] = (num_calls - 1, trained)
+            else:
+                for module in trained:
+                    module.training = True
 
 
 class SequentialRecommenderMixin:
