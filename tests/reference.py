@@ -30,6 +30,69 @@ def causal_lda(query, key, value, scores, log_forget):
     return torch.stack(rows).reshape(B, H, L, K)
 
 
+def pool_history(stream, scores, log_forget, attention_mask):
+    """(B, L, D) streams, (B, L, M) scores, (M,) log-forgetting, (B, L) masks -> [sum_j a x_j | sum_j a], item by item."""
+    rows = []
+    for b in range(stream.shape[0]):
+        for m in range(scores.shape[-1]):
+            state = stream.new_zeros(stream.shape[-1] + 1)
+            for t in range(stream.shape[1]):
+                if attention_mask[b, t]:
+                    item = torch.cat([stream[b, t], stream.new_ones(1)])
+                    state = log_forget[m].exp() * state + scores[b, t, m].exp() * item
+            rows.append(state)
+    return torch.stack(rows).unflatten(0, (stream.shape[0], -1))
+
+
+def user_embeddings(model, input_ids, attention_mask):
+    """The user embedding of an `ElasticModel` at every item of (B, L) histories, zeros at padding: (B, L, D).
+
+    One user, position, layer, head and expert at a time, from the compressed interests themselves. The interest memory
+    and the feed-forward block work on one vector alone, and so are called on it.
+    """
+    config = model.config
+    D, H, E = config.hidden_size, config.num_attention_heads, config.num_interest_experts
+    K = D // H
+    experts, convolution = model.experts, model.stream.convolution
+    output = []
+    for ids, mask in zip(input_ids, attention_mask, strict=True):
+        rows = [torch.zeros(D, dtype=convolution.dtype) for _ in range(int((mask == 0).sum()))]
+        embedded, normed, stream = [], [], []
+        for item in ids[mask == 1]:
+            embedded.append(model.embed_tokens.weight[item] * math.sqrt(D))
+            normed.append(model.stream.norm(embedded[-1]))
+            t = len(stream)
+            stream.append(normed[t] + sum(convolution[i] * normed[t - i] for i in range(min(len(convolution), t + 1))))
+            h = embedded[t]
+            for n, layer in enumerate(model.layers):
+                attention = layer.attention
+                reader = stream[t] if n == 0 else attention.norm(h)
+                q, g = attention.query_gate(reader).chunk(2)
+                heads = []
+                for head in range(H):
+                    logits, values = [], []
+                    for m in range(E):
+                        P = experts.experts[n, head, m]
+                        half_life = 1 + experts.log_half_life[n, head, m].exp()
+                        a = [
+                            torch.exp(10 * torch.tanh(P @ stream[j] / 10)) * 0.5 ** ((t - j) / half_life)
+                            for j in range(t + 1)
+                        ]
+                        c = sum(a[j] * stream[j] for j in range(t + 1)) / sum(a)
+                        W_k, W_v = experts.key_value[n, :, head]  # (K, D)
+                        logits.append(q[head * K : (head + 1) * K] @ (W_k @ c) / math.sqrt(K))
+                        values.append(W_v @ c)
+                    shares = torch.stack(logits).softmax(dim=0)
+                    heads.append(sum(share * value for share, value in zip(shares, values, strict=True)))
+                h = h + attention.output(torch.cat(heads) * torch.nn.functional.silu(g))
+                if layer.retrieval is not None:
+                    h = layer.retrieval(h[None, None], torch.ones(1, 1, dtype=torch.bool))[0, 0]
+                h = layer.feed_forward(h)
+            rows.append(model.norm(h))
+        output.append(torch.stack(rows))
+    return torch.stack(output)
+
+
 def attend(query, key, value, attention_mask):
     """Softmax attention of (B, H, Q, K) readers over the (B, H, L, K) positions that (B, L) marks, one by one."""
     B, H, Q, K = query.shape
@@ -88,20 +151,6 @@ def causal_convolution(hidden_states, weight):
     for t in range(hidden_states.shape[1]):
         for i in range(min(weight.shape[0], t + 1)):
             output[:, t] += weight[i] * hidden_states[:, t - i]
-    return output
-
-
-def rotate(states, positions):
-    """Features i and i + K/2 of (B, L, H, K) are a point in the plane, turned by position / 10000^(2i / K)."""
-    output = torch.empty_like(states)
-    half = states.shape[-1] // 2
-    for b in range(states.shape[0]):
-        for t in range(states.shape[1]):
-            for i in range(half):
-                angle = torch.tensor(int(positions[b, t]) / 10000 ** (i / half), dtype=states.dtype)
-                x, y = states[b, t, :, i], states[b, t, :, half + i]
-                output[b, t, :, i] = x * angle.cos() - y * angle.sin()
-                output[b, t, :, half + i] = x * angle.sin() + y * angle.cos()
     return output
 
 

@@ -1,94 +1,113 @@
 """What ELASTIC keeps of histories it has read: a fixed number of bytes for each user, however long the history."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .configuration_elastic import ElasticConfig
+
+if TYPE_CHECKING:
+    from .modeling_elastic import ElasticModel
+
+TENSORS = ("recurrent_state", "conv_state", "num_items")
 
 
 @dataclass
 class ElasticCache:
     r"""
-    The state of causal ELASTIC after B histories. `model(input_ids=new_items, cache=cache, use_cache=True)` goes on
-    from it, at a cost that does not depend on what was read before, and returns the next one; `cache` stays as it is.
+    The state of ELASTIC after B histories. `model(input_ids=new_items, cache=cache, use_cache=True)` goes on from it,
+    at a cost that does not depend on what was read before, and returns the next one; `cache` stays as it is.
 
-    N layers, H heads of size K, E interest experts, D = H * K and a convolution of k items take
-    `4 * N * (H * E * (2 * K + 1) + (k - 1) * D) + 8` bytes for each user: 17,672 with the default configuration.
+    M interest experts (of all layers and heads), hidden size D and a convolution of k items take
+    `4 * (M * (D + 1) + (k - 1) * D) + 8` bytes for each user: 17,160 with the default configuration.
 
     Args:
-        states (`torch.FloatTensor` of shape `(B, N, H, E, 2K + 1)`):
-            What each expert has compressed: weighted sums of keys and of values, and the sum of their weights.
-        convolution (`torch.FloatTensor` of shape `(B, N, k - 1, D)`):
-            The latest inputs of each layer's convolution, oldest first; `k - 1` is 0 without a convolution.
+        recurrent_state (`torch.FloatTensor` of shape `(B, M, D + 1)`):
+            What each expert has compressed: the weighted sum of the stream, and the sum of the weights.
+        conv_state (`torch.FloatTensor` of shape `(B, k - 1, D)`):
+            The latest inputs of the convolution, oldest first.
         num_items (`torch.LongTensor` of shape `(B,)`):
             How many items have been read.
+        model_digest (`str`):
+            Digest of the weights that the state depends on. Another model refuses the cache.
     """
 
-    states: Tensor
-    convolution: Tensor
+    recurrent_state: Tensor
+    conv_state: Tensor
     num_items: Tensor
+    model_digest: str
 
     @classmethod
-    def empty(cls, config: ElasticConfig, batch_size: int, device: torch.device | str | None = None) -> "ElasticCache":
-        """The cache of `batch_size` users who have no history yet."""
-        heads, head_size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        sizes = (batch_size, config.num_hidden_layers)
-        latest = max(config.conv_kernel_size - 1, 0)
+    def empty(
+        cls, model: "ElasticModel", batch_size: int, device: torch.device | str | None = None
+    ) -> "ElasticCache":
+        """Return the cache of `batch_size` users who have no history yet, on the model's device by default."""
+        config, device = model.config, device or model.device
+        num_experts = config.num_hidden_layers * config.num_attention_heads * config.num_interest_experts
         return cls(
-            torch.zeros(*sizes, heads, config.num_interest_experts, 2 * head_size + 1, device=device),
-            torch.zeros(*sizes, latest, config.hidden_size, device=device),
+            torch.zeros(batch_size, num_experts, config.hidden_size + 1, device=device),
+            torch.zeros(batch_size, config.conv_kernel_size - 1, config.hidden_size, device=device),
             torch.zeros(batch_size, dtype=torch.long, device=device),
+            model.base_model.digest(),
         )
 
-    def check(self, config: ElasticConfig, batch_size: int) -> None:
-        """Raises a `ValueError` if this is no cache of `batch_size` users of such a model."""
-        expected = ElasticCache.empty(config, batch_size, "meta")
-        for field in fields(self):
-            found, wanted = getattr(self, field.name), getattr(expected, field.name)
-            if found.shape != wanted.shape or found.dtype != wanted.dtype:
+    def check(self, model: "ElasticModel", batch_size: int) -> None:
+        """Raise a `ValueError` if this is no cache of `batch_size` users of this model."""
+        expected = ElasticCache.empty(model, batch_size, "meta")
+        for name in TENSORS:
+            found, wanted = getattr(self, name), getattr(expected, name)
+            if found.shape != wanted.shape or found.is_floating_point() != wanted.is_floating_point():
                 raise ValueError(
-                    f"cache.{field.name} must be {wanted.dtype} of shape {tuple(wanted.shape)}, "
+                    f"cache.{name} must be {wanted.dtype} of shape {tuple(wanted.shape)}, "
                     f"found {found.dtype} of shape {tuple(found.shape)}"
                 )
+        if self.model_digest != expected.model_digest:
+            raise ValueError(
+                f"cache.model_digest must be that of this model, {expected.model_digest}, found {self.model_digest}: "
+                "another model made this cache, or this one before its weights changed"
+            )
 
     def __len__(self) -> int:
-        """The number of users."""
+        """Return the number of users."""
         return len(self.num_items)
 
     def select(self, rows: Tensor | list[int]) -> "ElasticCache":
-        """The cache of some users, in the order of `rows`; a row may come more than once."""
+        """Return the cache of some users, in the order of `rows`; a row may come more than once."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.num_items.device)
-        return ElasticCache(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return replace(self, **{name: getattr(self, name)[rows] for name in TENSORS})
 
     @staticmethod
     def cat(caches: list["ElasticCache"]) -> "ElasticCache":
-        """One cache of the users of all `caches`, in their order."""
+        """Return one cache of the users of all `caches`, in their order."""
         if not caches:
             raise ValueError("caches must hold at least one cache, found none")
-        return ElasticCache(
-            *(torch.cat([getattr(cache, field.name) for cache in caches]) for field in fields(ElasticCache))
-        )
+        digests = {cache.model_digest for cache in caches}
+        if len(digests) > 1:
+            raise ValueError(f"caches must be of one model, found the digests {', '.join(sorted(digests))}")
+        return ElasticCache(*(torch.cat([getattr(c, name) for c in caches]) for name in TENSORS), digests.pop())
 
     def to(self, device: torch.device | str) -> "ElasticCache":
-        """The cache on another device."""
-        return ElasticCache(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """Return the cache on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     def save(self, file: str | PathLike) -> None:
-        """Writes a safetensors file."""
-        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, file)
+        """Write a safetensors file."""
+        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+        save_file(tensors, file, metadata={"model_digest": self.model_digest})
 
     @classmethod
     def load(cls, file: str | PathLike, device: torch.device | str = "cpu") -> "ElasticCache":
-        """Reads a file of [`save`]."""
-        tensors = load_file(file, device=str(device))
-        names = [field.name for field in fields(cls)]
-        if sorted(tensors) != sorted(names):
-            raise ValueError(f"{file} must hold the tensors {', '.join(names)}, found {', '.join(sorted(tensors))}")
-        return cls(**tensors)
+        """Read a file of [`save`]."""
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            found = [*opened.keys(), *(opened.metadata() or {})]
+            wanted = [field.name for field in fields(cls)]
+            if sorted(found) != sorted(wanted):
+                raise ValueError(f"{file} must hold {', '.join(wanted)}, found {', '.join(sorted(found))}")
+            return cls(*map(opened.get_tensor, TENSORS), opened.metadata()["model_digest"])
 
 
 __all__ = ["ElasticCache"]

@@ -13,29 +13,25 @@ class ElasticConfig(RecommenderConfig):
 
     Args:
         num_hidden_layers (`int`, defaults to 2):
-            Number of layers.
+            Number N of reader layers, which run at one position per user in serving.
         num_attention_heads (`int`, defaults to 2):
-            Heads H of linear dispatcher attention; must divide `hidden_size`, into an even size when `is_causal`.
+            Heads H of linear dispatcher attention; must divide `hidden_size`.
         num_interest_experts (`int`, defaults to 16):
-            Interest experts E into which a history of any length is compressed.
+            Interest experts E of each head of each layer, into which a history of any length is compressed.
         intermediate_size (`int`, defaults to 256):
             Width of the feed-forward block.
         hidden_act (`str`, defaults to `"gelu"`):
             Activation of the feed-forward block.
         hidden_dropout (`float`, defaults to 0.2):
             Dropout probability of the embeddings and of each residual branch.
-        is_causal (`bool`, defaults to `True`):
-            `True`: position t reads items up to t, so that one pass trains every position. `False`: the paper's layer,
-            in which every position reads the whole history.
         conv_kernel_size (`int`, defaults to 3):
-            Items seen by the short causal depthwise convolution in front of the attention; 0 for none.
+            Items that the short causal depthwise convolution of the stream sees.
         num_memory_subkeys (`int`, defaults to 128):
-            Sub-keys S per half of the interest memory, which then has M = S * S slots; 0 for no memory.
+            Sub-keys S per half of the interest memory, which then has S * S slots; 0 for no memory.
         num_memory_heads (`int`, defaults to 4):
             Independent queries to the memory, each with its own sub-keys.
         memory_top_k (`int`, defaults to 4):
-            Slots R that each memory head retrieves per position (causal mode; the bidirectional mode retrieves its
-            `num_interest_experts` experts).
+            Slots R that each memory head retrieves.
         layer_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the layer norms.
     """
@@ -54,25 +50,26 @@ class ElasticConfig(RecommenderConfig):
     memory_top_k: int = 4
     layer_norm_eps: float = 1e-6
 
+    def validate_causal(self):
+        """ELASTIC predicts the next item at every position."""
+        if not self.is_causal:
+            raise ValueError("is_causal must be True for elastic, found False (the paper's form is elastic_paper)")
+
     def validate_sizes(self):
-        """Every size is positive, or not negative where 0 turns a part off."""
+        """Every size is positive; 0 sub-keys are no memory."""
         self._validate_at_least(
             1,
             "num_hidden_layers",
             "num_attention_heads",
             "num_interest_experts",
             "intermediate_size",
+            "conv_kernel_size",
             "num_memory_heads",
             "memory_top_k",
         )
-        self._validate_at_least(0, "conv_kernel_size", "num_memory_subkeys")
+        self._validate_at_least(0, "num_memory_subkeys")
         self._validate_fractions("hidden_dropout")
         self._validate_heads()
-        if self.is_causal and self.hidden_size // self.num_attention_heads % 2 != 0:
-            raise ValueError(
-                "hidden_size / num_attention_heads must be even when is_causal=True (positions rotate pairs of "
-                f"features), found {self.hidden_size} and {self.num_attention_heads}"
-            )
 
     def validate_memory(self):
         """The slots asked for exist."""
@@ -83,19 +80,9 @@ class ElasticConfig(RecommenderConfig):
                 "hidden_size must be a multiple of 2 * num_memory_heads, "
                 f"found {self.hidden_size} and {self.num_memory_heads}"
             )
-        if self.is_causal:
-            name, retrieved = "memory_top_k", self.memory_top_k
-        else:
-            name, retrieved = "num_interest_experts", self.num_interest_experts
-            if retrieved % self.num_memory_heads != 0:
-                raise ValueError(
-                    "num_interest_experts must be a multiple of num_memory_heads when is_causal=False, "
-                    f"found {retrieved} and {self.num_memory_heads}"
-                )
-            retrieved //= self.num_memory_heads
-        if retrieved > self.num_memory_subkeys**2:
+        if self.memory_top_k > self.num_memory_subkeys**2:
             raise ValueError(
-                f"{name} asks for {retrieved} slots per memory head, "
+                f"memory_top_k asks for {self.memory_top_k} slots per memory head, "
                 f"num_memory_subkeys={self.num_memory_subkeys} holds {self.num_memory_subkeys**2}"
             )
 

@@ -1,210 +1,225 @@
 """Linear dispatcher attention (LDA) as pure functions of tensors.
 
-The paper (arXiv 2408.09380) lets a few interest experts read the history ("aggregate") and each item read the experts
-("dispatch"): two softmax attentions, in `modeling_elastic.py`. The `causal_lda_*` functions are its causal form: at
-position t the experts have read items up to t only, each with its own forgetting,
+The paper (arXiv 2408.09380) lets a few interest experts read the history ("aggregate") and the items read the experts
+("dispatch"). In the causal form the experts have read items up to t only, each with its own forgetting; they read a
+shallow stream x of the items, and a query reads what they hold:
 
-    a[t,m,j] = exp(scores[j,m]) * exp(sum of log_forget[l,m] for l in j+1..t)       j <= t
-    Z[t,m]   = sum_j a[t,m,j]
-    Kc[t,m]  = sum_j a[t,m,j] k_j / Z[t,m]            Vc[t,m] = sum_j a[t,m,j] v_j / Z[t,m]
-    p[t,:]   = softmax_m(q_t . Kc[t,m] / sqrt(K))     y_t     = sum_m p[t,m] Vc[t,m]
+    s[j,m]   = cap tanh(P_m . x_j / cap)                                           score of item j by expert m
+    a[t,m,j] = exp(s[j,m]) * exp(sum of log_forget[l,m] for l in j+1..t)           j <= t
+    c[t,m]   = sum_j a[t,m,j] x_j / sum_j a[t,m,j]                                 compressed interest of expert m at t
+    y_t      = sum_m softmax_m(q_t . W_k c[t,m] / sqrt(K)) W_v c[t,m]
 
-and they are three ways to compute the same y: recurrent (constant cost per new item), parallel (one quadratic block)
-and chunked (linear cost; the training path).
+Keys and values are linear in c. At one position, `pool_history` compresses x and `dispatch` reads the projections of
+c (serving); at all positions, `prepare_chunks` and `read_chunks` compress the projections W_k x_j and W_v x_j instead
+(training). Both compute the same y, at a cost linear in the length.
 
-Axis letters: B batch, H heads, L history length, K head size, E interest experts, N chunks, C chunk size. The leading
-axes `...` are usually (B, H). Arguments shared by the causal functions:
-
-    query, key, value   (..., L, K)
-    scores              (..., L, E)         expert m's score of item j, P_m . k_j / sqrt(K); -inf marks padding
-    log_forget          (..., L or 1, E)    log of the share of its state that an expert keeps at each new item, <= 0;
-                                            leading axes broadcast
-    state               (..., E, 2K + 1)    [sum_j a k_j | sum_j a v_j | sum_j a]; None is an empty history
+Axis letters: B batch, L history length, D hidden size, H heads, K head size, E interest experts per head, M experts of
+all heads and layers, J chunks, C chunk size. The leading axes `...` are usually (B, H).
 
 Range: with |scores| <= 10 and a half-life of at least one item, every exponent in a chunk of 64 items stays within
 +-33, so that even squares fit float32. Give float32 or float64 tensors, also under autocast.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .limits import MAX_CHUNKS, limit
 
+
+# Bound on an expert's score of an item: contrast enough, and within the range above.
+SCORE_CAP = 10.0
 CHUNK_SIZE = 64
-# The states of up to this many chunks come from one closed form; a longer history is cut into blocks of that size.
-CHUNKS_PER_BLOCK = 64
-# Chunks, over all histories and heads, whose tables of C * C a backward pass holds at once.
-MAX_CHUNKS = {"cpu": 64, "cuda": 2**14}
+# The states of up to this many chunks come from one closed form; those of more come from groups of that many.
+MAX_PREFIX = 64
 
 
-def dispatch(query: Tensor, state: Tensor) -> Tensor:
-    """Each query reads the E compressed interests held by its own state.
+def expert_scores(stream: Tensor, experts: Tensor) -> Tensor:
+    """Score each item by each expert, within +-[`SCORE_CAP`].
 
     Args:
-        query (`torch.Tensor` of shape `(..., K)`).
-        state (`torch.Tensor` of shape `(..., E, 2K + 1)`).
+        stream (`torch.Tensor` of shape `(..., D)`).
+        experts (`torch.Tensor` of shape `(M, D)`).
 
     Returns:
-        `torch.Tensor` of shape `(..., K)`; zeros where the state is empty.
+        `torch.Tensor` of shape `(..., M)`.
     """
-    head_size = query.shape[-1]
-    keys, values, total = state.split([head_size, head_size, 1], dim=-1)
-    total = torch.where(total == 0, 1.0, total)
-    logits = (keys / total) @ query[..., None] / math.sqrt(head_size)  # (..., E, 1)
-    weights = logits.softmax(dim=-2)
-    return ((values / total) * weights).sum(dim=-2)
+    return SCORE_CAP * F.linear(stream, experts / SCORE_CAP).tanh_()
 
 
-def final_state(key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, state: Tensor | None = None) -> Tensor:
-    """The state after the whole history, in one product, without the states on the way.
-
-    Returns:
-        `torch.Tensor` of shape `(..., E, 2K + 1)`.
-    """
-    elapsed = _elapsed(log_forget, key.shape[-2])  # (..., L, E)
-    weights = torch.exp(scores + (elapsed[..., -1:, :] - elapsed))  # (..., L, E)
-    items = torch.cat([key, value, torch.ones_like(key[..., :1])], dim=-1)  # (..., L, 2K + 1)
-    new = weights.transpose(-1, -2) @ items
-    return new if state is None else new + elapsed[..., -1, :].exp()[..., None] * state
-
-
-def read_weights(query: Tensor, key: Tensor, scores: Tensor, log_forget: Tensor) -> tuple[Tensor, Tensor]:
-    """What a reader at the end of a history reads: `sum_m shares_m sum_j weights_mj v_j` is the last output.
+def final_weights(scores: Tensor, log_forget: Tensor) -> Tensor:
+    """Return the weight of each item in what each expert holds after the last one, a[L,m,j].
 
     Args:
-        query (`torch.Tensor` of shape `(..., K)`): of the last position.
+        scores (`torch.Tensor` of shape `(B, L, M)`): of [`expert_scores`].
+        log_forget (`torch.Tensor` of shape `(M,)`): log of what an expert keeps of its state at each new item, <= 0.
 
     Returns:
-        The share of each expert in what is read, of shape `(..., E)`, and that of each item in what each expert holds,
-        of shape `(..., E, L)`. Both sum to 1, or are zeros where the history is empty.
+        `torch.Tensor` of shape `(B, M, L)`.
     """
-    elapsed = _elapsed(log_forget, key.shape[-2])  # (..., L, E)
-    weights = torch.exp(scores + (elapsed[..., -1:, :] - elapsed)).mT  # (..., E, L)
-    total = weights.sum(dim=-1, keepdim=True)
-    has_items = total != 0
-    weights = weights / torch.where(has_items, total, 1.0)
-    logits = (weights @ key @ query[..., None])[..., 0] / math.sqrt(query.shape[-1])  # (..., E)
-    return logits.softmax(dim=-1) * has_items[..., 0], weights
+    length = scores.shape[1]
+    later_items = torch.arange(length - 1, -1, -1, device=scores.device, dtype=scores.dtype)
+    return torch.addcmul(scores, later_items[:, None], log_forget).exp_().mT
 
 
-def causal_lda_recurrent(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Causal LDA one item at a time: O(E K) per item, whatever the length of the history behind `state`.
-
-    Returns:
-        The outputs, of shape `(..., L, K)`, and the state after the last item, of shape `(..., E, 2K + 1)`.
-    """
-    length = key.shape[-2]
-    log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
-    outputs = []
-    for t in range(length):
-        now = slice(t, t + 1)
-        state = final_state(key[..., now, :], value[..., now, :], scores[..., now, :], log_forget[..., now, :], state)
-        outputs.append(dispatch(query[..., t, :], state))
-    return torch.stack(outputs, dim=-2), state
-
-
-def causal_lda_parallel(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, state: Tensor | None = None
+def pool_history(
+    stream: Tensor, scores: Tensor, log_forget: Tensor, attention_mask: Tensor, state: Tensor | None = None
 ) -> Tensor:
-    """Causal LDA as one chunk: two masked (L x L) products, in float64 for more than a short history.
+    """Compress a history, or the items that follow one, into the state of each expert after the last item.
+
+    Args:
+        stream (`torch.Tensor` of shape `(B, L, D)`): zeros at padding.
+        scores (`torch.Tensor` of shape `(B, L, M)`): of [`expert_scores`].
+        log_forget (`torch.Tensor` of shape `(M,)`): as in [`final_weights`].
+        attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding, which is on the left.
+        state (`torch.Tensor` of shape `(B, M, D + 1)`, *optional*): before these items; `None` is no history.
 
     Returns:
-        `torch.Tensor` of shape `(..., L, K)`.
+        `torch.Tensor` of shape `(B, M, D + 1)`: `[sum_j a x_j | sum_j a]`.
     """
-    return causal_lda_chunked(query, key, value, scores, log_forget, state, chunk_size=key.shape[-2])[0]
+    weights = final_weights(scores, log_forget)
+    is_item = attention_mask.to(stream.dtype)[..., None]  # (B, L, 1)
+    pooled = torch.cat([weights @ stream, weights @ is_item], dim=-1)
+    if state is None:
+        return pooled
+    kept = torch.exp(is_item.sum(dim=1) * log_forget)  # (B, M)
+    return torch.addcmul(pooled, kept[..., None], state)
 
 
-def causal_lda_chunked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    log_forget: Tensor,
-    state: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor]:
-    """Causal LDA in O(L (C + E) K): item by item inside chunks of C items, a carried state between them.
+def compressed_interests(state: Tensor) -> Tensor:
+    """Return the interests that a state holds, zeros where nothing has been read: (..., D + 1) -> (..., D)."""
+    total = state[..., -1:]
+    return state[..., :-1] / torch.where(total == 0, 1.0, total)
+
+
+def dispatch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Let queries read the projected interests of one position, by softmax attention over the experts.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, Q, K)`).
+        key, value (`torch.Tensor` of shape `(B, H, E, K)`).
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, Q, K)`.
+    """
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+class Chunks(NamedTuple):
+    """What depends on the items alone of causal LDA at all positions, in J chunks of C; see [`prepare_chunks`]."""
+
+    key: Tensor  # (..., J, C, K)
+    value: Tensor  # (..., J, C, K)
+    weights: Tensor  # (..., J, C, E), of each item in its chunk
+    total: Tensor  # (..., J, C, E), the normaliser at each position
+    past_keys: Tensor  # (..., J, E, K), sums over the items before the chunk
+    past_values: Tensor  # (..., J, E, K)
+
+
+def prepare_chunks(
+    key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, chunk_size: int = CHUNK_SIZE
+) -> Chunks:
+    """Cut histories into chunks, with the state of every expert before each: O(L K E / C) numbers.
 
     Numerator and normaliser of a compressed interest share every factor that depends on t alone, so the forgetting
-    since item j needs no (L x L) table per expert: `exp(scores_j - elapsed_j)` weighs item j at all later positions.
+    since item j needs no (L x L) table per expert: `exp(scores_j - elapsed_j)` weighs item j at all later positions
+    of its chunk.
+
+    Args:
+        key, value (`torch.Tensor` of shape `(..., L, K)`): `W_k x_j` and `W_v x_j`.
+        scores (`torch.Tensor` of shape `(..., L, E)`): -inf marks padding.
+        log_forget (`torch.Tensor` of shape `(..., L or 1, E)`): log of what an expert keeps of its state at each new
+            item, <= 0; leading axes broadcast.
+        chunk_size (`int`): C at most; chunks are as short as their number allows.
 
     Returns:
-        The outputs, of shape `(..., L, K)`, and the state after the last item, of shape `(..., E, 2K + 1)`.
+        [`Chunks`]
     """
     length, head_size = key.shape[-2:]
-    block = chunk_size * CHUNKS_PER_BLOCK
-    if length > block:
-        outputs = []
-        log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
-        for parts in zip(*(x.split(block, dim=-2) for x in (query, key, value, scores, log_forget)), strict=True):
-            output, state = causal_lda_chunked(*parts, state, chunk_size)
-            outputs.append(output)
-        return torch.cat(outputs, dim=-2), state
-
-    # cut into N chunks of C; the padding behind the end weighs nothing
     num_chunks = (length + chunk_size - 1) // chunk_size
-    if torch.compiler.is_exporting():
-        # A program for every length must not specialise to one chunk, nor to the lengths that need no padding.
-        num_chunks = torch.sym_max(length // chunk_size + 1, 2)
-    elif not torch.compiler.is_compiling():
-        # Chunks as short as their number allows: 200 items are 4 of 50, not 3 of 64 and a padded one. A program for
-        # every length keeps to one size.
+    if not torch.compiler.is_compiling():  # 200 items are 4 chunks of 50, not 3 of 64 and a padded one
         chunk_size = (length + num_chunks - 1) // num_chunks
     padding = num_chunks * chunk_size - length
     log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
     if not isinstance(padding, int) or padding > 0:
-        query, key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value, log_forget))
+        key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (key, value, log_forget))
         scores = F.pad(scores, (0, 0, 0, padding), value=-math.inf)
-    query, key, value, scores, log_forget = (
-        x.unflatten(-2, (num_chunks, chunk_size)) for x in (query, key, value, scores, log_forget)
-    )  # (..., N, C, .)
+    key, value, scores, log_forget = (
+        x.unflatten(-2, (num_chunks, chunk_size)) for x in (key, value, scores, log_forget)
+    )  # (..., J, C, .)
 
-    elapsed = log_forget.cumsum(dim=-2)  # (..., N, C, E)
-    whole = elapsed[..., -1, :]  # (..., N, E), over the chunk
+    elapsed = log_forget.cumsum(dim=-2)  # (..., J, C, E)
+    whole = elapsed[..., -1, :]  # (..., J, E), over the chunk
     # Counting from the middle of the chunk halves the largest exponent.
     middle = elapsed[..., chunk_size // 2, :]
-    weights = torch.exp(scores - (elapsed - middle[..., None, :]))  # (..., N, C, E)
+    weights = torch.exp(scores - (elapsed - middle[..., None, :]))  # (..., J, C, E)
     total = weights.cumsum(dim=-2)
 
-    # the state at the start of each chunk: what every earlier chunk added, faded by the chunks in between
-    added = torch.cat([weights.mT @ key, weights.mT @ value, total[..., -1, :, None]], dim=-1)  # (..., N, E, 2K + 1)
+    added = torch.cat([weights.mT @ key, weights.mT @ value, total[..., -1, :, None]], dim=-1)  # (..., J, E, 2K + 1)
     added = (whole - middle).exp()[..., None] * added
-    end = whole.cumsum(dim=-2)
-    start = end - whole
-    fading = start[..., :, None, :] - end[..., None, :, :]  # (..., N, N, E)
-    earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=key.device).tril(-1)
-    fading = fading.masked_fill(~earlier[..., None], -math.inf).exp()
-    states = (fading.movedim(-1, -3) @ added.transpose(-3, -2)).transpose(-3, -2)  # (..., N, E, 2K + 1)
-    if state is not None:
-        states = states + start.exp()[..., None] * state[..., None, :, :]
-    last = whole[..., -1, :].exp()[..., None] * states[..., -1, :, :] + added[..., -1, :, :]
-
-    past_keys, past_values, past_total = (middle.exp()[..., None] * states).split([head_size, head_size, 1], dim=-1)
+    past = middle.exp()[..., None] * prefix_states(added, whole)
+    past_keys, past_values, past_total = past.split([head_size, head_size, 1], dim=-1)
     total = total + past_total.mT
     # Where nothing has been read yet (left padding), 0 / 1 instead of 0 / 0.
     total = torch.where(total == 0, 1.0, total)
-    read = _read_chunks if torch.compiler.is_compiling() else _ReadChunks.apply
-    output = read(*(x.flatten(0, -3) for x in (query, key, value, weights, total, past_keys, past_values)))
-    return output.view_as(query).flatten(-3, -2)[..., :length, :], last
+    return Chunks(key, value, weights, total, past_keys, past_values)
 
 
-def _read_chunks(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, total: Tensor, past_keys: Tensor, past_values: Tensor
-) -> Tensor:
-    """Each position of a chunk reads the experts' state there: what they held before the chunk, and its items so far.
+def prefix_states(added: Tensor, log_kept: Tensor) -> Tensor:
+    """Return the state before each chunk: what every earlier chunk added, faded by the chunks in between.
 
     Args:
-        query, key, value (`torch.Tensor` of shape `(N, C, K)`).
-        weights, total (`torch.Tensor` of shape `(N, C, E)`): of each item, and summed up to each position.
-        past_keys, past_values (`torch.Tensor` of shape `(N, E, K)`): the state before the chunk.
+        added (`torch.Tensor` of shape `(..., J, E, F)`): by each chunk, as of its end.
+        log_kept (`torch.Tensor` of shape `(..., J, E)`): log of what each chunk keeps of the state before it.
 
     Returns:
-        `torch.Tensor` of shape `(N, C, K)`.
+        `torch.Tensor` of shape `(..., J, E, F)`.
     """
+    num_chunks = added.shape[-3]
+    if not torch.compiler.is_compiling() and num_chunks > MAX_PREFIX:
+        num_groups = -(-num_chunks // MAX_PREFIX)
+        padding = num_groups * MAX_PREFIX - num_chunks
+        added = F.pad(added, (0, 0, 0, 0, 0, padding)).unflatten(-3, (num_groups, MAX_PREFIX))
+        log_kept = F.pad(log_kept, (0, 0, 0, padding)).unflatten(-2, (num_groups, MAX_PREFIX))
+        inside = prefix_states(added, log_kept)  # (..., J / 64, 64, E, F)
+        of_groups = log_kept[..., -1, :].exp()[..., None] * inside[..., -1, :, :] + added[..., -1, :, :]
+        before = prefix_states(of_groups, log_kept.sum(dim=-2))
+        since = (log_kept.cumsum(dim=-2) - log_kept).exp()[..., None]
+        return torch.addcmul(inside, since, before[..., None, :, :]).flatten(-4, -3)[..., :num_chunks, :, :]
+    end = log_kept.cumsum(dim=-2)
+    fading = (end - log_kept)[..., :, None, :] - end[..., None, :, :]  # (..., J, J, E)
+    is_earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=added.device).tril(-1)
+    fading = fading.masked_fill(~is_earlier[..., None], -math.inf).exp()
+    return (fading.movedim(-1, -3) @ added.transpose(-3, -2)).transpose(-3, -2)
+
+
+def read_chunks(query: Tensor, *chunks: Tensor) -> Tensor:
+    """Let the query of each position read the state of the experts there.
+
+    Args:
+        query (`torch.Tensor` of shape `(..., L, K)`).
+        chunks (tensors of [`Chunks`]).
+
+    Returns:
+        `torch.Tensor` of shape `(..., L, K)`.
+    """
+    length = query.shape[-2]
+    num_chunks, chunk_size = chunks[0].shape[-3:-1]
+    padding = num_chunks * chunk_size - length
+    if not isinstance(padding, int) or padding > 0:
+        query = F.pad(query, (0, 0, 0, padding))
+    read = _read if torch.compiler.is_compiling() else _Read.apply
+    output = read(query.reshape(-1, chunk_size, query.shape[-1]), *(x.flatten(0, -3) for x in chunks))
+    return output.view_as(query)[..., :length, :]
+
+
+def _read(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, total: Tensor, past_keys: Tensor, past_values: Tensor
+) -> Tensor:
+    """[`read_chunks`] with all chunks along one axis: (N, C, K) queries and [`Chunks`] -> (N, C, K)."""
     scale = 1 / math.sqrt(query.shape[-1])
     logits = (query @ past_keys.mT).baddbmm_((query @ key.mT).tril_(), weights, beta=scale, alpha=scale)
     shares = logits.div_(total).softmax(dim=-1) / total  # (N, C, E)
@@ -212,7 +227,7 @@ def _read_chunks(
     return (shares @ past_values).baddbmm_((shares @ weights.mT).tril_(), value)
 
 
-def _read_chunks_backward(
+def _read_backward(
     gradient: Tensor,
     query: Tensor,
     key: Tensor,
@@ -222,7 +237,7 @@ def _read_chunks_backward(
     past_keys: Tensor,
     past_values: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradients of [`_read_chunks`] by its arguments, from that by its output."""
+    """The gradients of [`_read`] by its arguments, from that by its output."""
     scale = 1 / math.sqrt(query.shape[-1])
     affinity = (query @ key.mT).tril_()
     logits = torch.baddbmm(query @ past_keys.mT, affinity, weights, beta=scale, alpha=scale).div_(total)
@@ -263,31 +278,26 @@ def _read_chunks_backward(
     )
 
 
-class _ReadChunks(torch.autograd.Function):
-    """[`_read_chunks`], whose backward pass computes its (C x C) tables again instead of keeping them, those of
+class _Read(torch.autograd.Function):
+    """[`_read`], whose backward pass computes its (C x C) tables again instead of keeping them, those of
     [`MAX_CHUNKS`] at once."""
 
     @staticmethod
     def forward(ctx, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
-        return _read_chunks(*inputs)
+        return _read(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
         inputs = ctx.saved_tensors  # once: a checkpoint hands out each tensor once
-        size = MAX_CHUNKS.get(gradient.device.type, MAX_CHUNKS["cuda"])
-        if gradient.shape[0] <= size:
-            return _read_chunks_backward(gradient, *inputs)
+        num_chunks = limit(MAX_CHUNKS, gradient.device)
+        if gradient.shape[0] <= num_chunks:
+            return _read_backward(gradient, *inputs)
         gradients = tuple(map(torch.empty_like, inputs))
-        parts = zip(*(x.split(size) for x in (gradient, *inputs)), strict=True)
-        places = zip(*(x.split(size) for x in gradients), strict=True)
-        for part, place in zip(parts, places, strict=True):
-            for result, wanted in zip(place, _read_chunks_backward(*part), strict=True):
-                result.copy_(wanted)
+        some_inputs = zip(*(x.split(num_chunks) for x in (gradient, *inputs)), strict=True)
+        some_gradients = zip(*(x.split(num_chunks) for x in gradients), strict=True)
+        for some, targets in zip(some_inputs, some_gradients, strict=True):
+            for result, target in zip(_read_backward(*some), targets, strict=True):
+                target.copy_(result)
         return gradients
-
-
-def _elapsed(log_forget: Tensor, length: int) -> Tensor:
-    """Log of what is left at each position of a state held before the first: (..., L or 1, E) -> (..., L, E)."""
-    return log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1]).cumsum(dim=-2)
