@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..models.item_tokenizer import ElasticItemTokenizer
 from .bert4rec import BERT4RecConfig, BERT4RecForSequentialRecommendation
+from .elastic_paper import ElasticPaperConfig, ElasticPaperForSequentialRecommendation
 from .gru4rec import GRU4RecConfig, GRU4RecForSequentialRecommendation
 from .lightsans import LightSANsConfig, LightSANsForSequentialRecommendation
 from .linrec import LinRecConfig, LinRecForSequentialRecommendation
@@ -14,6 +15,8 @@ from .sasrec import SASRecConfig, SASRecForSequentialRecommendation
 __all__ = [
     "BERT4RecConfig",
     "BERT4RecForSequentialRecommendation",
+    "ElasticPaperConfig",
+    "ElasticPaperForSequentialRecommendation",
     "GRU4RecConfig",
     "GRU4RecForSequentialRecommendation",
     "LightSANsConfig",
@@ -28,6 +31,7 @@ __all__ = [
 
 for config_class, model_class in (
     (BERT4RecConfig, BERT4RecForSequentialRecommendation),
+    (ElasticPaperConfig, ElasticPaperForSequentialRecommendation),
     (GRU4RecConfig, GRU4RecForSequentialRecommendation),
     (LightSANsConfig, LightSANsForSequentialRecommendation),
     (LinRecConfig, LinRecForSequentialRecommendation),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from .common import (
+    SELF_ATTENTIONS,
     BaselineForSequentialRecommendation,
     BaselineModel,
     BaselinePreTrainedModel,
@@ -55,7 +56,7 @@ class BERT4RecPreTrainedModel(BaselinePreTrainedModel):
     config_class = BERT4RecConfig
     supports_gradient_checkpointing = True
     _no_split_modules = ["PostNormLayer"]
-    _can_record_outputs = {"hidden_states": PostNormLayer}
+    _can_record_outputs = {"hidden_states": PostNormLayer, "attentions": SELF_ATTENTIONS}
 
 
 class BERT4RecModel(BaselineModel, BERT4RecPreTrainedModel):

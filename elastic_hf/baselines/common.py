@@ -8,10 +8,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..models.configuration_recommender import RecommenderConfig
-from ..models.modeling_recommender import SequentialRecommenderMixin
+from ..models.modeling_recommender import SequentialRecommenderMixin, validate_histories
+
+
+# Positions of a batch that are encoded at once where no gradient is needed, so that memory does not grow with the
+# batch.
+MAX_POSITIONS = 2**17
 
 
 @strict
@@ -62,12 +67,34 @@ class BaselineModel(BaselinePreTrainedModel):
                 Compute the last layer at the last position only: `last_hidden_state` has shape
                 `(batch_size, 1, hidden_size)`.
         """
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
-        return BaseModelOutput(last_hidden_state=self.encode(input_ids, attention_mask, last_position_only))
+        attention_mask = validate_histories(input_ids, attention_mask, self.config)
+        is_recorded = self._check_recorded(kwargs)
+        if is_recorded or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return BaseModelOutput(self.encode(input_ids, attention_mask, last_position_only))
+        num_rows = max(1, MAX_POSITIONS // input_ids.shape[1])
+        batches = zip(input_ids.split(num_rows), attention_mask.split(num_rows), strict=True)
+        return BaseModelOutput(torch.cat([self.encode(ids, mask, last_position_only) for ids, mask in batches]))
+
+    def _check_recorded(self, kwargs: dict) -> bool:
+        """Return whether hidden states or attentions are asked for, and refuse what the model does not record."""
+        is_recorded = False
+        for name in ("hidden_states", "attentions"):
+            if not kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}")):
+                continue
+            is_recorded = True
+            if name not in (self._can_record_outputs or {}):
+                raise ValueError(
+                    f"output_{name} must be False for {self.config.model_type}, which has none to return, found True"
+                )
+            if name == "attentions" and self.config._attn_implementation != "eager":
+                raise ValueError(
+                    "output_attentions needs attn_implementation='eager', the only one that holds all weights, "
+                    f"found {self.config._attn_implementation!r}"
+                )
+        return is_recorded
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
-        """(B, L) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
+        """(B, L) and a mask (B, L) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
         raise NotImplementedError
 
 
@@ -92,16 +119,16 @@ class ItemEmbeddings(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def positions(self, length: int) -> Tensor:
-        """The position embeddings of a batch of histories of that length: (L, D)."""
-        longest = self.embed_positions.num_embeddings
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of the positions of all histories: (B, L) -> (L, D)."""
+        length, longest = input_ids.shape[1], self.embed_positions.num_embeddings
         if length > longest:
             raise ValueError(f"input_ids must not be longer than max_position_embeddings ({longest}), found {length}")
-        return self.embed_positions.weight[longest - length :]
+        return self.embed_positions(torch.arange(longest - length, longest, device=input_ids.device))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, D)"""
-        return self.embed_tokens(input_ids) + self.positions(input_ids.shape[1])
+        return self.embed_tokens(input_ids) + self.positions(input_ids)
 
 
 class SelfAttention(nn.Module):
@@ -117,8 +144,13 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size) if has_output_projection else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None, last_position_only: bool) -> Tensor:
-        """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`; `mask` as `create_causal_mask` makes it."""
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None, last_position_only: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        (B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`, and the weights, (B, H, Q, L), where the
+        implementation holds them. `mask` is as `create_causal_mask` makes it.
+        """
         readers = hidden_states
         if last_position_only:
             readers = hidden_states[:, -1:]
@@ -128,8 +160,12 @@ class SelfAttention(nn.Module):
             for projection, states in ((self.query, readers), (self.key, hidden_states), (self.value, hidden_states))
         )  # (B, H, L, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.head_size**-0.5)
-        return self.output(output.flatten(2))  # from (B, L, H, K)
+        output, weights = attend(self, query, key, value, mask, dropout=0.0, scaling=self.head_size**-0.5)
+        return self.output(output.flatten(2)), weights  # from (B, Q, H, K)
+
+
+# What a model whose layers hold one `SelfAttention` each can record, beside its hidden states.
+SELF_ATTENTIONS = OutputRecorder(SelfAttention, index=1)
 
 
 def eager_attention(
@@ -169,7 +205,7 @@ class PostNormLayer(GradientCheckpointingLayer):
 
         `attention_args` go to the attention, between the hidden states and `last_position_only`.
         """
-        attended = self.attention(hidden_states, *attention_args, last_position_only)
+        attended, _ = self.attention(hidden_states, *attention_args, last_position_only)
         if last_position_only:
             hidden_states = hidden_states[:, -1:]
         hidden_states = self.attention_norm(hidden_states + self.dropout(attended))

@@ -105,7 +105,7 @@ def items_first(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
     A recurrent network's biases move its state at padding too, so it has to read the padding last.
     """
-    return input_ids.gather(1, (attention_mask == 0).int().argsort(dim=-1, stable=True))
+    return input_ids.gather(1, (~attention_mask).int().argsort(dim=-1, stable=True))
 
 
 class GRU4RecForSequentialRecommendation(BaselineForSequentialRecommendation, GRU4RecPreTrainedModel):

@@ -137,8 +137,13 @@ class LightSANsAttention(nn.Module):
         self.position_key = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, positions: Tensor, mask: Tensor, last_position_only: bool) -> Tensor:
-        """(B, L, D) and positions (L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`; (B, L) mask."""
+    def forward(
+        self, hidden_states: Tensor, positions: Tensor, mask: Tensor, last_position_only: bool
+    ) -> tuple[Tensor, None]:
+        """
+        (B, L, D), positions (L, D) and a mask (B, L) -> (B, L, D), or (B, 1, D) with `last_position_only`, and no
+        weights: items do not read items.
+        """
         positions = self.position_norm(positions)
         first = -1 if last_position_only else 0
         output = low_rank_attention(
@@ -152,7 +157,7 @@ class LightSANsAttention(nn.Module):
             mask,
             self.num_heads,
         )
-        return self.output(output)
+        return self.output(output), None
 
 
 class LightSANsPreTrainedModel(BaselinePreTrainedModel):
@@ -189,9 +194,9 @@ class LightSANsModel(BaselineModel, LightSANsPreTrainedModel):
         self.post_init()
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
-        mask = attention_mask.bool()
-        mask = mask | ~mask.any(dim=1, keepdim=True)  # nothing but padding reads itself: a softmax needs a position
-        positions = self.embeddings.positions(input_ids.shape[1])
+        # A softmax needs a position: a row of padding alone reads itself.
+        mask = attention_mask | ~attention_mask.any(dim=1, keepdim=True)
+        positions = self.embeddings.positions(input_ids)
         hidden_states = self.dropout(self.embedding_norm(self.embeddings.embed_tokens(input_ids)))
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

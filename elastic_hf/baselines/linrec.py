@@ -133,8 +133,11 @@ class LinRecAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
-        """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`; `attention_mask` is (B, L)."""
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, last_position_only: bool) -> tuple[Tensor, None]:
+        """
+        (B, L, D) and a mask (B, L) -> (B, L, D), or (B, 1, D) with `last_position_only`, and no weights: none are ever
+        held.
+        """
         readers = hidden_states[:, -1:] if last_position_only else hidden_states
         query, key, value = (
             projection(states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
@@ -146,7 +149,7 @@ class LinRecAttention(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(query.dtype, torch.float32)
             output = attend(query.to(dtype), key.to(dtype), value.to(dtype), attention_mask)
-        return self.output(output.transpose(1, 2).flatten(2).to(hidden_states.dtype))
+        return self.output(output.transpose(1, 2).flatten(2).to(hidden_states.dtype)), None
 
 
 class LinRecPreTrainedModel(BaselinePreTrainedModel):
@@ -172,7 +175,6 @@ class LinRecModel(BaselineModel, LinRecPreTrainedModel):
         self.post_init()
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
-        attention_mask = attention_mask.bool()
         hidden_states = self.dropout(self.norm(self.embeddings(input_ids)))
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

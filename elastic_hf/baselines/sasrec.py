@@ -8,6 +8,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .common import (
+    SELF_ATTENTIONS,
     BaselineForSequentialRecommendation,
     BaselineModel,
     BaselinePreTrainedModel,
@@ -68,7 +69,7 @@ class SASRecLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None, last_position_only: bool = False) -> Tensor:
         """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
-        attended = self.attention(self.attention_norm(hidden_states), mask, last_position_only)
+        attended, _ = self.attention(self.attention_norm(hidden_states), mask, last_position_only)
         hidden_states = (hidden_states[:, -1:] if last_position_only else hidden_states) + self.dropout(attended)
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
@@ -78,7 +79,7 @@ class SASRecPreTrainedModel(BaselinePreTrainedModel):
     config_class = SASRecConfig
     supports_gradient_checkpointing = True
     _no_split_modules = ["SASRecLayer"]
-    _can_record_outputs = {"hidden_states": SASRecLayer}
+    _can_record_outputs = {"hidden_states": SASRecLayer, "attentions": SELF_ATTENTIONS}
 
 
 class SASRecModel(BaselineModel, SASRecPreTrainedModel):
@@ -95,7 +96,7 @@ class SASRecModel(BaselineModel, SASRecPreTrainedModel):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         embeddings = self.embeddings.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)
-        hidden_states = self.dropout(embeddings + self.embeddings.positions(input_ids.shape[1]))
+        hidden_states = self.dropout(embeddings + self.embeddings.positions(input_ids))
         mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModel, TrainingArguments
 
 from elastic_hf import SequentialRecommendationCollator, SequentialRecommendationTrainer
+from elastic_hf.baselines import common
 
 
 PREFIX = {"is_causal": False, "training_objective": "prefix"}
@@ -19,7 +20,20 @@ SIZES = {
     "intermediate_size": 20,
     "max_position_embeddings": 13,
 }
+PAPER = {
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_interest_experts": 4,
+    "intermediate_size": 20,
+    "num_memory_subkeys": 5,
+    "num_memory_heads": 2,
+}
 MODELS = {
+    "elastic_paper prefix": ("elastic_paper", PAPER),
+    "elastic_paper masked": ("elastic_paper", {**PAPER, **MASKED}),
+    "elastic_paper without memory": ("elastic_paper", {**PAPER, "num_memory_subkeys": 0}),
     "sasrec": ("sasrec", SIZES),
     "bert4rec": ("bert4rec", SIZES),
     "gru4rec": ("gru4rec", {"vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 2, "recurrent_size": 20}),
@@ -80,7 +94,9 @@ def test_padding_leaves_no_trace(model_type, settings):
     labels = torch.full_like(input_ids, -100)
     labels[:, -1] = 5
     model(input_ids, labels=labels).loss.backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    weights = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [weight.grad.clone() for weight in weights]
+    assert len(weights) >= len(list(model.parameters())) - 1  # the bias of a memory is balanced in training mode alone
     for filler in (torch.zeros_like(padding), padding):
         padded_ids = torch.cat([filler, input_ids], dim=1)
         padded = model.model(padded_ids, attention_mask).last_hidden_state
@@ -94,8 +110,8 @@ def test_padding_leaves_no_trace(model_type, settings):
         model.zero_grad()
         padded_labels = torch.cat([torch.full_like(padding, -100), labels], dim=1)
         model(padded_ids, attention_mask, labels=padded_labels).loss.backward()
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 @every_model
@@ -119,12 +135,60 @@ def test_saved_and_loaded_by_the_auto_classes(model_type, settings, tmp_path):
 
 
 @every_model
-def test_hidden_states_are_recorded(model_type, settings):
-    if model_type == "gru4rec":
-        pytest.skip("the layers of a torch.nn.GRU are no modules")
+def test_a_large_batch_is_encoded_a_few_rows_at_a_time(model_type, settings, monkeypatch):
     model = make_model(model_type, settings)
-    hidden_states = model(torch.tensor([[3, 9, 4]]), output_hidden_states=True).hidden_states
-    assert len(hidden_states) >= model.config.num_hidden_layers
+    input_ids = torch.randint(3, 31, (5, 7), generator=torch.Generator().manual_seed(1))
+    input_ids[0, :3] = 0
+    expected = model(input_ids).user_embeddings
+    monkeypatch.setattr(common, "MAX_POSITIONS", 17)
+    num_rows = []
+    encode = model.model.encode
+    monkeypatch.setattr(model.model, "encode", lambda ids, *args: num_rows.append(len(ids)) or encode(ids, *args))
+    torch.testing.assert_close(model.get_user_embeddings(input_ids), expected)
+    assert num_rows == [2, 2, 1]
+
+
+@every_model
+def test_hidden_states_are_returned_or_refused(model_type, settings, monkeypatch):
+    monkeypatch.setattr(common, "MAX_POSITIONS", 1)
+    model = make_model(model_type, settings)
+    input_ids = torch.tensor([[3, 9, 4, 6], [0, 7, 8, 5]])
+    if model_type == "gru4rec":
+        with pytest.raises(ValueError, match="output_hidden_states must be False for gru4rec"):
+            model(input_ids, output_hidden_states=True)
+        model.config.output_hidden_states = True
+        with pytest.raises(ValueError, match="output_hidden_states must be False for gru4rec"):
+            model(input_ids)
+        return
+    length = 5 if model.config.training_objective == "masked_item" else 4  # with the mask token
+    with torch.no_grad():
+        hidden_states = model(input_ids, output_hidden_states=True).hidden_states
+    assert [tuple(states.shape) for states in hidden_states] == [(2, length, 24), (2, length, 24), (2, 1, 24)]
+    for one, other in zip(hidden_states, model(input_ids, output_hidden_states=True).hidden_states, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@every_model
+def test_attentions_are_returned_or_refused(model_type, settings):
+    model = make_model(model_type, settings)
+    input_ids = torch.tensor([[3, 9, 4, 6], [0, 7, 8, 5]])
+    if model_type not in ("sasrec", "bert4rec"):
+        with pytest.raises(ValueError, match=f"output_attentions must be False for {model_type}"):
+            model(input_ids, output_attentions=True)
+        return
+    with pytest.raises(ValueError, match="output_attentions needs attn_implementation='eager'.*found 'sdpa'"):
+        model(input_ids, output_attentions=True)
+    expected = model.model(input_ids).last_hidden_state
+    model.set_attn_implementation("eager")
+    output = model.model(input_ids, output_attentions=True)
+    torch.testing.assert_close(output.last_hidden_state[input_ids > 0], expected[input_ids > 0])
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 3, 4, 4)] * 2
+    for weights in output.attentions:
+        torch.testing.assert_close(weights[1, :, 1:].sum(dim=-1), torch.ones(3, 3))
+        assert (weights[1, :, 1:, 0] == 0).all()  # padding
+        assert ((weights[0].triu(1) == 0).all()) == model.config.is_causal
+    of_head = model(input_ids, output_attentions=True).attentions
+    assert len(of_head) == 2 and of_head[-1].shape[2] == 1  # the last position alone
 
 
 @every_model
@@ -138,7 +202,8 @@ def test_overfits_50_users(model_type, settings, tmp_path):
         model,
         TrainingArguments(
             str(tmp_path),
-            max_steps=400,
+            # Without positions it takes longer to tell a mask at the end from others.
+            max_steps=1000 if settings is MODELS["elastic_paper masked"][1] else 400,
             per_device_train_batch_size=25,
             learning_rate=1e-2,
             save_strategy="no",

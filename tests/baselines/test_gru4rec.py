@@ -112,17 +112,14 @@ def test_weights_missing_from_a_checkpoint_are_drawn_as_in_a_new_model(tmp_path)
     model = tiny_model(recurrent_size=200)
     weights = {name: weight for name, weight in model.state_dict().items() if "_hh_" not in name}
     model.save_pretrained(tmp_path, state_dict=weights)
-    loaded = GRU4RecForSequentialRecommendation.from_pretrained(tmp_path).model.gru
+    loaded, _ = GRU4RecForSequentialRecommendation.from_pretrained(tmp_path, output_loading_info=True)
+    loaded = loaded.model.gru
     assert torch.equal(loaded.weight_ih_l0, model.model.gru.weight_ih_l0)
     assert (loaded.bias_hh_l0 == 0).all()
     for gru in (model.model.gru, loaded):
         bound = (6 / (200 + 200)) ** 0.5
         assert gru.weight_hh_l0.abs().max() <= bound
         torch.testing.assert_close(gru.weight_hh_l0.std().item(), bound / 3**0.5, rtol=0.02, atol=0)
-
-
-def test_the_head_takes_every_keyword_of_the_base_model():
-    assert tiny_model()(histories()[0], output_hidden_states=True).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

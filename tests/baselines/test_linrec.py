@@ -142,7 +142,7 @@ def test_sums_are_float32_under_autocast(flags):
     attention = LinRecAttention(tiny_config(**flags))
     hidden_states, mask = torch.randn(3, 70, 12), torch.ones(3, 70, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
-        output = attention(hidden_states, mask, last_position_only=False)
+        output, _ = attention(hidden_states, mask, last_position_only=False)
         query, key, value = (
             projection(hidden_states).unflatten(-1, (3, 4)).transpose(1, 2).double()
             for projection in (attention.query, attention.key, attention.value)

@@ -62,8 +62,13 @@ def test_the_user_vector_is_one(model):
     input_ids = torch.tensor([[0, 0, 3, 9, 4], [22, 5, 5, 17, 8]])
     assert torch.equal(model.model(input_ids).last_hidden_state, torch.ones(2, 5, 1))
     assert torch.equal(model.model(input_ids, last_position_only=True).last_hidden_state, torch.ones(2, 1, 1))
-    assert torch.equal(model(input_ids, output_hidden_states=True).user_embeddings, torch.ones(2, 1))
+    assert torch.equal(model(input_ids).user_embeddings, torch.ones(2, 1))
     assert model.double()(input_ids).logits.dtype == torch.float64
+
+
+def test_there_are_no_hidden_states(model):
+    with pytest.raises(ValueError, match="output_hidden_states must be False for popularity"):
+        model(torch.tensor([[3, 9]]), output_hidden_states=True)
 
 
 @pytest.mark.parametrize("training_loss", ["full_softmax", "sampled_softmax", "gbce", "bce"])
