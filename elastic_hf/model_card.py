@@ -106,21 +106,30 @@ class ModelType(NamedTuple):
     citation: str = ""
 
 
+_ELASTIC_CITATION = _bibtex(
+    "misc",
+    "deng2024elastic",
+    title="{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression",
+    author="Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun "
+    "and Xu, Peixing and Zhou, Guorui",
+    year="2024",
+    eprint="2408.09380",
+    archivePrefix="arXiv",
+)
+
 MODEL_TYPES = {
     "elastic": ModelType(
         "ELASTIC",
         "ELASTIC compresses a history of any length into a fixed number of interest experts by linear dispatcher "
         "attention. This is an implementation independent of the paper's authors, who published no code.",
-        _bibtex(
-            "misc",
-            "deng2024elastic",
-            title="{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression",
-            author="Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun "
-            "and Xu, Peixing and Zhou, Guorui",
-            year="2024",
-            eprint="2408.09380",
-            archivePrefix="arXiv",
-        ),
+        _ELASTIC_CITATION,
+    ),
+    "elastic_paper": ModelType(
+        "ELASTIC as in the paper",
+        "ELASTIC in the form of its paper compresses a history of any length into a fixed number of interest experts, "
+        "and every position reads them, in each of several layers. This is an implementation independent of the "
+        "paper's authors, who published no code.",
+        _ELASTIC_CITATION,
     ),
     "sasrec": ModelType(
         "SASRec",

@@ -57,7 +57,7 @@ from reporting import git_commit, processor, write_json
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = ("elastic", "sasrec", "bert4rec", "gru4rec", "linrec", "lightsans", "popularity")
+MODEL_TYPES = ("elastic", "elastic_paper", "sasrec", "bert4rec", "gru4rec", "linrec", "lightsans", "popularity")
 
 
 @dataclass
@@ -391,12 +391,12 @@ def main() -> None:
         bias = popularity_bias(prediction.predictions[1], prediction.label_ids, item_counts, config.num_special_tokens)
         results |= {f"test_{key}": value for key, value in bias.items()}
 
-        if config.model_type == "elastic" and config.num_memory_subkeys:
+        if getattr(config, "num_memory_subkeys", 0):
             results |= memory_usage(trainer, splits["test"])
 
-    if config.model_type == "elastic" and config.is_causal:
-        half_lives = (layer.attention.half_lives for layer in trainer.model.model.layers)
-        results["expert_half_lives"] = [of_layer.detach().cpu().numpy().round(2).tolist() for of_layer in half_lives]
+    if config.model_type == "elastic":
+        half_lives = trainer.model.model.experts.half_lives  # (num_hidden_layers, num_attention_heads, E)
+        results["expert_half_lives"] = half_lives.detach().cpu().numpy().round(2).tolist()
 
     # 8. Results, pictures and model card
     if is_main_process:

@@ -226,6 +226,7 @@ def test_a_recipe_names_its_dataset_and_a_model_that_exists(recipe):
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
     [
+        ("elastic_paper", "hidden_size=16,num_memory_subkeys=6,num_interest_experts=8"),
         ("sasrec", "hidden_size=16"),
         ("lightsans", "hidden_size=16,training_objective=masked_item"),
         ("popularity", None),
@@ -245,8 +246,9 @@ def test_a_baseline(shop, finished, tmp_path, monkeypatch, model_type, overrides
         assert all(results[key.replace("popularity", "test")] == value for key, value in popularity.items())
     model = AutoModel.from_pretrained(tmp_path / "outputs" / f"shop-{model_type}-7-short")
     assert model.config.model_type == model_type
-    positions = {"sasrec": 10, "lightsans": 11, "popularity": None}
-    assert getattr(model.config, "max_position_embeddings", None) == positions[model_type]
+    positions = {"sasrec": 10, "lightsans": 11}
+    assert getattr(model.config, "max_position_embeddings", None) == positions.get(model_type)
+    assert results.get("memory_slots") == (36 if model_type == "elastic_paper" else None)
 
 
 def test_two_processes(shop, finished, tmp_path):
