@@ -1,99 +1,18 @@
-"""Ranks of the target items over the full catalogue, and the metrics that follow from them."""
+"""The metrics of top-k recommendation that follow from ranks over the full catalogue and recommended items."""
 
 import numpy as np
-import torch
 
 
 CUTOFFS = (1, 5, 10, 20)
 
 
-@torch.no_grad()
-def rank_targets(
-    user_embeddings: torch.Tensor,
-    item_embeddings: torch.Tensor,
-    target_ids: torch.Tensor,
-    seen_ids: torch.Tensor,
-    num_special_tokens: int = 3,
-    chunk_size: int = 8192,
-) -> torch.Tensor:
-    """
-    Ranks each user's target among all items of the catalogue, scored by the inner product of the embeddings.
-
-    A rank is 1 plus the number of other items whose score is *not below* the target's, so that ties and NaN scores
-    count against the model: a constant or a NaN scorer puts every target last. Scores are compared in double
-    precision, and scores closer than its rounding error are ties.
-
-    Args:
-        user_embeddings (`torch.Tensor` of shape `(batch_size, hidden_size)`):
-            One embedding per user.
-        item_embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`):
-            One embedding per token. The first `num_special_tokens` rows are no items and are never scored.
-        target_ids (`torch.LongTensor` of shape `(batch_size,)`):
-            Token id of the item to be ranked.
-        seen_ids (`torch.LongTensor` of shape `(batch_size, num_seen)`):
-            Token ids of the user's whole history, in any order, padded with special tokens.
-        num_special_tokens (`int`, *optional*, defaults to 3):
-            Number of tokens before the first item.
-        chunk_size (`int`, *optional*, defaults to 8192):
-            Number of items scored at once: no more than `batch_size * chunk_size` scores are held.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch_size, 2)`: the rank with the seen items left out of the competition, and
-        the rank with them kept. A target that is itself among the seen items cannot be recommended: its first rank is
-        the number of items.
-
-    Raises:
-        `ValueError`: if the shapes do not belong together or a target is not an item.
-    """
-    batch_size, vocab_size = user_embeddings.shape[0], item_embeddings.shape[0]
-    if user_embeddings.shape[1:] != item_embeddings.shape[1:]:
-        raise ValueError(
-            "user_embeddings and item_embeddings must have the same hidden_size, found shapes "
-            f"{tuple(user_embeddings.shape)} and {tuple(item_embeddings.shape)}"
-        )
-    if target_ids.shape != (batch_size,):
-        raise ValueError(f"target_ids must have shape ({batch_size},), found {tuple(target_ids.shape)}")
-    if seen_ids.dim() != 2 or seen_ids.shape[0] != batch_size:
-        raise ValueError(f"seen_ids must have shape ({batch_size}, num_seen), found {tuple(seen_ids.shape)}")
-    if ((target_ids < num_special_tokens) | (target_ids >= vocab_size)).any():
-        raise ValueError(
-            f"target_ids must be items, in [{num_special_tokens}, {vocab_size}), found values from "
-            f"{target_ids.min().item()} to {target_ids.max().item()}"
-        )
-
-    user_embeddings = user_embeddings.double()
-    target_embeddings = item_embeddings[target_ids].double()
-    target_scores = (user_embeddings * target_embeddings).sum(-1)  # (B,)
-    # The columns of a matrix product need not round alike, so equal scores are equal only up to the worst-case error.
-    rounding = torch.finfo(torch.float64).eps * user_embeddings.shape[1]
-    tolerance = rounding * user_embeddings.norm(dim=-1) * target_embeddings.norm(dim=-1)
-    thresholds = (target_scores - tolerance)[:, None]
-
-    rows = torch.arange(batch_size, device=target_ids.device)
-    num_not_below = torch.zeros(batch_size, 2, dtype=torch.long, device=target_ids.device)
-    for start in range(num_special_tokens, vocab_size, chunk_size):
-        chunk = item_embeddings[start : start + chunk_size].double()
-        competes = ~(user_embeddings @ chunk.T < thresholds)  # (B, C); a comparison with NaN is false
-        in_chunk = (target_ids >= start) & (target_ids < start + len(chunk))
-        competes[rows[in_chunk], target_ids[in_chunk] - start] = False
-        num_not_below[:, 1] += competes.sum(-1)
-        seen_rows, seen_columns = ((seen_ids >= start) & (seen_ids < start + len(chunk))).nonzero(as_tuple=True)
-        competes[seen_rows, seen_ids[seen_rows, seen_columns] - start] = False
-        num_not_below[:, 0] += competes.sum(-1)
-
-    ranks = 1 + num_not_below
-    target_is_seen = (seen_ids == target_ids[:, None]).any(-1)
-    ranks[target_is_seen, 0] = vocab_size - num_special_tokens
-    return ranks
-
-
 def ranking_metrics(ranks: np.ndarray, top_ids: np.ndarray, num_items: int) -> dict[str, float]:
     """
-    Turns ranks into the usual metrics of top-k recommendation, averaged over the users.
+    Turn ranks into the usual metrics of top-k recommendation, averaged over the users.
 
     Args:
         ranks (`np.ndarray` of shape `(num_users, 2)`):
-            Ranks from [`rank_targets`]: seen items excluded, seen items kept.
+            Ranks from [`~catalogue.search_catalogue`]: seen items excluded, seen items kept.
         top_ids (`np.ndarray` of shape `(num_users, top_k)`):
             The recommended token ids, best first, seen items excluded; -1 where there was nothing left to recommend.
         num_items (`int`):
@@ -130,7 +49,7 @@ def popularity_bias(
     top_ids: np.ndarray, target_ids: np.ndarray, counts: np.ndarray, num_special_tokens: int = 3
 ) -> dict[str, float]:
     """
-    How popular the recommended items are, beside the items that the users went on to.
+    Return how popular the recommended items are, and the items that the users went on to.
 
     The popularity percentile of an item is the share of the catalogue that occurs less often than it, plus half the
     share that occurs equally often, itself included. Over the catalogue its mean is 0.5, whatever the ties. The head

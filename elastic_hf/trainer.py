@@ -22,9 +22,9 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from .data_collator import SequentialRecommendationCollator
 from .hub import publish
-from .metrics import CUTOFFS, rank_targets, ranking_metrics
+from .metrics import CUTOFFS, ranking_metrics
 from .model_card import render_model_card
-from .models.modeling_recommender import top_k_items
+from .models.catalogue import CatalogueQuery
 
 
 logger = logging.getLogger(__name__)
@@ -154,21 +154,15 @@ class SequentialRecommendationTrainer(Trainer):
         if "target_ids" not in inputs:
             raise ValueError("evaluation rows must have a target, found rows without one")
         inputs = self._prepare_inputs(inputs)
-        model = self.accelerator.unwrap_model(model)
+        query = CatalogueQuery(max(CUTOFFS), inputs["seen_ids"], target_ids=inputs["target_ids"])
         with torch.no_grad(), self.accelerator.autocast():
-            user_embeddings = model.get_user_embeddings(inputs["input_ids"], inputs["attention_mask"])
-        user_embeddings = user_embeddings.float()
-        item_embeddings = model.get_output_embeddings().weight.detach().float()
-        target_ids, seen_ids = inputs["target_ids"], inputs["seen_ids"]
-        num_special_tokens = model.config.num_special_tokens
-        ranks = rank_targets(user_embeddings, item_embeddings, target_ids, seen_ids, num_special_tokens)
-        num_items = item_embeddings.shape[0] - num_special_tokens
-        top_ids = torch.full((len(target_ids), max(CUTOFFS)), -1, device=target_ids.device)
-        top_k = min(max(CUTOFFS), num_items)
-        _, top_ids[:, :top_k] = top_k_items(
-            user_embeddings, item_embeddings, top_k, seen_ids=seen_ids, num_special_tokens=num_special_tokens
-        )
-        return None, (ranks, top_ids), target_ids
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                query=query,
+                return_dict=True,
+            )
+        return None, (outputs.ranks, outputs.token_ids), inputs["target_ids"]
 
     def end(self) -> None:
         # A wrapped model that outlives the process group keeps its threads alive, and these abort the process when

@@ -1,5 +1,8 @@
 """What every recommender here is configured by: the catalogue, the head and the training."""
 
+import math
+from dataclasses import fields
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -29,10 +32,10 @@ class RecommenderConfig(PreTrainedConfig):
             random prefix predicts the item after it.
         training_loss (`str`, defaults to `"full_softmax"`):
             `"full_softmax"`, `"sampled_softmax"`, `"gbce"` or `"bce"`, see `losses.py`.
-        exclude_seen (`bool`, defaults to `True`):
-            Leave the items that a position has read out of its softmax, as `recommend` and the evaluation leave them
-            out of their answer. Set it to `False` where users come back to items and these are to be recommended.
-            Read by the full softmax only.
+        mask_seen_in_loss (`bool`, defaults to `True`):
+            Leave the items that a position has read out of its loss, but for its target, as `recommend` and the
+            evaluation leave them out of their answer. Set it to `False` where users come back to items and these are
+            to be recommended.
         num_negatives (`int`, defaults to 256):
             Uniform negatives: one set per batch for the sampled softmax, one set per position for gBCE and BCE. Not
             read by the full softmax.
@@ -56,13 +59,20 @@ class RecommenderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     training_objective: str = "next_item"
     training_loss: str = "full_softmax"
-    exclude_seen: bool = True
+    mask_seen_in_loss: bool = True
     num_negatives: int = 256
     gbce_calibration: float | int = 0.75
     num_special_tokens: int = 3
     pad_token_id: int | None = 0
     mask_token_id: int | None = 2
     tie_word_embeddings: bool = True
+
+    def validate_numbers(self):
+        """Numbers are finite and not negative."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} must be a finite number of at least 0, found {value}")
 
     def validate_tokens(self):
         """Special tokens come first and leave room for items."""

@@ -1,40 +1,166 @@
 """Losses of next-item prediction, as pure functions that return the sum over targets, in nats.
 
-Axis letters: T targets, D hidden size, V items, N negatives. Divide the sum by the number of targets in the whole
-(accumulated, distributed) batch to train on its mean.
+Axis letters: T targets, B batch, L history length, D hidden size, V vocabulary, N negatives. Divide the sum by the
+number of targets in the whole (accumulated, distributed) batch to train on its mean.
 """
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .catalogue import first_read, row_chunks
 
 
-# Scores held at once by a softmax: 4 MiB of float32 stay in a processor's cache, 64 MiB keep a GPU busy.
-MAX_SCORES = {"cpu": 2**20, "cuda": 2**24}
+class SeenItems(NamedTuple):
+    """
+    What has been read where a target is predicted, in memory linear in the length of the histories.
+
+    Args:
+        token_ids (`torch.LongTensor` of shape `(B, L)`): the histories.
+        rows (`torch.LongTensor` of shape `(T,)`): the history of each target, in ascending order.
+        positions (`torch.LongTensor` of shape `(T,)`): the last position that has been read.
+    """
+
+    token_ids: Tensor
+    rows: Tensor
+    positions: Tensor
+
+    def contain(self, items: Tensor) -> Tensor:
+        """Tell which items have been read, each target having its own: (T, N) -> (T, N)."""
+        return first_read(self.token_ids, self.rows[:, None], items) <= self.positions[:, None]
+
+    def masks(self, chunks: Iterator[slice], vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield chunks of targets and which tokens of the vocabulary they have read, each (chunk, V)."""
+        length = self.token_ids.shape[1]
+        indices = torch.arange(length, dtype=torch.int32, device=self.token_ids.device)
+        last_row, first_reads = -1, indices.new_empty(0, vocab_size)
+        for chunk in chunks:
+            rows, row_of_target = self.rows[chunk].unique_consecutive(return_inverse=True)
+            # The row that the last chunk ended in has its table already.
+            num_known = int(rows[0] == last_row)
+            token_ids = self.token_ids[rows[num_known:]]
+            tables = indices.new_full((len(token_ids), vocab_size), length)
+            tables.scatter_reduce_(1, token_ids, indices.expand_as(token_ids), "amin")
+            first_reads = torch.cat([first_reads[len(first_reads) - num_known :], tables])
+            last_row = int(rows[-1])
+            yield chunk, first_reads[row_of_target] <= self.positions[chunk, None]
 
 
 def full_softmax_loss(
-    user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, seen: Tensor | None = None
+    user_embeddings: Tensor,
+    lm_head: nn.Module,
+    targets: Tensor,
+    num_special_tokens: int,
+    vocab_size: int,
+    seen: SeenItems | None = None,
 ) -> Tensor:
-    """Cross-entropy over the whole catalogue, never holding more than [`MAX_SCORES`] scores (or one target's V).
+    """Cross-entropy over the whole catalogue, holding the scores of a few targets at once ([`row_chunks`]).
 
     The gradient of a chunk of targets is taken while its scores are there, so that nothing is kept or computed again
     for the backward pass.
 
     Args:
         user_embeddings (`torch.Tensor` of shape `(T, D)`).
-        item_embeddings (`torch.Tensor` of shape `(V, D)`).
-        targets (`torch.LongTensor` of shape `(T,)`): rows of `item_embeddings`.
-        seen (`torch.LongTensor` of shape `(T, S)`, *optional*): rows of `item_embeddings` that are left out of the
-            softmax of each target, except the target itself; V fills up what is shorter than S.
+        lm_head (`torch.nn.Module`): maps `(T, D)` to the `(T, V)` scores. Its trainable parameters get gradients.
+        targets (`torch.LongTensor` of shape `(T,)`): token ids of items.
+        num_special_tokens (`int`): the first token ids, which are no items and left out of the softmax.
+        vocab_size (`int`): V.
+        seen ([`SeenItems`], *optional*): what is left out of the softmax of each target, except the target itself.
 
     Returns:
         `torch.Tensor` of shape `()`.
+
+    Raises:
+        ValueError: if no gradient passes the head, or a trainable parameter of it is sharded or offloaded.
     """
-    return _FullSoftmaxLoss.apply(*_autocast(user_embeddings, item_embeddings), targets, seen)
+    needs_gradient = torch.is_grad_enabled()
+    parameters = [parameter for parameter in lm_head.parameters() if parameter.requires_grad and needs_gradient]
+    for parameter in parameters:
+        if type(parameter) is not nn.Parameter or parameter.is_meta:
+            raise ValueError(
+                "lm_head must hold its trainable parameters whole, on its device, to train with the full softmax, "
+                f"found a {type(parameter).__name__} on {parameter.device}"
+            )
+    return _FullSoftmaxLoss.apply(
+        lm_head, targets, num_special_tokens, vocab_size, seen, needs_gradient, user_embeddings, *parameters
+    )
+
+
+class _FullSoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        lm_head: nn.Module,
+        targets: Tensor,
+        num_special_tokens: int,
+        vocab_size: int,
+        seen: SeenItems | None,
+        needs_gradient: bool,
+        user_embeddings: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        total = user_embeddings.new_zeros((), dtype=_float32(user_embeddings))
+        gradients = [torch.zeros_like(user_embeddings)] if needs_gradient else []
+        gradients += [torch.zeros_like(parameter, dtype=_float32(parameter)) for parameter in parameters]
+        chunks = row_chunks(len(targets), vocab_size, targets.device)
+        for chunk, is_seen in ((chunk, None) for chunk in chunks) if seen is None else seen.masks(chunks, vocab_size):
+            wanted = targets[chunk, None]
+            # A cached cast of a weight would belong to the graph of the first chunk.
+            with torch.set_grad_enabled(needs_gradient), _uncached_autocast(targets.device):
+                users = user_embeddings[chunk].detach().requires_grad_(needs_gradient)
+                logits = lm_head(users)
+            if needs_gradient and not logits.requires_grad:
+                raise ValueError(
+                    "lm_head must pass gradients on to train with the full softmax, "
+                    f"found {type(lm_head).__module__}.{type(lm_head).__name__}, which does not"
+                )
+            scores = logits.detach().to(total.dtype)
+            wanted_scores = scores.gather(-1, wanted)
+            scores[:, :num_special_tokens] = -math.inf
+            if is_seen is not None:
+                scores.masked_fill_(is_seen, -math.inf).scatter_(-1, wanted, wanted_scores)
+            largest = scores.amax(dim=-1, keepdim=True)
+            wanted_scores -= largest
+            probabilities = scores.sub_(largest).exp_()
+            normaliser = probabilities.sum(dim=-1, keepdim=True)
+            total += (normaliser.log() - wanted_scores).sum()
+            if needs_gradient:
+                score_gradient = probabilities.div_(normaliser)
+                score_gradient.scatter_add_(-1, wanted, torch.full_like(wanted_scores, -1.0))
+                of_users, *of_parameters = torch.autograd.grad(
+                    logits, (users, *parameters), score_gradient.to(logits.dtype), allow_unused=True
+                )
+                gradients[0][chunk] = of_users
+                for gradient, of_parameter in zip(gradients[1:], of_parameters, strict=True):
+                    if of_parameter is not None:
+                        gradient += of_parameter
+        ctx.save_for_backward(
+            *(gradient.to(of.dtype) for gradient, of in zip(gradients, (user_embeddings, *parameters), strict=False))
+        )
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *[None] * 6, *(output_gradient * gradient for gradient in ctx.saved_tensors)
+
+
+def _float32(tensor: Tensor) -> torch.dtype:
+    """The type that sums over a tensor are taken in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _uncached_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(
+        device.type,
+        dtype=torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    )
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -45,46 +171,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def _chunks(user_embeddings: Tensor, num_scores: int) -> Iterator[slice]:
-    """Targets whose scores are held at once, each with so many."""
-    limit = MAX_SCORES.get(user_embeddings.device.type, MAX_SCORES["cuda"])
-    size = max(1, limit // num_scores)
-    return (slice(start, start + size) for start in range(0, user_embeddings.shape[0], size))
-
-
-class _FullSoftmaxLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, seen: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(user_embeddings.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=user_embeddings.device)
-        user_gradient = torch.empty_like(user_embeddings)
-        item_gradient = torch.zeros_like(item_embeddings, dtype=dtype)
-        for chunk in _chunks(user_embeddings, item_embeddings.shape[0]):
-            users, wanted = user_embeddings[chunk], targets[chunk, None]
-            scores = (users @ item_embeddings.T).to(dtype)
-            scores -= scores.amax(dim=-1, keepdim=True)
-            wanted_scores = scores.gather(-1, wanted)
-            if seen is not None:
-                left_out = torch.where(seen[chunk] == item_embeddings.shape[0], wanted, seen[chunk])
-                scores.scatter_(-1, left_out, -math.inf).scatter_(-1, wanted, wanted_scores)
-            probabilities = scores.exp_()
-            normaliser = probabilities.sum(dim=-1, keepdim=True)
-            total += (normaliser.log() - wanted_scores).sum()
-            score_gradient = probabilities.div_(normaliser)
-            score_gradient.scatter_add_(-1, wanted, torch.full_like(wanted_scores, -1.0))
-            score_gradient = score_gradient.to(users.dtype)
-            user_gradient[chunk] = score_gradient @ item_embeddings
-            item_gradient += score_gradient.T @ users
-        ctx.save_for_backward(user_gradient, item_gradient.to(item_embeddings.dtype))
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        user_gradient, item_gradient = ctx.saved_tensors
-        return output_gradient * user_gradient, output_gradient * item_gradient, None, None
-
-
 def sampled_softmax_loss(
     user_embeddings: Tensor,
     item_embeddings: Tensor,
@@ -92,21 +178,23 @@ def sampled_softmax_loss(
     negatives: Tensor,
     log_q: Tensor,
     sparse: bool = False,
+    seen: SeenItems | None = None,
 ) -> Tensor:
     """Cross-entropy over the target and one shared sample of negatives, corrected for how they were drawn.
 
     Subtracting from each negative's score the log of its expected count makes the sampled normaliser an unbiased
-    estimate of the full one (Bengio and Senecal 2008). A negative that is the target of a row is left out there.
+    estimate of the full one (Bengio and Senecal 2008). A negative that is a row's target, or seen there, is left out.
     Like [`full_softmax_loss`], it takes the gradient of a chunk of targets while its scores are there.
 
     Args:
         user_embeddings (`torch.Tensor` of shape `(T, D)`).
         item_embeddings (`torch.Tensor` of shape `(V, D)`).
-        targets (`torch.LongTensor` of shape `(T,)`).
-        negatives (`torch.LongTensor` of shape `(N,)`): rows of `item_embeddings`, drawn from all items.
+        targets (`torch.LongTensor` of shape `(T,)`): token ids.
+        negatives (`torch.LongTensor` of shape `(N,)`): token ids, drawn from all items.
         log_q (`torch.Tensor` of shape `(N,)`): log of the expected number of times each is drawn, `log(N q_i)`.
         sparse (`bool`, defaults to `False`): make the gradient of `item_embeddings` a sparse tensor, which is added in
             place to a dense one from elsewhere: one gradient of the size of the catalogue instead of two.
+        seen ([`SeenItems`], *optional*): what is left out for each target.
 
     Returns:
         `torch.Tensor` of shape `()`.
@@ -116,7 +204,7 @@ def sampled_softmax_loss(
     user_embeddings, rows = _autocast(user_embeddings, rows)
     target_embeddings, negative_embeddings = rows.split([len(targets), len(negatives)])
     return _SampledSoftmaxLoss.apply(
-        user_embeddings, target_embeddings, negative_embeddings, targets, negatives, log_q
+        user_embeddings, target_embeddings, negative_embeddings, targets, negatives, log_q, seen
     )
 
 
@@ -130,17 +218,23 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         targets: Tensor,
         negatives: Tensor,
         log_q: Tensor,
+        seen: SeenItems | None,
     ) -> Tensor:
-        dtype = torch.promote_types(user_embeddings.dtype, torch.float32)
+        dtype = _float32(user_embeddings)
         total = torch.zeros((), dtype=dtype, device=user_embeddings.device)
         user_gradient = torch.empty_like(user_embeddings)
         target_gradient = torch.empty_like(target_embeddings)
         negative_gradient = torch.zeros_like(negative_embeddings, dtype=dtype)
-        for chunk in _chunks(user_embeddings, len(negatives)):
+        if seen is not None:
+            rows = torch.arange(len(seen.token_ids), device=negatives.device)
+            first_reads = first_read(seen.token_ids, rows[:, None], negatives)  # (B, N)
+        for chunk in row_chunks(len(targets), len(negatives), targets.device):
             users, wanted = user_embeddings[chunk], target_embeddings[chunk]
             wanted_scores = (users * wanted).sum(dim=-1, keepdim=True).to(dtype)
             scores = (users @ negative_embeddings.T).to(dtype).sub_(log_q)
             scores.masked_fill_(negatives == targets[chunk, None], -math.inf)
+            if seen is not None:
+                scores.masked_fill_(first_reads[seen.rows[chunk]] <= seen.positions[chunk, None], -math.inf)
             largest = torch.maximum(scores.amax(dim=-1, keepdim=True), wanted_scores)
             wanted_scores -= largest
             probabilities = scores.sub_(largest).exp_()
@@ -157,26 +251,39 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *(output_gradient * gradient for gradient in ctx.saved_tensors), None, None, None
+        return *(output_gradient * gradient for gradient in ctx.saved_tensors), *[None] * 4
 
 
-def bce_loss(user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+def bce_loss(
+    user_embeddings: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    is_seen: Tensor | None = None,
+) -> Tensor:
     """Binary cross-entropy of the target against its own negatives (SASRec, Kang and McAuley 2018, section III.E).
 
     Args:
         user_embeddings (`torch.Tensor` of shape `(T, D)`).
-        item_embeddings (`torch.Tensor` of shape `(V, D)`).
-        targets (`torch.LongTensor` of shape `(T,)`).
-        negatives (`torch.LongTensor` of shape `(T, N)`). One that is the row's target is left out.
+        item_embeddings (`torch.Tensor` of shape `(V, D)`): of items alone, without special tokens.
+        targets (`torch.LongTensor` of shape `(T,)`): rows of `item_embeddings`.
+        negatives (`torch.LongTensor` of shape `(T, N)`): rows of `item_embeddings`. One that is the row's target is
+            left out.
+        is_seen (`torch.BoolTensor` of shape `(T, N)`, *optional*): which other negatives are left out.
 
     Returns:
         `torch.Tensor` of shape `()`.
     """
-    return gbce_loss(user_embeddings, item_embeddings, targets, negatives, calibration=0.0)
+    return gbce_loss(user_embeddings, item_embeddings, targets, negatives, calibration=0.0, is_seen=is_seen)
 
 
 def gbce_loss(
-    user_embeddings: Tensor, item_embeddings: Tensor, targets: Tensor, negatives: Tensor, calibration: float
+    user_embeddings: Tensor,
+    item_embeddings: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    calibration: float,
+    is_seen: Tensor | None = None,
 ) -> Tensor:
     """Generalised binary cross-entropy (gSASRec, Petrov and Macdonald 2023, equations 7 and 9).
 
@@ -193,5 +300,8 @@ def gbce_loss(
     beta = sampling_rate * (calibration * (1 - 1 / sampling_rate) + 1 / sampling_rate)
     positive = (user_embeddings * item_embeddings[targets]).sum(dim=-1).float()  # (T,)
     negative = torch.einsum("td,tnd->tn", user_embeddings, item_embeddings[negatives]).float()
-    penalty = F.softplus(negative).masked_fill(negatives == targets[:, None], 0.0)
+    is_left_out = negatives == targets[:, None]
+    if is_seen is not None:
+        is_left_out |= is_seen
+    penalty = F.softplus(negative).masked_fill(is_left_out, 0.0)
     return (beta * F.softplus(-positive)).sum() + penalty.sum()

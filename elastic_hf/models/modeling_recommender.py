@@ -1,25 +1,24 @@
-"""What every recommender here shares: the output class, the losses' entry, scoring and `recommend`."""
+"""What all recommenders share: the output, what histories may be, and the head with its losses and `recommend`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .cache_elastic import ElasticCache
+from .catalogue import CatalogueQuery, item_embeddings, search_catalogue, validate_query
 from .configuration_recommender import RecommenderConfig
-from .losses import bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
+from .losses import SeenItems, bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
 
-# Scores held at once while the catalogue is searched: 2**24 float32 are 64 MiB.
-MAX_SCORES = 2**24
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -30,22 +29,34 @@ class SequentialRecommendationOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, returned when `labels` is given):
             Mean training loss per target, in nats.
-        logits (`torch.FloatTensor` of shape `(batch_size, vocab_size)`, returned when `labels` is not given):
+        logits (`torch.FloatTensor` of shape `(batch_size, vocab_size)`, returned without `labels` and `query`):
             Scores of every token as the item after the last position.
         user_embeddings (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, returned without `labels`):
-            The vectors whose dot products with the item embeddings are `logits`.
+            The vectors that the head turns into scores.
+        token_ids (`torch.LongTensor` of shape `(batch_size, top_k)`, returned with a `query` for the `top_k`):
+            The best items that were not seen, best first; -1 where there are no more.
+        scores (`torch.FloatTensor` of shape `(batch_size, top_k)`, returned with a `query` for the `top_k`):
+            Their scores, in float32 at least; `-inf` where there are no more.
+        ranks (`torch.LongTensor` of shape `(batch_size, 2)`, returned with a `query` for `target_ids`):
+            The ranks of the targets, with the seen items left out of the competition, and with them kept.
         hidden_states (`tuple(torch.FloatTensor)`, returned with `output_hidden_states=True`):
-            The embeddings and the output of each layer, of shape `(batch_size, history_length, hidden_size)`; without
-            `labels` the last one holds the last position only.
-        cache ([`ElasticCache`], returned by ELASTIC with `use_cache=True`):
-            What to go on from when the histories grow.
+            The embeddings and the output of each layer, of shape `(batch_size, history_length, hidden_size)`, or the
+            last position of them, where that is all the model computes without `labels`.
+        attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
+            The attention weights of each layer.
+        cache (`Any`, returned with `use_cache=True`):
+            What to go on from when the histories grow, by models with `supports_cache`.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     user_embeddings: torch.FloatTensor | None = None
+    token_ids: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None
+    ranks: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    cache: ElasticCache | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cache: Any = None
 
 
 class Recommendations(NamedTuple):
@@ -53,88 +64,6 @@ class Recommendations(NamedTuple):
 
     token_ids: torch.LongTensor
     scores: torch.FloatTensor
-
-
-def top_k_items(
-    user_embeddings: Tensor,
-    item_embeddings: Tensor,
-    top_k: int,
-    seen_ids: Tensor | None = None,
-    candidate_ids: Tensor | None = None,
-    num_special_tokens: int = 3,
-    chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The best items for each user, holding `batch_size * (chunk_size + 2 * top_k)` scores at most.
-
-    Args:
-        user_embeddings (`torch.Tensor` of shape `(B, D)`).
-        item_embeddings (`torch.Tensor` of shape `(V, D)`): one row per token id.
-        top_k (`int`): how many.
-        seen_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): token ids not to return; padding may fill it up.
-        candidate_ids (`torch.LongTensor` of shape `(C,)`, *optional*): the only token ids to return, each once.
-            Defaults to all items.
-        num_special_tokens (`int`): the first token ids, which are never returned.
-        chunk_size (`int`, *optional*): items scored at once. Defaults to as many as [`MAX_SCORES`] allows.
-
-    Returns:
-        Scores and token ids, each of shape `(B, top_k)`. Where a user has fewer unseen candidates than `top_k`, the
-        rest has score `-inf` and id -1.
-    """
-    batch_size, vocab_size = user_embeddings.shape[0], item_embeddings.shape[0]
-    if candidate_ids is None:
-        candidate_ids = torch.arange(num_special_tokens, vocab_size, device=item_embeddings.device)
-    num_candidates = candidate_ids.shape[0]
-    if top_k > num_candidates:
-        raise ValueError(f"top_k must be at most the number of candidate items ({num_candidates}), found {top_k}")
-    if chunk_size is None:
-        chunk_size = max(1, MAX_SCORES // batch_size)
-    if seen_ids is not None:
-        places = torch.full((vocab_size,), num_candidates, device=candidate_ids.device)
-        places[candidate_ids] = torch.arange(num_candidates, device=candidate_ids.device)
-        seen_places = places[seen_ids]  # (B, S), num_candidates for what is no candidate
-
-    best_scores = user_embeddings.new_empty((batch_size, 0))
-    best_ids = candidate_ids.new_empty((batch_size, 0))
-    for start in range(0, num_candidates, chunk_size):
-        ids = candidate_ids[start : start + chunk_size]
-        scores = user_embeddings @ item_embeddings[ids].T  # (B, chunk)
-        if seen_ids is not None:
-            scores = scores.masked_fill(marked(seen_places - start, ids.shape[0]), -math.inf)
-        scores, order = scores.topk(min(top_k, ids.shape[0]))
-        best_scores = torch.cat([best_scores, scores], dim=-1)
-        best_ids = torch.cat([best_ids, ids[order]], dim=-1)
-        best_scores, order = best_scores.topk(min(top_k, best_scores.shape[-1]))
-        best_ids = best_ids.gather(-1, order)
-    return best_scores, best_ids.masked_fill(best_scores == -math.inf, -1)
-
-
-def marked(places: Tensor, size: int) -> Tensor:
-    """A table that is True at the given places of each row: (B, S) -> (B, size). Places outside it are skipped."""
-    outside = (places < 0) | (places >= size)
-    table = torch.zeros(places.shape[0], size + 1, dtype=torch.bool, device=places.device)
-    return table.scatter_(1, places.masked_fill(outside, size), True)[:, :size]
-
-
-def _check_histories(input_ids: Tensor) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"input_ids must have shape (batch_size, history_length >= 1), found {tuple(input_ids.shape)}"
-        )
-
-
-def _check_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
-    if tensor.shape != input_ids.shape:
-        raise ValueError(
-            f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, found {tuple(tensor.shape)}"
-        )
-
-
-def _check_token_ids(name: str, token_ids: Tensor, vocab_size: int) -> None:
-    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
-        raise ValueError(
-            f"{name} must be between 0 and vocab_size - 1 ({vocab_size - 1}), "
-            f"found {int(token_ids.min())} to {int(token_ids.max())}"
-        )
 
 
 def validate_histories(input_ids: Tensor, attention_mask: Tensor | None, config: RecommenderConfig) -> Tensor:
@@ -205,6 +134,50 @@ def validate_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
         raise ValueError(f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, found {shape}")
 
 
+def leave_out_special_tokens(
+    input_ids: Tensor, attention_mask: Tensor, num_special_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Leave out what is no item of a history, such as unknown items: nothing was learned of them.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`).
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, history_length)`): `True` for all but padding.
+        num_special_tokens (`int`): the first token ids.
+
+    Returns:
+        The histories of items alone, in their order, padded on the left, and their mask, both of the same shape.
+    """
+    is_item = attention_mask & (input_ids >= num_special_tokens)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_meta or is_item.equal(attention_mask):
+        return input_ids, attention_mask
+    logger.warning_once("input_ids hold special tokens, such as unknown items, among the items: they are left out")
+    order = is_item.int().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), is_item.gather(1, order)
+
+
+def as_token_ids(name: str, token_ids: Any, device: torch.device) -> Tensor:
+    """Return token ids, given as a tensor, an array or lists, as a tensor on a device.
+
+    Raises:
+        ValueError: if they are no integers, or lists of different lengths.
+    """
+    if isinstance(token_ids, Mapping):
+        raise ValueError(
+            f"{name} must be token ids, found a {type(token_ids).__name__} with {', '.join(map(str, token_ids))}: "
+            "give its entries as arguments, as in recommend(**batch)"
+        )
+    try:
+        tensor = torch.as_tensor(token_ids, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} must be integers in a tensor, an array or lists of one length (padded on the left), "
+            f"found a {type(token_ids).__name__}: {error}"
+        ) from error
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise ValueError(f"{name} must be integers, found {tensor.dtype}")
+    return tensor.long()
+
+
 # Models that are being evaluated: in how many calls at once, and which of their modules were in training mode.
 _EVALUATED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 _EVALUATED_LOCK = Lock()
@@ -232,7 +205,52 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class SequentialRecommenderMixin:
-    """The head: `self.model` turns histories into vectors, the rows of `self.lm_head.weight` are the items."""
+    """The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items."""
+
+    supports_cache = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Load a model, as [`~transformers.PreTrainedModel.from_pretrained`] does.
+
+        Raises:
+            ValueError: if the file lacks a tensor of the model, which would then be random, unless
+                `output_loading_info=True` asks to be told instead.
+        """
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if output_loading_info:
+            return model, loading_info
+        missing = sorted(loading_info["missing_keys"])
+        if missing and pretrained_model_name_or_path is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} must hold every tensor of {cls.__name__}, found no "
+                f"{', '.join(missing)} (with output_loading_info=True they are initialised and returned by name)"
+            )
+        return model
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Add token ids for new items, or take some off the end, as
+        [`~transformers.PreTrainedModel.resize_token_embeddings`] does.
+
+        Raises:
+            ValueError: if `pad_to_multiple_of` is given: every token id after the special ones is an item, and padding
+                would be recommended. Or if no item would be left.
+        """
+        if pad_to_multiple_of is not None:
+            raise ValueError(
+                "pad_to_multiple_of must be None, since every token id after the special ones is an item that can be "
+                f"recommended, found {pad_to_multiple_of}"
+            )
+        if new_num_tokens is not None and new_num_tokens <= self.config.num_special_tokens:
+            raise ValueError(
+                f"new_num_tokens must exceed num_special_tokens ({self.config.num_special_tokens}), "
+                f"found {new_num_tokens}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
 
     @can_return_tuple
     def forward(
@@ -241,12 +259,17 @@ class SequentialRecommenderMixin:
         attention_mask: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Any = None,
+        use_cache: bool = False,
+        query: CatalogueQuery | None = None,
         **kwargs,
     ) -> SequentialRecommendationOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
-                Histories, oldest item first, padded on the left.
+                Histories, oldest item first, padded on the left; with a `cache`, the items that came after it. Without
+                `labels`, special tokens such as unknown items are left out: the answer is that of the items alone
+                (but not in a compiled or exported graph, which reads what it is given).
             attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
                 1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
             labels (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
@@ -254,27 +277,50 @@ class SequentialRecommenderMixin:
                 are not predicted.
             num_items_in_batch (`int`, *optional*):
                 What to divide the summed loss by; defaults to the number of targets in this batch.
+            cache (*optional*):
+                What was read before, by a model with `supports_cache`. The answer is that for the whole histories.
+            use_cache (`bool`, defaults to `False`):
+                Return the `cache` that holds these items, too.
+            query ([`CatalogueQuery`], *optional*):
+                Return its answer (`token_ids`, `scores` and `ranks`) instead of the `logits` of all tokens.
         """
-        _check_histories(input_ids)
-        if attention_mask is not None:
-            _check_shape("attention_mask", attention_mask, input_ids)
-        if labels is None:
-            outputs = self._read_histories(input_ids, attention_mask, **kwargs)
-            user_embeddings = outputs.last_hidden_state[:, -1]
+        config = self.config
+        if (cache is not None or use_cache) and not self.supports_cache:
+            raise ValueError(f"cache and use_cache must not be given to {type(self).__name__}, which keeps no state")
+        if labels is not None and (cache is not None or use_cache or query is not None):
+            raise ValueError("labels must not be given with cache, use_cache or query: training reads whole histories")
+        mask = validate_histories(input_ids, attention_mask, config)
+        if labels is not None:
+            validate_shape("labels", labels, input_ids)
+            outputs = self.model(input_ids, mask, return_dict=True, **kwargs)
+            read_ids = input_ids.masked_fill(~mask, config.pad_token_id)
             return SequentialRecommendationOutput(
-                logits=self.lm_head(user_embeddings),
-                user_embeddings=user_embeddings,
-                hidden_states=outputs.hidden_states,
-                cache=outputs.get("cache"),
+                loss=self.loss(outputs.last_hidden_state, read_ids, labels, num_items_in_batch),
+                hidden_states=outputs.get("hidden_states"),
+                attentions=outputs.get("attentions"),
             )
-        _check_shape("labels", labels, input_ids)
-        outputs = self.model(input_ids, attention_mask, **kwargs)
-        if attention_mask is not None:
-            input_ids = input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
-        return SequentialRecommendationOutput(
-            loss=self.loss(outputs.last_hidden_state, input_ids, labels, num_items_in_batch),
-            hidden_states=outputs.hidden_states,
+        if query is not None:
+            validate_query(query, len(input_ids), config)
+        input_ids, mask = leave_out_special_tokens(input_ids, mask, config.num_special_tokens)
+        if cache is not None or use_cache:
+            kwargs |= {"cache": cache, "use_cache": use_cache}
+        if config.training_objective == "masked_item":
+            input_ids = F.pad(input_ids, (0, 1), value=config.mask_token_id)
+            mask = F.pad(mask, (0, 1), value=True)
+        outputs = self.model(input_ids, mask, last_position_only=True, return_dict=True, **kwargs)
+        user_embeddings = outputs.last_hidden_state[:, -1]
+        output = SequentialRecommendationOutput(
+            user_embeddings=user_embeddings,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            cache=outputs.get("cache"),
         )
+        if query is None:
+            output.logits = self.lm_head(user_embeddings)
+        elif query.top_k is not None or query.target_ids is not None:
+            answer = search_catalogue(self.lm_head, user_embeddings, query, config)
+            output.token_ids, output.scores, output.ranks = answer
+        return output
 
     def loss(
         self,
@@ -283,54 +329,61 @@ class SequentialRecommenderMixin:
         labels: Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Tensor:
-        """The training loss in nats per target, from `(B, L, D)` hidden states, `(B, L)` input ids and labels."""
+        """Return the training loss in nats per target.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, L, D)`): the vector of each position.
+            input_ids (`torch.LongTensor` of shape `(B, L)`): what was read, with padding where nothing was.
+            labels (`torch.LongTensor` of shape `(B, L)`): as in `forward`.
+            num_items_in_batch (`int`, *optional*): as in `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `()`.
+
+        Raises:
+            ValueError: if a label is beyond the vocabulary, or the `training_loss` cannot be computed by the head.
+        """
         config = self.config
-        is_target = labels >= config.num_special_tokens
-        users = hidden_states[is_target]  # (T, D)
-        items = self.lm_head.weight[config.num_special_tokens :]
-        targets = labels[is_target] - config.num_special_tokens
+        first = config.num_special_tokens
+        rows, positions = (labels >= first).nonzero(as_tuple=True)
+        users, targets = hidden_states[rows, positions], labels[rows, positions]  # (T, D), (T,)
+        if not torch.compiler.is_compiling() and targets.numel() and int(targets.max()) >= config.vocab_size:
+            raise ValueError(f"labels must be below vocab_size ({config.vocab_size}), found {int(targets.max())}")
+        seen = None
+        if config.mask_seen_in_loss:
+            last_read = positions if config.is_causal else torch.full_like(positions, labels.shape[1] - 1)
+            seen = SeenItems(input_ids.long(), rows, last_read)
         if config.training_loss == "full_softmax":
-            seen = self._seen(input_ids, is_target) if config.exclude_seen else None
-            total = full_softmax_loss(users, items, targets, seen)
-        elif config.training_loss == "sampled_softmax":
-            # Token ids and the whole table: the gradient of a slice of it would be one more of its size.
-            shape = (config.num_negatives,)
-            negatives = torch.randint(config.num_special_tokens, config.vocab_size, shape, device=labels.device)
-            log_q = torch.full_like(negatives, math.log(config.num_negatives / items.shape[0]), dtype=torch.float32)
-            # Tied embeddings have a dense gradient from the histories, too.
-            is_tied = bool(self._tied_weights_keys) and config.tie_word_embeddings
-            total = sampled_softmax_loss(users, self.lm_head.weight, labels[is_target], negatives, log_q, is_tied)
+            total = full_softmax_loss(users, self.lm_head, targets, first, config.vocab_size, seen)
         else:
-            negatives = torch.randint(items.shape[0], (targets.shape[0], config.num_negatives), device=targets.device)
-            if config.training_loss == "bce":
-                total = bce_loss(users, items, targets, negatives)
-            else:
-                total = gbce_loss(users, items, targets, negatives, config.gbce_calibration)
-        return total / (is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            table = item_embeddings(self.lm_head, f"training_loss={config.training_loss!r}")
+            total = self._sampled_loss(users, table, targets, seen)
+        return total / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
 
-    def _seen(self, input_ids: Tensor, is_target: Tensor) -> Tensor:
-        """What each target's position has read: (T, L) rows of the catalogue, its size where there is no item."""
+    def _sampled_loss(self, users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None) -> Tensor:
+        """The sum of a loss over targets and uniform negatives."""
         config = self.config
-        rows, places = is_target.nonzero(as_tuple=True)
-        seen = input_ids[rows] - config.num_special_tokens
-        unread = seen < 0
-        if config.is_causal:
-            unread |= torch.arange(seen.shape[1], device=seen.device) > places[:, None]
-        return seen.masked_fill(unread, config.vocab_size - config.num_special_tokens)
-
-    def _read_histories(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> ModelOutput:
-        if self.config.training_objective == "masked_item":
-            if attention_mask is None:
-                attention_mask = (input_ids != self.config.pad_token_id).long()
-            input_ids = F.pad(input_ids, (0, 1), value=self.config.mask_token_id)
-            attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        return self.model(input_ids, attention_mask, last_position_only=True, **kwargs)
+        first, num_negatives = config.num_special_tokens, config.num_negatives
+        if config.training_loss == "sampled_softmax":
+            negatives = torch.randint(first, config.vocab_size, (num_negatives,), device=targets.device)
+            log_expected = math.log(num_negatives / (config.vocab_size - first))
+            log_q = torch.full_like(negatives, log_expected, dtype=torch.float32)
+            # Token ids and the whole table: the gradient of a slice of it would be one more of its size. Tied
+            # embeddings have a dense gradient from the histories, too.
+            is_tied = bool(self._tied_weights_keys) and config.tie_word_embeddings
+            return sampled_softmax_loss(users, table, targets, negatives, log_q, is_tied, seen)
+        negatives = torch.randint(first, config.vocab_size, (len(targets), num_negatives), device=targets.device)
+        is_seen = None if seen is None else seen.contain(negatives)
+        arguments = (users, table[first:], targets - first, negatives - first)
+        if config.training_loss == "bce":
+            return bce_loss(*arguments, is_seen)
+        return gbce_loss(*arguments, config.gbce_calibration, is_seen)
 
     @torch.no_grad()
     def get_user_embeddings(
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
     ) -> Tensor:
-        """What the histories say about the next item, without scoring the catalogue.
+        """Return what the histories say about the next item, without scoring the catalogue, in evaluation mode.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `forward`.
@@ -338,8 +391,12 @@ class SequentialRecommenderMixin:
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
+
+        Raises:
+            ValueError: as [`validate_histories`].
         """
-        return self._read_histories(input_ids, attention_mask).last_hidden_state[:, -1]
+        with evaluating(self):
+            return self(input_ids, attention_mask, query=CatalogueQuery(), return_dict=True).user_embeddings
 
     @torch.no_grad()
     def recommend(
@@ -352,7 +409,10 @@ class SequentialRecommenderMixin:
         index=None,
         seen_ids: torch.LongTensor | None = None,
     ) -> Recommendations:
-        """The items most likely to come next. At most `2**24 + 2 * batch_size * top_k` scores are held at once.
+        """Recommend the items most likely to come next, in evaluation mode.
+
+        Token ids may be tensors, NumPy arrays or lists. Special tokens in a history, such as unknown items, are left
+        out: the answer is that of the items alone.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`):
@@ -370,61 +430,53 @@ class SequentialRecommenderMixin:
                 `input_ids`.
 
         Returns:
-            [`Recommendations`]: `token_ids` and `scores`, each of shape `(batch_size, top_k)`, best first.
+            [`Recommendations`]: `token_ids` and `scores`, each of shape `(batch_size, top_k)`, best first. Scores are
+            float32 at least, whatever the type of the model.
 
         Raises:
-            ValueError: if a history is empty or not padded on the left, `candidate_ids` are no distinct items or given
-                with an `index`, `seen_ids` are no token ids of as many histories, fewer than `top_k` items are left to
-                recommend (or were found), or a score is NaN.
+            ValueError: if a history holds no item or is not padded on the left, `candidate_ids` are no distinct items
+                or given with an `index`, `seen_ids` are no token ids of as many histories, the `index` is of another
+                model, fewer than `top_k` items are left to recommend (or were found), or a score is NaN.
         """
         config = self.config
-        _check_histories(input_ids)
-        if input_ids.shape[0] == 0:
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
+        if isinstance(input_ids, Tensor):
+            device = input_ids.device
+        input_ids = as_token_ids("input_ids", input_ids, device)
+        if attention_mask is not None:
+            attention_mask = torch.as_tensor(attention_mask, device=device)
+        mask = validate_histories(input_ids, attention_mask, config)
+        if len(input_ids) == 0:
             raise ValueError("input_ids must hold at least one history, found none")
-        _check_token_ids("input_ids", input_ids, config.vocab_size)
-        if attention_mask is None:
-            attention_mask = (input_ids != config.pad_token_id).long()
-        _check_shape("attention_mask", attention_mask, input_ids)
-        if not bool((attention_mask[:, -1] == 1).all()):
-            row = int((attention_mask[:, -1] != 1).nonzero()[0])
-            raise ValueError(f"input_ids must hold items up to the last position (left padding), row {row} does not")
-        if not bool((attention_mask.diff(dim=-1) >= 0).all()):
-            raise ValueError("attention_mask must be zeros, then ones (left padding)")
-        if candidate_ids is not None:
-            candidate_ids = torch.as_tensor(candidate_ids, dtype=torch.long, device=input_ids.device)
-            if candidate_ids.dim() != 1 or candidate_ids.unique().numel() != candidate_ids.numel():
-                raise ValueError("candidate_ids must be one list of distinct token ids")
-            if candidate_ids.numel() and not (
-                config.num_special_tokens <= int(candidate_ids.min()) <= int(candidate_ids.max()) < config.vocab_size
-            ):
-                raise ValueError(
-                    f"candidate_ids must be items, from {config.num_special_tokens} to {config.vocab_size - 1}, "
-                    f"found {int(candidate_ids.min())} to {int(candidate_ids.max())}"
-                )
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, found {top_k}")
-        if seen_ids is None:
-            seen_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
-        if seen_ids.dim() != 2 or seen_ids.shape[0] != input_ids.shape[0]:
+        is_empty = ~(mask & (input_ids >= config.num_special_tokens)).any(dim=1)
+        if is_empty.any():
             raise ValueError(
-                f"seen_ids must have shape ({input_ids.shape[0]}, num_seen), found {tuple(seen_ids.shape)}"
+                f"input_ids must hold an item in each row, found none in row {int(is_empty.nonzero()[0])}"
             )
-        _check_token_ids("seen_ids", seen_ids, config.vocab_size)
+        if seen_ids is None:
+            seen_ids = input_ids.masked_fill(~mask, config.pad_token_id)
+        seen_ids = as_token_ids("seen_ids", seen_ids, device)
+        if candidate_ids is not None:
+            candidate_ids = as_token_ids("candidate_ids", candidate_ids, device)
+        query = CatalogueQuery(top_k, seen_ids, candidate_ids)
+        validate_query(query, len(input_ids), config)
+        num_candidates = config.vocab_size - config.num_special_tokens
+        if candidate_ids is not None:
+            num_candidates = len(candidate_ids)
+        if top_k > num_candidates:
+            raise ValueError(f"top_k must be at most the number of candidate items ({num_candidates}), found {top_k}")
+        if not exclude_seen:
+            query = query._replace(seen_ids=None)
 
-        user_embeddings = self.get_user_embeddings(input_ids, attention_mask)
-        if index is not None:
+        if index is None:
+            with evaluating(self):
+                output = self(input_ids, mask, query=query, return_dict=True)
+            token_ids, scores = output.token_ids, output.scores
+        else:
             if candidate_ids is not None:
                 raise ValueError("candidate_ids must not be given with an index, which searches all items")
-            scores, token_ids = index.search(user_embeddings, top_k, seen_ids if exclude_seen else None)
-        else:
-            scores, token_ids = top_k_items(
-                user_embeddings,
-                self.lm_head.weight,
-                top_k,
-                seen_ids=seen_ids if exclude_seen else None,
-                candidate_ids=candidate_ids,
-                num_special_tokens=config.num_special_tokens,
-            )
+            index.validate_model(self)
+            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask), top_k, query.seen_ids)
         if bool(scores.isnan().any()):
             raise ValueError("the model's scores contain NaN: its weights or its input are broken")
         if bool((token_ids < 0).any()):
