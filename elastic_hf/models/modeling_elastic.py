@@ -40,6 +40,7 @@ from .dispatcher_attention import (
     pool_history,
     prepare_chunks,
     read_chunks,
+    to_exponent,
 )
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
@@ -66,9 +67,9 @@ def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """
     earlier = weight.shape[0] - 1
     length = hidden_states.shape[1] - earlier
-    output = hidden_states[:, earlier:]
-    for i in range(weight.shape[0]):
-        output = torch.addcmul(output, weight[i], hidden_states[:, earlier - i : earlier - i + length])
+    output = hidden_states[:, earlier:] * (1 + weight[0])
+    for i in range(1, weight.shape[0]):
+        output.addcmul_(weight[i], hidden_states[:, earlier - i : earlier - i + length])
     return output
 
 
@@ -87,7 +88,8 @@ def prepend(earlier: Tensor, hidden_states: Tensor, attention_mask: Tensor) -> T
     padding = (~attention_mask).sum(dim=1)  # (B,)
     indices = padding[:, None] + torch.arange(num_earlier, device=padding.device)  # (B, P)
     indices = indices[..., None].expand(-1, -1, hidden_states.shape[-1])
-    return F.pad(hidden_states, (0, 0, num_earlier, 0)).scatter(1, indices, earlier.to(hidden_states.dtype))
+    inputs = torch.cat([torch.zeros_like(earlier, dtype=hidden_states.dtype), hidden_states], dim=1)
+    return inputs.scatter_(1, indices, earlier.to(hidden_states.dtype))
 
 
 class ElasticStream(nn.Module):
@@ -106,7 +108,8 @@ class ElasticStream(nn.Module):
         normed = self.norm(embeddings) * attention_mask[..., None]
         num_earlier = self.convolution.shape[0] - 1
         if conv_state is None:
-            inputs = F.pad(normed, (0, 0, num_earlier, 0))
+            conv_state = normed.new_zeros(len(normed), num_earlier, normed.shape[-1])
+            inputs = torch.cat([conv_state, normed], dim=1)
         else:
             inputs = prepend(conv_state, normed, attention_mask)
         conv_state = inputs[:, inputs.shape[1] - num_earlier :].clone()  # a view would keep all inputs
@@ -133,14 +136,14 @@ class ElasticInterestExperts(nn.Module):
         """Return the log of what each expert keeps of its state at each new item: (N, H, E)."""
         return -math.log(2) / self.half_lives
 
-    def scores(self, stream: Tensor) -> Tensor:
-        """Score each item by each expert: (B, L, D) -> (B, L, M)."""
+    def sigmoids(self, stream: Tensor) -> Tensor:
+        """Return the sigmoids of the items' scores by each expert, see [`expert_scores`]: (B, L, D) -> (B, L, M)."""
         return expert_scores(stream, self.experts.to(stream.dtype).flatten(0, 2))
 
     def pool(self, stream: Tensor, attention_mask: Tensor, state: Tensor | None = None) -> Tensor:
         """Compress a history, or the items after one: (B, L, D), (B, L) and (B, M, D + 1) -> (B, M, D + 1)."""
         log_forget = self.log_forget().to(stream.dtype).flatten()
-        return pool_history(stream, self.scores(stream), log_forget, attention_mask, state)
+        return pool_history(stream, self.sigmoids(stream), log_forget, attention_mask, state)
 
     def project(self, state: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Return what [`dispatch`] reads of a state: (B, M, D + 1) -> keys and values of each layer, (B, H, E, K)."""
@@ -150,7 +153,8 @@ class ElasticInterestExperts(nn.Module):
 
     def forward(self, stream: Tensor, attention_mask: Tensor) -> tuple[tuple[Tensor, ...], ...]:
         """Return what [`read_chunks`] reads of histories: (B, L, D) and (B, L) -> the `Chunks` of each layer."""
-        scores = self.scores(stream) + torch.where(attention_mask, 0.0, -math.inf).to(stream.dtype)[..., None]
+        unread = torch.where(attention_mask, 0.0, -math.inf).to(stream.dtype)[..., None]
+        scores = to_exponent(self.sigmoids(stream), unread)
         scores = scores.unflatten(-1, self.log_half_life.shape).permute(2, 0, 3, 1, 4)  # (N, B, H, L, E)
         key_value = F.linear(stream, self.key_value.to(stream.dtype).flatten(0, 3))
         key_value = key_value.unflatten(-1, self.key_value.shape[:4]).permute(3, 2, 0, 4, 1, 5)
