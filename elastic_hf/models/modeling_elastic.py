@@ -108,12 +108,13 @@ class ElasticStream(nn.Module):
         normed = self.norm(embeddings) * attention_mask[..., None]
         num_earlier = self.convolution.shape[0] - 1
         if conv_state is None:
-            conv_state = normed.new_zeros(len(normed), num_earlier, normed.shape[-1])
-            inputs = torch.cat([conv_state, normed], dim=1)
+            inputs = F.pad(normed, (0, 0, num_earlier, 0))
         else:
             inputs = prepend(conv_state, normed, attention_mask)
-        conv_state = inputs[:, inputs.shape[1] - num_earlier :].clone()  # a view would keep all inputs
-        return causal_convolution(inputs, self.convolution), conv_state
+        stream = causal_convolution(inputs, self.convolution)
+        if conv_state is not None:
+            stream.mul_(attention_mask[..., None])  # what came earlier is convolved into the padding, too
+        return stream, inputs[:, inputs.shape[1] - num_earlier :].clone()  # a view would keep all inputs
 
 
 class ElasticInterestExperts(nn.Module):
