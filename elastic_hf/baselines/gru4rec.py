@@ -47,10 +47,35 @@ class GRU4RecConfig(RecommenderConfig):
             raise ValueError("is_causal must be True for gru4rec, found False")
 
 
+class GRU4RecLayer(nn.Module):
+    """A GRU over the items of each history: its state is that of a new user until the first item after the padding."""
+
+    def __init__(self, config: GRU4RecConfig, input_size: int):
+        super().__init__()
+        self.gru = nn.GRU(input_size, config.recurrent_size, batch_first=True)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L, input_size) and a mask (B, L) -> (B, L, R); zeros at padding."""
+        states, _ = self.gru(items_first(hidden_states, attention_mask))
+        states = F.pad(states, (0, 0, 1, 0))  # (B, L + 1, R): after 0, 1, ... L items
+        num_read = attention_mask.cumsum(dim=-1)  # (B, L)
+        return states.gather(1, num_read[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def items_first(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return each row's items in their order, then its padding: (B, L, D) and a mask (B, L) -> (B, L, D).
+
+    A recurrent network's biases move its state at padding too, so it has to read the padding last.
+    """
+    order = (~attention_mask).int().argsort(dim=-1, stable=True)
+    return hidden_states.gather(1, order[..., None].expand_as(hidden_states))
+
+
 class GRU4RecPreTrainedModel(BaselinePreTrainedModel):
     config: GRU4RecConfig
     config_class = GRU4RecConfig
-    _no_split_modules = ["GRU"]
+    _no_split_modules = ["GRU4RecLayer"]
+    _can_record_outputs = {"hidden_states": GRU4RecLayer}
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -66,9 +91,9 @@ class GRU4RecPreTrainedModel(BaselinePreTrainedModel):
 
 class GRU4RecModel(BaselineModel, GRU4RecPreTrainedModel):
     """
-    Item embeddings, a GRU and a linear layer: token ids to a vector at each position.
+    Item embeddings, a stack of GRUs and a linear layer: token ids to a vector at each position.
 
-    The GRU reads the items alone, from a zero state (2016, equations 2 to 5):
+    The first GRU reads the items alone, from a zero state (2016, equations 2 to 5):
 
         r = sigmoid(W_r x + U_r h);   z = sigmoid(W_z x + U_z h);   n = tanh(W_n x + r * (U_n h))
         h = (1 - z) * n + z * h
@@ -80,32 +105,16 @@ class GRU4RecModel(BaselineModel, GRU4RecPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.gru = nn.GRU(
-            config.hidden_size,
-            config.recurrent_size,
-            num_layers=config.num_hidden_layers,
-            dropout=config.hidden_dropout if config.num_hidden_layers > 1 else 0.0,
-            batch_first=True,
-        )
+        input_sizes = [config.hidden_size] + [config.recurrent_size] * (config.num_hidden_layers - 1)
+        self.layers = nn.ModuleList(GRU4RecLayer(config, input_size) for input_size in input_sizes)
         self.output = nn.Linear(config.recurrent_size, config.hidden_size)
         self.post_init()
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
-        states = self.gru(self.dropout(self.embed_tokens(items_first(input_ids, attention_mask))))[0]  # (B, L, R)
-        states = F.pad(states, (0, 0, 1, 0))  # (B, L + 1, R): after 0, 1, ... L items
-        num_read = attention_mask.long().cumsum(dim=-1)  # (B, L)
-        if last_position_only:
-            num_read = num_read[:, -1:]
-        states = states.gather(1, num_read[..., None].expand(-1, -1, states.shape[-1]))
-        return self.output(self.dropout(states))
-
-
-def items_first(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Each row's items in their order, then its padding: (B, L) -> (B, L).
-
-    A recurrent network's biases move its state at padding too, so it has to read the padding last.
-    """
-    return input_ids.gather(1, (~attention_mask).int().argsort(dim=-1, stable=True))
+        hidden_states = self.dropout(self.embed_tokens(input_ids))
+        for layer in self.layers:
+            hidden_states = self.dropout(layer(hidden_states, attention_mask))
+        return self.output(hidden_states[:, -1:] if last_position_only else hidden_states)
 
 
 class GRU4RecForSequentialRecommendation(BaselineForSequentialRecommendation, GRU4RecPreTrainedModel):

@@ -149,21 +149,15 @@ def test_a_large_batch_is_encoded_a_few_rows_at_a_time(model_type, settings, mon
 
 
 @every_model
-def test_hidden_states_are_returned_or_refused(model_type, settings, monkeypatch):
+def test_hidden_states_are_returned(model_type, settings, monkeypatch):
     monkeypatch.setattr(common, "MAX_POSITIONS", 1)
     model = make_model(model_type, settings)
     input_ids = torch.tensor([[3, 9, 4, 6], [0, 7, 8, 5]])
-    if model_type == "gru4rec":
-        with pytest.raises(ValueError, match="output_hidden_states must be False for gru4rec"):
-            model(input_ids, output_hidden_states=True)
-        model.config.output_hidden_states = True
-        with pytest.raises(ValueError, match="output_hidden_states must be False for gru4rec"):
-            model(input_ids)
-        return
     length = 5 if model.config.training_objective == "masked_item" else 4  # with the mask token
     with torch.no_grad():
         hidden_states = model(input_ids, output_hidden_states=True).hidden_states
-    assert [tuple(states.shape) for states in hidden_states] == [(2, length, 24), (2, length, 24), (2, 1, 24)]
+    width = getattr(model.config, "recurrent_size", 24)
+    assert [tuple(states.shape) for states in hidden_states] == [(2, length, 24), (2, length, width), (2, 1, 24)]
     for one, other in zip(hidden_states, model(input_ids, output_hidden_states=True).hidden_states, strict=True):
         torch.testing.assert_close(one, other)
 

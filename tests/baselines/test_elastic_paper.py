@@ -228,6 +228,7 @@ def test_the_memory_gives_a_history_its_experts():
 def test_retrieved_slots_are_those_whose_values_get_a_gradient(objective):
     model = tiny_model(training_objective=objective)
     input_ids, attention_mask = histories()
+    input_ids[1, 3] = 1  # an unknown item
     slots = model.get_retrieved_slots(input_ids, attention_mask)
     assert slots.shape == (3, 2, 3)
     for row in range(3):

@@ -31,17 +31,17 @@ def histories():
 
 def gru4rec(model, input_ids, attention_mask):
     """(B, L) -> (B, L, D): the gates of each layer written out, one item after the other, padding skipped."""
-    weights = dict(model.gru.named_parameters())
     R = model.config.recurrent_size
     rows = []
     for ids, mask in zip(input_ids, attention_mask, strict=True):
-        state = [weights["weight_hh_l0"].new_zeros(R) for _ in range(model.config.num_hidden_layers)]
+        state = [model.output.weight.new_zeros(R) for _ in model.layers]
         for token_id, is_item in zip(ids, mask, strict=True):
             if is_item:
                 x = model.embed_tokens.weight[token_id]
                 for layer, h in enumerate(state):
-                    read = weights[f"weight_ih_l{layer}"] @ x + weights[f"bias_ih_l{layer}"]
-                    kept = weights[f"weight_hh_l{layer}"] @ h + weights[f"bias_hh_l{layer}"]
+                    gru = model.layers[layer].gru
+                    read = gru.weight_ih_l0 @ x + gru.bias_ih_l0
+                    kept = gru.weight_hh_l0 @ h + gru.bias_hh_l0
                     r = torch.sigmoid(read[:R] + kept[:R])
                     z = torch.sigmoid(read[R : 2 * R] + kept[R : 2 * R])
                     n = torch.tanh(read[2 * R :] + r * kept[2 * R :])
@@ -75,19 +75,33 @@ def test_the_last_position_alone_is_the_last_of_all():
 
 
 def test_items_move_to_the_front_in_their_order():
-    input_ids = torch.tensor([[0, 0, 9, 5, 9], [7, 4, 8, 3, 6], [0, 0, 0, 0, 0]])
-    expected = [[9, 5, 9, 0, 0], [7, 4, 8, 3, 6], [0, 0, 0, 0, 0]]
-    assert items_first(input_ids, input_ids != 0).tolist() == expected
+    items = torch.tensor([[0, 0, 9, 5, 9], [7, 4, 8, 3, 6], [0, 0, 0, 0, 0]])
+    expected = torch.tensor([[9, 5, 9, 0, 0], [7, 4, 8, 3, 6], [0, 0, 0, 0, 0]])
+    features = torch.tensor([1.0, 10.0])
+    assert torch.equal(items_first(items[..., None] * features, items != 0), expected[..., None] * features)
 
 
 @every_depth
-def test_dropout_is_drawn_in_training_only(num_hidden_layers, recwarn):
-    """A quarter of what the GRU and the linear layer read is zero, and none of it in evaluation."""
+def test_hidden_states_are_those_after_each_item(num_hidden_layers):
+    """At each position of a padded history, too, and zeros before its first item."""
+    model = tiny_model(num_hidden_layers=num_hidden_layers).model
+    input_ids, attention_mask = histories()
+    hidden_states = model(input_ids, attention_mask, output_hidden_states=True).hidden_states
+    sizes = [6] + [5] * (num_hidden_layers - 1) + [6]  # the last is what the model returns
+    assert [tuple(states.shape) for states in hidden_states] == [(4, 7, size) for size in sizes]
+    alone = model(input_ids[1:2, 3:], output_hidden_states=True).hidden_states
+    for states, expected in zip(hidden_states, alone, strict=True):
+        torch.testing.assert_close(states[1:2, 3:], expected)
+    for states in hidden_states[1:-1]:
+        assert (states[attention_mask == 0] == 0).all()
+
+
+@every_depth
+def test_dropout_is_drawn_in_training_only(num_hidden_layers):
+    """A quarter of what each GRU and the linear layer read is zero, and none of it in evaluation."""
     model = tiny_model(num_hidden_layers=num_hidden_layers, hidden_dropout=0.25).model
-    assert model.gru.dropout == (0.25 if num_hidden_layers > 1 else 0)
-    assert not recwarn.list  # PyTorch warns about dropout between the layers of a single one
     inputs = []
-    for module in (model.gru, model.output):
+    for module in (*model.layers, model.output):
         module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     input_ids = torch.randint(3, 31, (50, 40))
     model(input_ids)
@@ -95,7 +109,7 @@ def test_dropout_is_drawn_in_training_only(num_hidden_layers, recwarn):
     inputs.clear()
     model.train()(input_ids)
     shares = [(x == 0).float().mean().item() for x in inputs]
-    assert shares == pytest.approx([0.25, 0.25], abs=0.02)
+    assert shares == pytest.approx([0.25] * (num_hidden_layers + 1), abs=0.02)
 
 
 def test_a_round_trip_changes_nothing(tmp_path):
@@ -113,10 +127,10 @@ def test_weights_missing_from_a_checkpoint_are_drawn_as_in_a_new_model(tmp_path)
     weights = {name: weight for name, weight in model.state_dict().items() if "_hh_" not in name}
     model.save_pretrained(tmp_path, state_dict=weights)
     loaded, _ = GRU4RecForSequentialRecommendation.from_pretrained(tmp_path, output_loading_info=True)
-    loaded = loaded.model.gru
-    assert torch.equal(loaded.weight_ih_l0, model.model.gru.weight_ih_l0)
+    loaded = loaded.model.layers[0].gru
+    assert torch.equal(loaded.weight_ih_l0, model.model.layers[0].gru.weight_ih_l0)
     assert (loaded.bias_hh_l0 == 0).all()
-    for gru in (model.model.gru, loaded):
+    for gru in (model.model.layers[0].gru, loaded):
         bound = (6 / (200 + 200)) ** 0.5
         assert gru.weight_hh_l0.abs().max() <= bound
         torch.testing.assert_close(gru.weight_hh_l0.std().item(), bound / 3**0.5, rtol=0.02, atol=0)
