@@ -1,65 +1,95 @@
 #!/usr/bin/env python
 """
 A recommendation service in one loop: interactions come in, recommendations go out, and each user's state is a value of
-fixed size in a key-value store, whatever the length of the history.
+fixed size in a key-value store, whatever the length of the history (and 8 bytes for each item seen, not to recommend
+it again).
 
     printf 'ada\\tsku 17\\nada\\tsku 4\\nbob\\tsku 17\\n' |
         python examples/streaming.py --model_name_or_path outputs/shop --store users.sqlite
 
 Each line of the input is a user and an item, with a tab between them, in the order of time. For each line the service
 reads the one new item on top of the user's state, stores the new state, and prints the user and the items most likely
-to come next. Started again with the same store, it goes on where it stopped. The same loop works with any store of
-bytes: LMDB, Redis, a table of a data warehouse.
+to come next. Started again with the same store, it goes on where it stopped; several processes may share a store. A
+line that ends in an error leaves the store as it was. The same loop works with any store of bytes: LMDB, Redis, a
+table of a data warehouse.
+
+States are of one model: after training on, read the histories into a new store.
 """
 
 import argparse
 import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import safetensors.torch
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 from elastic_hf import ElasticCache
+from elastic_hf.models.catalogue import CatalogueQuery, validate_token_ids
 
 
 class UserStore:
     """Each user's [`ElasticCache`] and the ids of the items seen, as safetensors bytes in SQLite."""
 
     def __init__(self, file: str) -> None:
-        self.connection = sqlite3.connect(file)
-        self.connection.execute("CREATE TABLE IF NOT EXISTS users (user TEXT PRIMARY KEY, state BLOB NOT NULL)")
+        self.connection = sqlite3.connect(file, timeout=60, isolation_level=None)
+        self.connection.execute(
+            "CREATE TABLE IF NOT EXISTS users (user TEXT PRIMARY KEY, model_digest TEXT NOT NULL, state BLOB NOT NULL)"
+        )
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Keep other processes from the store until the end; an error leaves it as it was."""
+        with self.connection:
+            self.connection.execute("BEGIN IMMEDIATE")
+            yield
 
     def read(self, user: str) -> tuple[ElasticCache | None, torch.Tensor]:
-        row = self.connection.execute("SELECT state FROM users WHERE user = ?", (user,)).fetchone()
+        """Return the state of a user, `None` for a new one, and the token ids of the items seen, (num_seen,)."""
+        query = "SELECT model_digest, state FROM users WHERE user = ?"
+        row = self.connection.execute(query, (user,)).fetchone()
         if row is None:
             return None, torch.empty(0, dtype=torch.long)
-        tensors = safetensors.torch.load(row[0])
+        model_digest, state = row
+        tensors = safetensors.torch.load(state)
         seen = tensors.pop("seen")
-        return ElasticCache(**tensors), seen
+        return ElasticCache(**tensors, model_digest=model_digest), seen
 
     def write(self, user: str, cache: ElasticCache, seen: torch.Tensor) -> None:
-        state = safetensors.torch.save({**vars(cache), "seen": seen})
-        with self.connection:
-            self.connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?)", (user, state))
+        """Store what [`read`] returns."""
+        tensors = {**vars(cache), "seen": seen}
+        model_digest = tensors.pop("model_digest")
+        row = (user, model_digest, safetensors.torch.save(tensors))
+        self.connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?, ?)", row)
 
 
 @torch.inference_mode()
 def append(model, store: UserStore, user: str, token_id: int, top_k: int) -> torch.Tensor:
-    """Reads one new item of a user: the token ids of the `top_k` unseen items most likely to come next."""
-    cache, seen = store.read(user)
-    outputs = model(torch.tensor([[token_id]]), cache=cache, use_cache=True)
-    seen = torch.cat([seen, torch.tensor([token_id])]).unique()
-    store.write(user, outputs.cache, seen)
-    scores = outputs.logits[0]
-    scores[: model.config.num_special_tokens] = -torch.inf
-    scores[seen] = -torch.inf
-    return scores.topk(top_k).indices
+    """Read one new item of a user and return the `top_k` unseen items most likely to come next, best first.
+
+    Raises:
+        ValueError: if `token_id` is no item, another model made the user's state, or fewer than `top_k` items are
+            left.
+    """
+    item = torch.tensor([[token_id]])
+    validate_token_ids("token_id", item, model.config.num_special_tokens, model.config)
+    with store.transaction():
+        cache, seen = store.read(user)
+        seen = torch.cat([seen, item[0]]).unique()
+        outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(top_k, seen[None]))
+        (token_ids,) = outputs.token_ids
+        num_left = int((token_ids >= 0).sum())
+        if num_left < top_k:
+            raise ValueError(f"top_k={top_k} asks for more than the {num_left} items left to recommend to {user!r}")
+        store.write(user, outputs.cache, seen)
+    return token_ids
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of a causal ELASTIC model.")
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of an ELASTIC model.")
     parser.add_argument("--revision", help="Commit, tag or branch of the Hub id.")
     parser.add_argument("--store", default="users.sqlite", help="SQLite file of the users' states.")
     parser.add_argument("--top_k", type=int, default=10, help="Number of recommendations.")

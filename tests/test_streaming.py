@@ -1,13 +1,16 @@
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
+import streaming
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
+from factories import NUM_TOKENS, elastic_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -71,3 +74,64 @@ def test_an_event_that_cannot_be_read_is_refused(folder, tmp_path, user, item, m
     result = serve(folder, tmp_path / "users.sqlite", [(user, item)])
     assert result.returncode != 0
     assert message in result.stderr
+
+
+@pytest.fixture
+def store(tmp_path):
+    return streaming.UserStore(tmp_path / "users.sqlite")
+
+
+def test_only_items_that_were_not_seen_are_recommended(store):
+    """All items but five are read, some of them twice."""
+    model = elastic_model()
+    history = [*range(3, NUM_TOKENS - 5), 3, 8]
+    for token_id in history:
+        token_ids = streaming.append(model, store, "ada", token_id, 5)
+    assert sorted(token_ids.tolist()) == list(range(NUM_TOKENS - 5, NUM_TOKENS))
+    assert torch.equal(token_ids, model.recommend(torch.tensor([history]), top_k=5).token_ids[0])
+    before = store.connection.execute("SELECT * FROM users").fetchall()
+    for top_k in (6, NUM_TOKENS, 10 * NUM_TOKENS):
+        with pytest.raises(ValueError, match=f"top_k={top_k} asks for more than the 5 items left to recommend"):
+            streaming.append(model, store, "ada", 3, top_k)
+    for top_k in (0, -1):
+        with pytest.raises(ValueError, match=f"top_k must be an integer of at least 1, found {top_k}"):
+            streaming.append(model, store, "ada", 3, top_k)
+    for token_id in (0, 1, 2, NUM_TOKENS):
+        with pytest.raises(ValueError, match=f"token_id must be items, from 3 to 30, found {token_id}"):
+            streaming.append(model, store, "ada", token_id, 1)
+    assert store.connection.execute("SELECT * FROM users").fetchall() == before
+
+
+def test_states_of_another_model_are_refused(store):
+    model = elastic_model()
+    streaming.append(model, store, "ada", 3, 5)
+    other = elastic_model()
+    with torch.no_grad():
+        other.model.experts.log_half_life.add_(0.1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cache.model_digest must be that of this model"):
+            streaming.append(other, store, "ada", 4, 5)
+        streaming.append(model, store, "ada", 4, 5)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] += 1
+    with pytest.raises(ValueError, match="cache.model_digest must be that of this model"):
+        streaming.append(model, store, "ada", 4, 5)
+
+
+def test_services_that_share_a_store_lose_nothing(tmp_path):
+    model = elastic_model()
+    file = tmp_path / "users.sqlite"
+    streaming.append(model, streaming.UserStore(file), "ada", 3, 5)
+
+    def serve_all():
+        store = streaming.UserStore(file)
+        for token_id in range(3, 13):
+            streaming.append(model, store, "ada", token_id, 5)
+
+    services = [threading.Thread(target=serve_all) for _ in range(4)]
+    for service in services:
+        service.start()
+    for service in services:
+        service.join()
+    cache, seen = streaming.UserStore(file).read("ada")
+    assert cache.num_items.tolist() == [41] and seen.tolist() == list(range(3, 13))
