@@ -157,3 +157,29 @@ def causal_convolution(hidden_states, weight):
 def softmax_loss(scores, targets):
     """Sum over rows of -log softmax at the target."""
     return sum(-torch.log(torch.exp(row[t]) / torch.exp(row).sum()) for row, t in zip(scores, targets, strict=True))
+
+
+def rank_targets(users, items, targets, seen, num_special_tokens):
+    """Ranks without and with the seen items: one user, one item at a time, in Python numbers."""
+    ranks = []
+    for user, target, seen_row in zip(users.tolist(), targets.tolist(), seen.tolist(), strict=True):
+        scores = [sum(a * b for a, b in zip(user, item, strict=True)) for item in items.tolist()]
+        others = [i for i in range(num_special_tokens, len(scores)) if i != target and not scores[i] < scores[target]]
+        excluded = len(scores) - num_special_tokens
+        if target not in seen_row:
+            excluded = 1 + sum(i not in seen_row for i in others)
+        ranks.append([excluded, 1 + len(others)])
+    return ranks
+
+
+def best_items(scores, allowed, top_k):
+    """The allowed ids by falling score, one list per row."""
+    return [
+        sorted(ids, key=lambda i, row=row: -row[i])[:top_k] for row, ids in zip(scores.tolist(), allowed, strict=True)
+    ]
+
+
+def items_in_loss(token_ids, row, position, target, candidates):
+    """What a target competes with, itself included: the candidates that its row has not read up to the position."""
+    seen = token_ids[row, : position + 1].tolist()
+    return [item for item in candidates if item == target or item not in seen]

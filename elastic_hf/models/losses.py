@@ -5,7 +5,6 @@ number of targets in the whole (accumulated, distributed) batch to train on its 
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,21 +32,24 @@ class SeenItems(NamedTuple):
         """Tell which items have been read, each target having its own: (T, N) -> (T, N)."""
         return first_read(self.token_ids, self.rows[:, None], items) <= self.positions[:, None]
 
-    def masks(self, chunks: Iterator[slice], vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield chunks of targets and which tokens of the vocabulary they have read, each (chunk, V)."""
-        length = self.token_ids.shape[1]
-        indices = torch.arange(length, dtype=torch.int32, device=self.token_ids.device)
-        last_row, first_reads = -1, indices.new_empty(0, vocab_size)
-        for chunk in chunks:
-            rows, row_of_target = self.rows[chunk].unique_consecutive(return_inverse=True)
-            # The row that the last chunk ended in has its table already.
-            num_known = int(rows[0] == last_row)
-            token_ids = self.token_ids[rows[num_known:]]
-            tables = indices.new_full((len(token_ids), vocab_size), length)
-            tables.scatter_reduce_(1, token_ids, indices.expand_as(token_ids), "amin")
-            first_reads = torch.cat([first_reads[len(first_reads) - num_known :], tables])
-            last_row = int(rows[-1])
-            yield chunk, first_reads[row_of_target] <= self.positions[chunk, None]
+
+def distinct_items(token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """List what each row holds, once, in the order of the first time.
+
+    Args:
+        token_ids (`torch.LongTensor` of shape `(B, L)`).
+
+    Returns:
+        The token ids and the indices of their first time, both `torch.LongTensor` of shape `(B, U)`, where U is the
+        largest number of distinct ids in a row. Shorter lists are filled up at the index L.
+    """
+    values, order = token_ids.sort(dim=1, stable=True)
+    is_first = F.pad(values[:, 1:] != values[:, :-1], (1, 0), value=True)
+    is_first = torch.zeros_like(is_first).scatter_(1, order, is_first)
+    length = token_ids.shape[1]
+    indices = torch.arange(length, device=token_ids.device).masked_fill(~is_first, length)
+    indices = indices.sort(dim=1).values[:, : int(is_first.sum(dim=1).max())]
+    return token_ids.gather(1, indices.clamp(max=length - 1)), indices
 
 
 def full_softmax_loss(
@@ -106,8 +108,9 @@ class _FullSoftmaxLoss(torch.autograd.Function):
         total = user_embeddings.new_zeros((), dtype=_float32(user_embeddings))
         gradients = [torch.zeros_like(user_embeddings)] if needs_gradient else []
         gradients += [torch.zeros_like(parameter, dtype=_float32(parameter)) for parameter in parameters]
-        chunks = row_chunks(len(targets), vocab_size, targets.device)
-        for chunk, is_seen in ((chunk, None) for chunk in chunks) if seen is None else seen.masks(chunks, vocab_size):
+        if seen is not None:
+            seen_ids, first_reads = distinct_items(seen.token_ids)
+        for chunk in row_chunks(len(targets), vocab_size, targets.device):
             wanted = targets[chunk, None]
             # A cached cast of a weight would belong to the graph of the first chunk.
             with torch.set_grad_enabled(needs_gradient), _uncached_autocast(targets.device):
@@ -121,8 +124,11 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             scores = logits.detach().to(total.dtype)
             wanted_scores = scores.gather(-1, wanted)
             scores[:, :num_special_tokens] = -math.inf
-            if is_seen is not None:
-                scores.masked_fill_(is_seen, -math.inf).scatter_(-1, wanted, wanted_scores)
+            if seen is not None:
+                rows = seen.rows[chunk]
+                is_seen = first_reads[rows] <= seen.positions[chunk, None]
+                left_out = torch.where(is_seen, seen_ids[rows], wanted)  # (chunk, U), U no more than L or V
+                scores.scatter_(-1, left_out, -math.inf).scatter_(-1, wanted, wanted_scores)
             largest = scores.amax(dim=-1, keepdim=True)
             wanted_scores -= largest
             probabilities = scores.sub_(largest).exp_()
