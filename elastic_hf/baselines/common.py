@@ -11,7 +11,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..models.configuration_recommender import RecommenderConfig
-from ..models.modeling_recommender import SequentialRecommenderMixin, validate_histories
+from ..models.modeling_recommender import SequentialRecommenderMixin, validate_histories, validate_outputs
 
 
 # Positions of a batch that are encoded at once where no gradient is needed, so that memory does not grow with the
@@ -68,30 +68,12 @@ class BaselineModel(BaselinePreTrainedModel):
                 `(batch_size, 1, hidden_size)`.
         """
         attention_mask = validate_histories(input_ids, attention_mask, self.config)
-        is_recorded = self._check_recorded(kwargs)
+        is_recorded = validate_outputs(self, kwargs)
         if is_recorded or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return BaseModelOutput(self.encode(input_ids, attention_mask, last_position_only))
         num_rows = max(1, MAX_POSITIONS // input_ids.shape[1])
         batches = zip(input_ids.split(num_rows), attention_mask.split(num_rows), strict=True)
         return BaseModelOutput(torch.cat([self.encode(ids, mask, last_position_only) for ids, mask in batches]))
-
-    def _check_recorded(self, kwargs: dict) -> bool:
-        """Return whether hidden states or attentions are asked for, and refuse what the model does not record."""
-        is_recorded = False
-        for name in ("hidden_states", "attentions"):
-            if not kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}")):
-                continue
-            is_recorded = True
-            if name not in (self._can_record_outputs or {}):
-                raise ValueError(
-                    f"output_{name} must be False for {self.config.model_type}, which has none to return, found True"
-                )
-            if name == "attentions" and self.config._attn_implementation != "eager":
-                raise ValueError(
-                    "output_attentions needs attn_implementation='eager', the only one that holds all weights, "
-                    f"found {self.config._attn_implementation!r}"
-                )
-        return is_recorded
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         """(B, L) and a mask (B, L) -> (B, L, D), or (B, 1, D) with `last_position_only`."""

@@ -45,7 +45,7 @@ from .dispatcher_attention import (
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
 from .limits import MAX_POSITIONS, MIN_ITEMS, limit
-from .modeling_recommender import SequentialRecommenderMixin, validate_histories
+from .modeling_recommender import SequentialRecommenderMixin, validate_histories, validate_outputs
 
 
 @dataclass
@@ -306,6 +306,7 @@ class ElasticModel(ElasticPreTrainedModel):
                 Return the `cache` after these items.
         """
         attention_mask = validate_histories(input_ids, attention_mask, self.config)
+        validate_outputs(self, kwargs)
         if (cache is not None or use_cache) and not last_position_only:
             raise ValueError("cache and use_cache need last_position_only=True, found last_position_only=False")
         if cache is not None:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .catalogue import CatalogueQuery, item_embeddings, search_catalogue, validate_query
@@ -132,6 +133,37 @@ def validate_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
     shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
     if shape != tuple(input_ids.shape):
         raise ValueError(f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, found {shape}")
+
+
+def validate_outputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Check that a base model has the hidden states and attentions that it is asked for.
+
+    Args:
+        model (`PreTrainedModel`): a base model, whose `_can_record_outputs` names what it has.
+        kwargs (`dict`): of its `forward`.
+
+    Returns:
+        `bool`: whether it is asked for any.
+
+    Raises:
+        ValueError: if the model has none to return, or if its attention implementation holds no weights.
+    """
+    is_asked = False
+    for name in ("hidden_states", "attentions"):
+        if not kwargs.get(f"output_{name}", getattr(model.config, f"output_{name}")):
+            continue
+        is_asked = True
+        if name not in (model._can_record_outputs or {}):
+            raise ValueError(
+                f"output_{name} must be False for {model.config.model_type}, which has none to return, found True"
+            )
+        implementation = model.config._attn_implementation
+        if name == "attentions" and implementation != "eager":
+            raise ValueError(
+                "output_attentions needs attn_implementation='eager', which holds the weights of all attentions, "
+                f"found {implementation!r}"
+            )
+    return is_asked
 
 
 def leave_out_special_tokens(
