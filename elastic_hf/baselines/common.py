@@ -98,12 +98,13 @@ class ItemEmbeddings(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        self.max_position_embeddings = config.max_position_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def positions(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings of the positions of all histories: (B, L) -> (L, D)."""
-        length, longest = input_ids.shape[1], self.embed_positions.num_embeddings
+        length, longest = input_ids.shape[1], self.max_position_embeddings
         if length > longest:
             raise ValueError(f"input_ids must not be longer than max_position_embeddings ({longest}), found {length}")
         return self.embed_positions(torch.arange(longest - length, longest, device=input_ids.device))

@@ -176,16 +176,17 @@ class ElasticBidirectionalAttention(nn.Module):
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-class ElasticPaperConvolution(nn.Conv1d):
+class ElasticPaperConvolution(nn.Module):
     """y_t = x_t + sum_i w_i * x_(t-i): the item itself, and a depthwise convolution over it and those before it."""
 
     def __init__(self, config: ElasticPaperConfig):
+        super().__init__()
         size, kernel_size = config.hidden_size, config.conv_kernel_size
-        super().__init__(size, size, kernel_size, padding=kernel_size - 1, groups=size, bias=False)
+        self.depthwise = nn.Conv1d(size, size, kernel_size, padding=kernel_size - 1, groups=size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)"""
-        return hidden_states + super().forward(hidden_states.mT).mT[:, : hidden_states.shape[1]]
+        return hidden_states + self.depthwise(hidden_states.mT).mT[:, : hidden_states.shape[1]]
 
 
 class ElasticPaperDispatch(GradientCheckpointingLayer):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import AutoConfig, AutoModel, TrainingArguments
 
 from elastic_hf import SequentialRecommendationCollator, SequentialRecommendationTrainer
@@ -132,6 +133,30 @@ def test_saved_and_loaded_by_the_auto_classes(model_type, settings, tmp_path):
     input_ids = torch.tensor([[0, 0, 3, 9, 4], [22, 5, 5, 17, 8]])
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
     assert torch.equal(loaded.recommend(input_ids, top_k=5).token_ids, model.recommend(input_ids, top_k=5).token_ids)
+
+
+class Opaque(nn.Module):
+    """What an adapter or a quantised layer is to a model: a module that can be called, and no more."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._module = module
+
+    def forward(self, *args, **kwargs):
+        return self._module(*args, **kwargs)
+
+
+@every_model
+def test_no_weight_is_read_past_its_module(model_type, settings):
+    model = make_model(model_type, settings).model
+    input_ids = torch.tensor([[0, 0, 3, 9, 4], [22, 5, 5, 17, 8]])
+    expected = model(input_ids).last_hidden_state
+    replaced = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.GRU)
+    names = [name for name, module in model.named_modules() if isinstance(module, replaced)]
+    assert len(names) >= 4
+    for name in names:
+        model.set_submodule(name, Opaque(model.get_submodule(name)))
+    assert torch.equal(model(input_ids).last_hidden_state, expected)
 
 
 @every_model

@@ -107,9 +107,9 @@ def test_the_convolution_is_the_loop(kernel_size):
     torch.manual_seed(0)
     convolution = ElasticPaperConvolution(tiny_config(conv_kernel_size=kernel_size)).double()
     hidden_states = torch.randn(3, 7, 24, dtype=torch.float64, requires_grad=True)
-    weight = convolution.weight[:, 0].T.flip(0)  # (kernel_size, D), that of the item itself first
+    weight = convolution.depthwise.weight[:, 0].T.flip(0)  # (kernel_size, D), that of the item itself first
     expected = reference.causal_convolution(hidden_states, weight)
-    assert_same_gradients(convolution(hidden_states), expected, [hidden_states, convolution.weight])
+    assert_same_gradients(convolution(hidden_states), expected, [hidden_states, convolution.depthwise.weight])
 
 
 def slow_user_embeddings(model, input_ids, attention_mask):
@@ -128,7 +128,7 @@ def slow_user_embeddings(model, input_ids, attention_mask):
         experts, everything = torch.stack(experts)[None], torch.ones(1, len(hidden), dtype=torch.bool)
         for layer in model.layers:
             dispatch, feed_forward = layer.dispatch, layer.feed_forward
-            kernel = dispatch.convolution.weight[:, 0].T.flip(0)
+            kernel = dispatch.convolution.depthwise.weight[:, 0].T.flip(0)
             stream = reference.causal_convolution(dispatch.norm(hidden)[None], kernel)
             hidden = hidden + reference.bidirectional_layer(stream, experts, everything, dispatch.attention)[0]
             widened = torch.nn.functional.gelu(feed_forward.up(feed_forward.norm(hidden)))
@@ -325,7 +325,7 @@ def test_initial_scale(name):
             assert 0.9 < parameter.std() < 1.1, name
         elif name.endswith("sub_keys"):
             assert 0.33 < parameter.std() < 0.38, name  # 1 / sqrt(8)
-        elif "convolution" in part:
+        elif "depthwise" in part:
             assert 0.017 < parameter.std() < 0.023, name  # 192 values only
         else:
             assert 0.019 < parameter.std() < 0.021, name
