@@ -149,7 +149,8 @@ class ElasticInterestExperts(nn.Module):
     def project(self, state: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Return what [`dispatch`] reads of a state: (B, M, D + 1) -> keys and values of each layer, (B, H, E, K)."""
         interests = compressed_interests(state).unflatten(1, self.log_half_life.shape)  # (B, N, H, E, D)
-        projected = torch.einsum("bnhed,nshkd->nsbhek", interests, self.key_value.to(state.dtype))
+        with torch.autocast(state.device.type, enabled=False):
+            projected = torch.einsum("bnhed,nshkd->nsbhek", interests, self.key_value.to(state.dtype))
         return tuple(of_layer.unbind() for of_layer in projected.unbind())
 
     def forward(self, stream: Tensor, attention_mask: Tensor) -> tuple[tuple[Tensor, ...], ...]:
@@ -383,6 +384,8 @@ class ElasticModel(ElasticPreTrainedModel):
     @torch._dynamo.assume_constant_result
     def digest(self) -> str:
         """Return a digest of the weights that a state depends on: those of the embeddings, the stream and the experts."""
+        if torch.compiler.is_exporting():  # weights have no values then
+            return ""
         modules = (self.embed_tokens, self.stream, self.experts)
         weights = [weight for module in modules for weight in module.parameters()]
         versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]

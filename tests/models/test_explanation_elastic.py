@@ -1,0 +1,106 @@
+import threading
+
+import pytest
+import torch
+
+from factories import elastic_model, histories
+
+
+def test_an_explanation_shares_out_each_item_and_each_reading():
+    model = elastic_model()
+    input_ids, attention_mask = histories()
+    explanation = model.explain(input_ids, attention_mask, top_k=5)
+    assert explanation.half_lives.shape == (2, 3, 6) and explanation.half_lives.min() >= 1
+    assert explanation.assignments.shape == (3, 2, 3, 7, 6) and explanation.item_weights.shape == (3, 2, 3, 7)
+    is_item = attention_mask[:, None, None].bool().expand(-1, 2, 3, -1)
+    torch.testing.assert_close(explanation.assignments.sum(dim=-1), is_item.float())
+    torch.testing.assert_close(explanation.item_weights.sum(dim=-1), torch.ones(3, 2, 3))
+    assert (explanation.item_weights[~is_item] == 0).all() and (explanation.item_weights[is_item] > 0).all()
+    assert torch.equal(explanation.token_ids, model.recommend(input_ids, attention_mask, top_k=5).token_ids)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
+    """With them, the values of the items add up to what the attention of the first layer reads."""
+    model = elastic_model().double()
+    input_ids, attention_mask = histories()
+    explanation = model.explain(input_ids, attention_mask, top_k=1)
+    base = model.model
+    with torch.no_grad():
+        embeddings = base.embed(input_ids, attention_mask.bool())
+        stream, _ = base.to_stream(embeddings, attention_mask.bool())
+        values = torch.einsum("bld,nhkd->bnhlk", stream, base.experts.key_value[:, 1])
+        expected = (explanation.item_weights[..., None] * values).sum(dim=-2).flatten(2)  # (B, N, D)
+    read = []
+    attention = base.layers[0].attention
+    attention.output.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0][:, 0]))
+    attention.query_gate.register_forward_hook(
+        lambda module, inputs, output: torch.cat([output[..., :24], torch.full_like(output[..., 24:], 100)], -1)
+    )  # silu(100) = 100
+    with torch.no_grad():
+        base(input_ids, attention_mask, last_position_only=True)
+    torch.testing.assert_close(read[0] / 100, expected[:, 0])
+
+
+def test_contributions_are_the_slopes_of_the_scores():
+    """Scaling an item's embedding by 1 + e changes the score by e times its contribution."""
+    model = elastic_model().double().requires_grad_(False)
+    input_ids, attention_mask = histories()
+    explanation = model.explain(input_ids, attention_mask, top_k=4)
+    assert explanation.contributions.shape == (3, 4, 7)
+    step = 1e-6
+    for t in range(7):
+        scores = []
+        for sign in (-1, 1):
+            scale = torch.ones(7, 1, dtype=torch.float64)
+            scale[t] += sign * step
+            hook = model.model.embed_tokens.register_forward_hook(lambda *call, scale=scale: call[-1] * scale)
+            scores.append(model(input_ids, attention_mask).logits.gather(1, explanation.token_ids))
+            hook.remove()
+        slope = (scores[1] - scores[0]) / (2 * step)
+        torch.testing.assert_close(explanation.contributions[..., t], slope, atol=1e-7, rtol=1e-5)
+
+
+def test_bfloat16_weights_are_explained_in_float32():
+    explanation = elastic_model().to(torch.bfloat16).explain(*histories(), top_k=2)
+    assert explanation.half_lives.dtype == explanation.item_weights.dtype == torch.float32
+    torch.testing.assert_close(explanation.item_weights.sum(dim=-1), torch.ones(3, 2, 3))
+
+
+def test_a_model_in_training_mode_is_explained_as_it_answers():
+    model = elastic_model(hidden_dropout=0.5)
+    expected = model.explain(*histories(), top_k=2)
+    model.train()
+    for _ in range(2):
+        explanation = model.explain(*histories(), top_k=2)
+        torch.testing.assert_close(explanation.contributions, expected.contributions)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("method", ["recommend", "get_user_embeddings", "explain"])
+def test_threads_do_not_get_each_others_answers(method):
+    """One thread explains and looks up slots all the time, while another asks for another user."""
+    model = elastic_model()
+    one, other = histories(12, batch_size=1, padding=0)[0], histories(9, batch_size=2, padding=0)[0][1:]
+
+    def ask():
+        answer = getattr(model, method)(other)
+        return [value for value in (answer if isinstance(answer, tuple) else [answer])]
+
+    expected = ask()
+    stop = threading.Event()
+
+    def explain():
+        while not stop.is_set():
+            model.explain(one, top_k=3)
+            model.get_retrieved_slots(one)
+
+    thread = threading.Thread(target=explain)
+    thread.start()
+    try:
+        for _ in range(100):
+            for found, wanted in zip(ask(), expected, strict=True):
+                torch.testing.assert_close(found, wanted)
+    finally:
+        stop.set()
+        thread.join()
