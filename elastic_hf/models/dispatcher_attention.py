@@ -32,8 +32,8 @@ from .limits import MAX_CHUNKS, limit
 
 # Bound on an expert's score of an item: contrast enough, and within the range above.
 SCORE_CAP = 10.0
-# A smaller weight than exp(-80) counts for nothing beside those of recent items, which are at least exp(-10) times what
-# is left; and a processor's exp takes several times as long where its results are denormal.
+# A smaller weight counts for nothing beside that of the latest item, which is at least exp(-10); and a processor's exp
+# takes several times as long where its results are denormal.
 MIN_EXPONENT = -80.0
 CHUNK_SIZE = 64
 # The states of up to this many chunks come from one closed form; those of more come from groups of that many.

@@ -70,7 +70,8 @@ def explain(
         embeddings = base.embed(input_ids, attention_mask).detach().requires_grad_()
         stream = base.to_stream(embeddings, attention_mask)[0]
         hidden_states, last = embeddings[:, -1:], stream[:, -1:]
-        for layer, (key, value) in zip(base.layers, experts.project(experts.pool(stream, attention_mask)), strict=True):
+        interests = experts.project(experts.pool(stream, attention_mask))
+        for layer, (key, value) in zip(base.layers, interests, strict=True):
             query, _ = layer.attention.query_and_gate(hidden_states, last)
             logits = query.to(key.dtype) @ key.mT / math.sqrt(key.shape[-1])  # (B, H, 1, E)
             shares.append(logits.softmax(dim=-1)[:, :, 0].detach())
@@ -87,8 +88,8 @@ def explain(
 def _assign(
     experts: "ElasticInterestExperts", stream: Tensor, attention_mask: Tensor, shares: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(B, L, D), (B, L) and the share of each expert in what the last position reads, (B, N, H, E), to the assignments,
-    (B, N, H, L, E), and the item weights, (B, N, H, L)."""
+    """(B, L, D), (B, L) and the share of each expert in what the last position reads, (B, N, H, E), to assignments,
+    (B, N, H, L, E), and item weights, (B, N, H, L)."""
     sigmoids = experts.sigmoids(stream)
     scores = to_exponent(sigmoids, sigmoids.new_zeros(()))
     sizes = shares.shape[1:]

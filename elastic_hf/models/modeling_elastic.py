@@ -338,15 +338,15 @@ class ElasticModel(ElasticPreTrainedModel):
     def to_stream(
         self, embeddings: Tensor, attention_mask: Tensor, conv_state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the stream, in float32 at least, since states add up thousands of items, and the convolution's state."""
+        """Return the stream and the convolution's state, in float32 at least: states add up thousands of items."""
         stream, conv_state = self.stream(embeddings, attention_mask, conv_state)
         return _float32(stream), _float32(conv_state)
 
     def compress(
         self, input_ids: Tensor, attention_mask: Tensor, cache: ElasticCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read histories, or the items after a `cache`: embeddings and stream of the last position, (B, 1, D), then the
-        recurrent state, (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
+        """Read histories, or the items after a `cache`: the embeddings and the stream of the last position, (B, 1, D),
+        the recurrent state, (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
 
         Where no gradient is needed, a large batch is read a few rows at a time and long histories in pieces.
         """
@@ -383,7 +383,7 @@ class ElasticModel(ElasticPreTrainedModel):
 
     @torch._dynamo.assume_constant_result
     def digest(self) -> str:
-        """Return a digest of the weights that a state depends on: those of the embeddings, the stream and the experts."""
+        """Return a digest of the weights behind a state: those of the embeddings, the stream and the experts."""
         if torch.compiler.is_exporting():  # weights have no values then
             return ""
         modules = (self.embed_tokens, self.stream, self.experts)
