@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .catalogue import CatalogueQuery, item_embeddings, search_catalogue, validate_query
+from .catalogue import CatalogueAnswer, CatalogueQuery, item_embeddings, search_catalogue, validate_query
 from .configuration_recommender import RecommenderConfig
 from .losses import SeenItems, bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
@@ -341,18 +341,19 @@ class SequentialRecommenderMixin:
             mask = F.pad(mask, (0, 1), value=True)
         outputs = self.model(input_ids, mask, last_position_only=True, return_dict=True, **kwargs)
         user_embeddings = outputs.last_hidden_state[:, -1]
-        output = SequentialRecommendationOutput(
+        logits, answer = None, CatalogueAnswer(None, None, None)
+        if query is None:
+            logits = self.lm_head(user_embeddings)
+        elif query.top_k is not None or query.target_ids is not None:
+            answer = search_catalogue(self.lm_head, user_embeddings, query, config)
+        return SequentialRecommendationOutput(
+            logits=logits,
             user_embeddings=user_embeddings,
+            **answer._asdict(),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             cache=outputs.get("cache"),
         )
-        if query is None:
-            output.logits = self.lm_head(user_embeddings)
-        elif query.top_k is not None or query.target_ids is not None:
-            answer = search_catalogue(self.lm_head, user_embeddings, query, config)
-            output.token_ids, output.scores, output.ranks = answer
-        return output
 
     def loss(
         self,
