@@ -2,128 +2,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from elastic_hf.metrics import popularity_bias, rank_targets, ranking_metrics
+from elastic_hf.metrics import popularity_bias, ranking_metrics
 
 
 NUM_ITEMS = 31
 VOCAB_SIZE = NUM_ITEMS + 3
-
-
-def brute_force_ranks(users, items, targets, seen, num_special_tokens=3):
-    """One user, one item at a time, in exact Python numbers."""
-    ranks = []
-    for user, target, seen_row in zip(users.tolist(), targets.tolist(), seen.tolist(), strict=True):
-        scores = [sum(a * b for a, b in zip(user, item, strict=True)) for item in items.tolist()]
-        others = [i for i in range(num_special_tokens, len(scores)) if i != target and not scores[i] < scores[target]]
-        excluded = len(scores) - num_special_tokens
-        if target not in seen_row:
-            excluded = 1 + sum(i not in seen_row for i in others)
-        ranks.append([excluded, 1 + len(others)])
-    return torch.tensor(ranks)
-
-
-@pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    users = torch.randint(-3, 4, (5, 2), generator=generator).float()
-    items = torch.randint(-3, 4, (VOCAB_SIZE, 2), generator=generator).float()  # small integers: many ties
-    targets = torch.randint(3, VOCAB_SIZE, (5,), generator=generator)
-    seen = torch.randint(0, VOCAB_SIZE, (5, 12), generator=generator)
-    seen[:, :3] = 0
-    seen[0, 5:7] = 9  # the same item seen twice counts once
-    seen[1, -1] = targets[1]
-    return users, items, targets, seen
-
-
-@pytest.mark.parametrize("chunk_size", [1, 7, NUM_ITEMS, 8192])
-def test_ranks_equal_brute_force(batch, chunk_size):
-    ranks = rank_targets(*batch, chunk_size=chunk_size)
-    assert torch.equal(ranks, brute_force_ranks(*batch))
-    assert ranks[1, 0] == NUM_ITEMS
-
-
-def test_rank_worked_by_hand():
-    #        PAD  UNK MASK    items 3, 4, 5, 6, 7
-    items = torch.tensor([[99.0], [99.0], [99.0], [5.0], [4.0], [3.0], [3.0], [1.0]])
-    user = torch.ones(1, 1)
-    seen = torch.tensor([[0, 0, 3, 7]])
-    # Items 3, 4 are above target 5 and item 6 ties with it: rank 4, or 3 without the seen item 3.
-    assert rank_targets(user, items, torch.tensor([5]), seen).tolist() == [[3, 4]]
-    # The special tokens' scores of 99 are no competition.
-    assert rank_targets(user, items, torch.tensor([4]), seen).tolist() == [[1, 2]]
-    # Target 3 has been seen: nothing that excludes seen items can recommend it.
-    assert rank_targets(user, items, torch.tensor([3]), seen).tolist() == [[5, 1]]
-
-
-@pytest.mark.parametrize("num_users", [1, 3, 64])
-@pytest.mark.parametrize("chunk_size", [100, 333, 8192])
-def test_constant_scorer_is_always_last(num_users, chunk_size):
-    """Equal item embeddings, whose scores a matrix product does not round alike in all columns."""
-    generator = torch.Generator().manual_seed(0)
-    items = torch.randn(1, 50, generator=generator).expand(1003, 50)
-    users = torch.randn(num_users, 50, generator=generator)
-    targets = torch.randint(3, 1003, (num_users,), generator=generator)
-    ranks = rank_targets(users, items, targets, torch.zeros(num_users, 1, dtype=torch.long), chunk_size=chunk_size)
-    assert ranks.unique().tolist() == [1000]
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_scores_that_are_no_numbers_count_against_the_model(batch, bad):
-    users, items, targets, seen = batch
-    unseen = torch.zeros(5, 1, dtype=torch.long)
-    assert rank_targets(users * bad, items, targets, unseen).unique().tolist() == [NUM_ITEMS]
-    items = items.clone()
-    items[targets] = math.nan
-    assert rank_targets(users, items, targets, unseen).unique().tolist() == [NUM_ITEMS]
-
-
-def test_one_nan_competitor_counts_against_the_model(batch):
-    users, items, targets, seen = batch
-    items[3:] = 0.0
-    items[targets] = users
-    items[(set(range(3, VOCAB_SIZE)) - set(targets.tolist())).pop()] = math.nan
-    alone = rank_targets(users[:1], items, targets[:1], torch.zeros(1, 1, dtype=torch.long))
-    assert alone[0, 0] >= 2
-
-
-def test_ranks_do_not_depend_on_the_batch_or_the_chunk():
-    generator = torch.Generator().manual_seed(0)
-    users, items = torch.randn(17, 64, generator=generator), torch.randn(503, 64, generator=generator)
-    targets = torch.randint(3, 503, (17,), generator=generator)
-    seen = torch.randint(3, 503, (17, 20), generator=generator)
-    ranks = rank_targets(users, items, targets, seen)
-    assert torch.equal(ranks, brute_force_ranks(users.double(), items.double(), targets, seen))
-    for chunk_size in (1, 10, 64):
-        alone = [
-            rank_targets(users[i : i + 1], items, targets[i : i + 1], seen[i : i + 1], chunk_size=chunk_size)
-            for i in range(17)
-        ]
-        assert torch.equal(ranks, torch.cat(alone))
-
-
-def test_low_precision_embeddings_are_compared_exactly():
-    # In bfloat16 arithmetic 257 rounds to 256 and the two items would tie.
-    items = torch.tensor([[0.0, 0.0]] * 3 + [[1.0, 1.0], [1.0, 0.0]], dtype=torch.bfloat16)
-    user = torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16)
-    assert rank_targets(user, items, torch.tensor([3]), torch.zeros(1, 1, dtype=torch.long)).tolist() == [[1, 1]]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"user_embeddings": torch.zeros(5, 3)}, "hidden_size"),
-        ({"target_ids": torch.full((4,), 3)}, "target_ids"),
-        ({"target_ids": torch.full((5,), 2)}, r"target_ids must be items, in \[3, 34\)"),
-        ({"target_ids": torch.full((5,), VOCAB_SIZE)}, "found values from 34"),
-        ({"seen_ids": torch.zeros(5, dtype=torch.long)}, "seen_ids"),
-    ],
-)
-def test_bad_input_is_named(batch, change, message):
-    arguments = dict(zip(("user_embeddings", "item_embeddings", "target_ids", "seen_ids"), batch, strict=True))
-    with pytest.raises(ValueError, match=message):
-        rank_targets(**{**arguments, **change})
 
 
 def test_metrics_worked_by_hand():

@@ -116,11 +116,6 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             with torch.set_grad_enabled(needs_gradient), _uncached_autocast(targets.device):
                 users = user_embeddings[chunk].detach().requires_grad_(needs_gradient)
                 logits = lm_head(users)
-            if needs_gradient and not logits.requires_grad:
-                raise ValueError(
-                    "lm_head must pass gradients on to train with the full softmax, "
-                    f"found {type(lm_head).__module__}.{type(lm_head).__name__}, which does not"
-                )
             scores = logits.detach().to(total.dtype)
             wanted_scores = scores.gather(-1, wanted)
             scores[:, :num_special_tokens] = -math.inf
@@ -137,9 +132,7 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             if needs_gradient:
                 score_gradient = probabilities.div_(normaliser)
                 score_gradient.scatter_add_(-1, wanted, torch.full_like(wanted_scores, -1.0))
-                of_users, *of_parameters = torch.autograd.grad(
-                    logits, (users, *parameters), score_gradient.to(logits.dtype), allow_unused=True
-                )
+                of_users, *of_parameters = _head_gradients(lm_head, logits, (users, *parameters), score_gradient)
                 gradients[0][chunk] = of_users
                 for gradient, of_parameter in zip(gradients[1:], of_parameters, strict=True):
                     if of_parameter is not None:
@@ -153,6 +146,21 @@ class _FullSoftmaxLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *[None] * 6, *(output_gradient * gradient for gradient in ctx.saved_tensors)
+
+
+def _head_gradients(
+    lm_head: nn.Module, logits: Tensor, inputs: tuple[Tensor, ...], score_gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of users and parameters, of which a head may leave some out."""
+    gradients = (None,)
+    if logits.requires_grad:
+        gradients = torch.autograd.grad(logits, inputs, score_gradient.to(logits.dtype), allow_unused=True)
+    if gradients[0] is None:
+        raise ValueError(
+            "lm_head must pass gradients on to train with the full softmax, "
+            f"found {type(lm_head).__module__}.{type(lm_head).__name__}, which does not"
+        )
+    return gradients
 
 
 def _float32(tensor: Tensor) -> torch.dtype:
