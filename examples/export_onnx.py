@@ -5,10 +5,11 @@ Writes a trained recommender as ONNX programs, to serve it without PyTorch.
     python examples/export_onnx.py --model_name_or_path outputs/shop --output_dir outputs/shop-onnx
 
 `history.onnx` takes `input_ids` and `attention_mask` of shape (batch, length), 1 for items and 0 for the padding on
-the left, and returns `logits`, the scores of every token as the next item. `step.onnx`, of a causal ELASTIC, takes the
-new items of each user and the user's state as well (`states`, `convolution`, `num_items`: zeros for a new user), and
-returns the logits and the next state, whose size does not depend on the length of the history. Batch and length are
-free, up to 4,096 items at once. `items.parquet` and `tokenizer.json` lie beside the programs.
+the left, and returns `logits`, the scores of every token as the next item. `step.onnx`, of ELASTIC, takes the new
+items of each user and the user's state as well (`recurrent_state`, `conv_state`, `num_items`: zeros for a new user),
+and returns the logits and the next state, whose size does not depend on the length of the history. Batch and length
+are free. States are of one model: `step.onnx` names it in its metadata, as `model_digest`. `items.parquet` and
+`tokenizer.json` lie in the same folder.
 
 Each program is run by ONNX Runtime on histories of several lengths before the command ends, and must give PyTorch's
 logits to 1e-5, and its states to 1e-5 of their largest value.
@@ -24,10 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AutoModel, AutoTokenizer
 
-from elastic_hf import ElasticCache
-
-
-STATE = ("states", "convolution", "num_items")
+from elastic_hf.models.cache_elastic import TENSORS, ElasticCache
 
 
 class History(nn.Module):
@@ -49,8 +47,13 @@ class Step(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(input_ids, attention_mask, cache=ElasticCache(*state), use_cache=True)
-        return outputs.logits, *vars(outputs.cache).values()
+        cache = ElasticCache(*state, model_digest=self.model.model.digest())
+        outputs = self.model(input_ids, attention_mask, cache=cache, use_cache=True)
+        return outputs.logits, *tensors(outputs.cache)
+
+
+def tensors(cache: ElasticCache) -> tuple[Tensor, ...]:
+    return tuple(getattr(cache, name) for name in TENSORS)
 
 
 def make_inputs(model: nn.Module, batch_size: int, length: int, with_state: bool) -> tuple[Tensor, ...]:
@@ -65,31 +68,32 @@ def make_inputs(model: nn.Module, batch_size: int, length: int, with_state: bool
     before = torch.randint(config.num_special_tokens, config.vocab_size, (batch_size, 9), generator=generator)
     with torch.no_grad():
         cache = model(before, use_cache=True).cache
-    return input_ids, attention_mask, *vars(cache).values()
+    return input_ids, attention_mask, *tensors(cache)
 
 
 def export(program: nn.Module, file: Path, with_state: bool) -> None:
     """Writes one program and checks it."""
-    names = ["input_ids", "attention_mask", *(STATE if with_state else ())]
-    results = ["logits", *(f"next_{name}" for name in STATE if with_state)]
+    names = ["input_ids", "attention_mask", *(TENSORS if with_state else ())]
+    results = ["logits", *(f"next_{name}" for name in TENSORS if with_state)]
     program.eval()
     inputs = make_inputs(program.model, 2, 70, with_state)
     shapes = [{0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 1: Dim.AUTO}]
     if with_state:
-        shapes.append(tuple({0: Dim.AUTO} for _ in STATE))
-    torch.onnx.export(
+        shapes.append(tuple({0: Dim.AUTO} for _ in TENSORS))
+    exported = torch.onnx.export(
         program,
         inputs,
-        file,
         input_names=names,
         output_names=results,
         dynamic_shapes=tuple(shapes),
         dynamo=True,
-        external_data=False,
         verbose=False,
     )
+    if with_state:
+        exported.model.metadata_props["model_digest"] = program.model.model.digest()
+    exported.save(file, external_data=False)
     session = onnxruntime.InferenceSession(file)
-    for batch_size, length in ((1, 1), (3, 2), (2, 64), (5, 130), (1, 1000)):
+    for batch_size, length in ((1, 1), (3, 2), (2, 64), (5, 130), (1, 5000)):
         inputs = make_inputs(program.model, batch_size, length, with_state)
         with torch.no_grad():
             expected = program(*inputs)
@@ -113,7 +117,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     programs = {"history.onnx": (History(model), False)}
-    if model.config.model_type == "elastic" and model.config.is_causal:
+    if model.config.model_type == "elastic":
         programs["step.onnx"] = (Step(model), True)
     for name, (program, with_state) in programs.items():
         export(program, args.output_dir / name, with_state)

@@ -6,30 +6,18 @@ import pytest
 import torch
 
 import export_onnx
-from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
-
-
-SIZES = {
-    "vocab_size": 31,
-    "hidden_size": 24,
-    "num_attention_heads": 3,
-    "num_interest_experts": 6,
-    "intermediate_size": 20,
-    "num_memory_subkeys": 5,
-    "num_memory_heads": 2,
-}
+from elastic_hf import ElasticCache, ElasticItemTokenizer
+from factories import NUM_TOKENS, elastic_model
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A causal model, and the folder of its programs, which the command has compared with PyTorch."""
+    """A model, and the folder of its programs, which the command has compared with PyTorch."""
     folder = tmp_path_factory.mktemp("onnx")
-    torch.manual_seed(0)
-    model = ElasticForSequentialRecommendation(ElasticConfig(**SIZES)).eval()
+    model = elastic_model()
     model.save_pretrained(folder / "model")
-    ElasticItemTokenizer.from_items([f"item {i}" for i in range(28)], model_max_length=50).save_pretrained(
-        folder / "model"
-    )
+    tokenizer = ElasticItemTokenizer.from_items([f"item {i}" for i in range(NUM_TOKENS - 3)], model_max_length=50)
+    tokenizer.save_pretrained(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         arguments = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / "programs")]
         patch.setattr(sys, "argv", ["export_onnx.py", *arguments])
@@ -48,21 +36,19 @@ def test_the_folder_serves_without_pytorch(exported):
 def test_steps_are_the_whole_history(exported):
     """A user's items one at a time from the empty state, and all of them at once."""
     model, folder = exported
-    history = torch.randint(3, 31, (1, 7), generator=torch.Generator().manual_seed(0)).numpy()
-    whole = onnxruntime.InferenceSession(folder / "history.onnx")
+    history = torch.randint(3, NUM_TOKENS, (1, 7), generator=torch.Generator().manual_seed(0))
     step = onnxruntime.InferenceSession(folder / "step.onnx")
-    state = {
-        "states": np.zeros((1, 2, 3, 6, 17), np.float32),
-        "convolution": np.zeros((1, 2, 2, 24), np.float32),
-        "num_items": np.zeros(1, np.int64),
-    }
-    for t in range(7):
-        inputs = {"input_ids": history[:, t : t + 1], "attention_mask": np.ones((1, 1), np.int64), **state}
-        logits, *after = step.run(None, inputs)
-        state = dict(zip(state, after, strict=True))
-    (expected,) = whole.run(None, {"input_ids": history, "attention_mask": np.ones_like(history)})
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    assert state["num_items"].tolist() == [7]
+    cache = ElasticCache.empty(model, 1)
+    assert step.get_modelmeta().custom_metadata_map["model_digest"] == cache.model_digest == model.model.digest()
+    state = [tensor.numpy() for tensor in export_onnx.tensors(cache)]
+    names = [value.name for value in step.get_inputs()]
+    for item in history.numpy().T:
+        logits, *state = step.run(None, dict(zip(names, [item[None], np.ones((1, 1), np.int64), *state], strict=True)))
+    with torch.no_grad():
+        expected = model(history, use_cache=True)
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
+    for found, tensor in zip(state, export_onnx.tensors(expected.cache), strict=True):
+        np.testing.assert_allclose(found, tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_a_program_that_differs_is_refused(exported, tmp_path, monkeypatch):
