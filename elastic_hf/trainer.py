@@ -61,7 +61,7 @@ class SequentialRecommendationTrainer(Trainer):
       `(num_users, 2)` (seen items excluded, seen items kept) and top_ids of shape `(num_users, 20)`, -1 where nothing
       is left to recommend. Seen means the whole history, also what the model's window cuts off.
     - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
-    - Weight decay applies to the weights of linear layers only: not to embeddings, norms and biases.
+    - Weight decay applies to the weights of linear layers only: not to embeddings, the head, norms and biases.
     - The model card states what was trained and measured, and nothing else.
     - `push_to_hub` publishes what [`publish`] does: the model with its code and its card, nothing pickled. A push that
       fails while the model is trained is logged, and training goes on.
@@ -132,12 +132,11 @@ class SequentialRecommendationTrainer(Trainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        embeddings.add(id(self.model.get_output_embeddings().weight))
+        head = set(self.model.get_output_embeddings().modules())
         return [
             f"{name}.weight"
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and id(module.weight) not in embeddings
+            if isinstance(module, nn.Linear) and module not in head
         ]
 
     def prediction_step(

@@ -12,12 +12,12 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModel, EarlyStoppingCallback, TrainingArguments, set_seed
 
 import elastic_hf
+from adapters import LowRankAdapter
 from elastic_hf.data_collator import SequentialRecommendationCollator
-from elastic_hf.models.configuration_elastic import ElasticConfig
-from elastic_hf.models.modeling_elastic import ElasticForSequentialRecommendation
+from elastic_hf.models import catalogue
 from elastic_hf.trainer import SequentialRecommendationTrainer
 
 
@@ -45,18 +45,12 @@ def evaluation_rows(histories):
     return Dataset.from_dict({"input_ids": [h[:-1] for h in histories], "target": [h[-1] for h in histories]})
 
 
-def make_model(**overrides):
-    config = dict(
-        vocab_size=NUM_ITEMS + 3,
-        hidden_size=16,
-        intermediate_size=24,
-        num_interest_experts=5,
-        num_memory_subkeys=6,
-        num_memory_heads=1,
-        memory_top_k=4,
-    )
+def make_model(model_type="elastic", **overrides):
+    config = dict(vocab_size=NUM_ITEMS + 3, hidden_size=16, intermediate_size=24)
+    if model_type == "elastic":
+        config |= dict(num_interest_experts=5, num_memory_subkeys=6, num_memory_heads=1, memory_top_k=4)
     set_seed(0)
-    return ElasticForSequentialRecommendation(ElasticConfig(**{**config, **overrides}))
+    return AutoModel.from_config(AutoConfig.for_model(model_type, **{**config, **overrides}))
 
 
 def make_trainer(output_dir, model=None, callbacks=None, histories=None, **arguments):
@@ -107,16 +101,15 @@ def test_training_learns_and_keeps_the_best_checkpoint(tmp_path):
     [
         ({}, 0.95),
         ({"training_objective": "prefix"}, 0.95),
-        ({"training_objective": "prefix", "is_causal": False}, 0.95),
-        # Its experts see the order of the items through the convolution alone.
-        ({"training_objective": "masked_item", "is_causal": False}, 0.5),
+        ({"model_type": "linrec", "training_objective": "prefix", "is_causal": False}, 0.95),
+        ({"model_type": "bert4rec"}, 0.5),  # one item in five is a target
     ],
-    ids=["causal", "causal prefix", "bidirectional prefix", "bidirectional masked"],
+    ids=["next item", "causal prefix", "bidirectional prefix", "masked item"],
 )
 def test_every_objective_overfits_50_users(tmp_path, overrides, least_hr):
     trainer = make_trainer(
         tmp_path,
-        make_model(hidden_dropout=0.0, num_interest_experts=6, **overrides),
+        make_model(hidden_dropout=0.0, **overrides),
         histories=make_histories(50),
         learning_rate=1e-2,
         max_steps=400,
@@ -144,7 +137,7 @@ def test_early_stopping(tmp_path):
     [
         ("group_by_length", {}),
         ("random", {}),
-        ("group_by_length", {"training_objective": "masked_item", "is_causal": False, "num_interest_experts": 4}),
+        ("group_by_length", {"model_type": "bert4rec"}),
         ("group_by_length", {"training_objective": "prefix", "training_loss": "sampled_softmax", "num_negatives": 8}),
     ],
 )
@@ -263,10 +256,45 @@ def test_a_constant_or_nan_scorer_has_no_hits(tmp_path, value):
     assert hits == [0] * 6
 
 
-def test_evaluation_never_makes_logits(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
-    monkeypatch.setattr(trainer.model.lm_head, "forward", lambda *_: pytest.fail("scored the whole catalogue at once"))
+def test_evaluation_scores_a_few_users_at_once_and_each_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "MAX_SCORES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(catalogue, "MIN_ROWS", 9)
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=25)
+    scored = []
+    trainer.model.lm_head.register_forward_hook(lambda module, args, scores: scored.append(len(scores)))
     assert "eval_coverage@10" in trainer.evaluate()
+    batches = [catalogue.NUM_PROBES, 9, 9, 7]
+    assert scored == [*batches * 3, catalogue.NUM_PROBES, 9, 9, 4]
+
+
+def test_unknown_items_in_a_history_change_no_metric(tmp_path):
+    histories = make_histories(20)
+    with_unknown = [[1, *history[:-1], 1, history[-1]] for history in histories]  # [UNK] is 1
+    trainer = make_trainer(tmp_path)
+    expected, found = (trainer.predict(evaluation_rows(rows)).predictions for rows in (histories, with_unknown))
+    short = [len(history) < MAX_LENGTH - 2 for history in histories]
+    assert any(short)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one[short], other[short])
+
+
+def test_an_adapter_of_the_head_is_trained_and_evaluated(tmp_path):
+    model = make_model(tie_word_embeddings=False)
+    plain_head = model.lm_head
+    model.lm_head = LowRankAdapter(plain_head, rank=4)
+    weights = [model.lm_head.up.weight, model.lm_head.down.weight]
+    before = [weight.clone() for weight in weights]
+    trainer = make_trainer(tmp_path, model, save_strategy="no", num_train_epochs=1)
+    trainer.train()
+    assert not any(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+    adapted = trainer.predict(trainer.eval_dataset).predictions
+    model.lm_head = plain_head
+    assert not np.array_equal(trainer.predict(trainer.eval_dataset).predictions[0], adapted[0])
+    with torch.no_grad():
+        plain_head.weight += weights[0] @ weights[1]
+    merged = trainer.predict(trainer.eval_dataset).predictions
+    for one, other in zip(adapted, merged, strict=True):
+        assert (one == other).mean() > 0.99
 
 
 def test_evaluation_rows_need_a_target(tmp_path):
@@ -333,7 +361,7 @@ def test_weight_decay_spares_embeddings_norms_and_biases(tmp_path):
     )
     assert decayed | spared == set(names.values())
     assert "model.layers.0.feed_forward.up.weight" in decayed
-    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.memory.values.weight"} <= spared
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.retrieval.memory.values.weight"} <= spared
     assert not [name for name in decayed if "norm" in name or "bias" in name]
 
 

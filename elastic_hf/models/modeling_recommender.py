@@ -490,6 +490,8 @@ class SequentialRecommenderMixin:
             seen_ids = input_ids.masked_fill(~mask, config.pad_token_id)
         seen_ids = as_token_ids("seen_ids", seen_ids, device)
         if candidate_ids is not None:
+            if index is not None:
+                raise ValueError("candidate_ids must not be given with an index, which searches all items")
             candidate_ids = as_token_ids("candidate_ids", candidate_ids, device)
         query = CatalogueQuery(top_k, seen_ids, candidate_ids)
         validate_query(query, len(input_ids), config)
@@ -506,8 +508,6 @@ class SequentialRecommenderMixin:
                 output = self(input_ids, mask, query=query, return_dict=True)
             token_ids, scores = output.token_ids, output.scores
         else:
-            if candidate_ids is not None:
-                raise ValueError("candidate_ids must not be given with an index, which searches all items")
             index.validate_model(self)
             scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask), top_k, query.seen_ids)
         if bool(scores.isnan().any()):

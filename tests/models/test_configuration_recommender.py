@@ -1,0 +1,49 @@
+import json
+import math
+from dataclasses import fields
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from elastic_hf import ElasticConfig
+from elastic_hf.baselines import BERT4RecConfig, ElasticPaperConfig, GRU4RecConfig, LightSANsConfig, SASRecConfig
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.5])
+@pytest.mark.parametrize(
+    "config_class", [ElasticConfig, BERT4RecConfig, ElasticPaperConfig, GRU4RecConfig, LightSANsConfig, SASRecConfig]
+)
+def test_every_number_must_be_finite_and_not_negative(config_class, value):
+    defaults = config_class()
+    names = [field.name for field in fields(defaults) if isinstance(getattr(defaults, field.name), float)]
+    assert {"initializer_range", "gbce_calibration", "hidden_dropout"} <= set(names)
+    assert ("layer_norm_eps" in names) == (config_class is not GRU4RecConfig)
+    for name in names:
+        with pytest.raises(StrictDataclassError, match=f"{name} must be a finite number of at least 0, found {value}"):
+            config_class(**{name: value})
+
+
+def test_a_file_with_a_broken_number_is_refused(tmp_path):
+    config = SASRecConfig()
+    config.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "layer_norm_eps": math.nan}))
+    with pytest.raises(StrictDataclassError, match="layer_norm_eps must be a finite number of at least 0, found nan"):
+        SASRecConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 3}, r"vocab_size must exceed num_special_tokens \(3\), found 3"),
+        ({"pad_token_id": 3}, r"pad_token_id must be between 0 and num_special_tokens - 1 \(2\), found 3"),
+        ({"num_negatives": 0}, "num_negatives must be at least 1, found 0"),
+        ({"gbce_calibration": 2}, "gbce_calibration must be between 0 and 1, found 2"),
+        ({"training_loss": "hinge"}, "training_loss must be one of .* found 'hinge'"),
+        ({"training_objective": "last"}, "training_objective must be one of .* found 'last'"),
+        ({"mask_seen_in_loss": "no"}, "mask_seen_in_loss"),
+    ],
+)
+def test_what_no_model_can_be_is_refused(settings, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        SASRecConfig(**settings)
