@@ -77,8 +77,13 @@ class SequentialRecommendationTrainer(Trainer):
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs) -> None:
+        tokenizer = kwargs.get("processing_class")
+        if model is not None and tokenizer is not None and len(tokenizer) != model.config.vocab_size:
+            raise ValueError(
+                f"vocab_size of the model must be that of the tokenizer, {len(tokenizer)}, "
+                f"found {model.config.vocab_size}"
+            )
         if data_collator is None:
-            tokenizer = kwargs.get("processing_class")
             if model is None or tokenizer is None:
                 raise ValueError("without a data_collator both model and processing_class must be given")
             data_collator = SequentialRecommendationCollator(

@@ -18,6 +18,7 @@ import elastic_hf
 from adapters import LowRankAdapter
 from elastic_hf.data_collator import SequentialRecommendationCollator
 from elastic_hf.models import catalogue
+from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.trainer import SequentialRecommendationTrainer
 
 
@@ -406,6 +407,16 @@ def test_without_a_collator_the_tokenizer_is_needed(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="processing_class"):
         SequentialRecommendationTrainer(make_model(), arguments)
+
+
+@pytest.mark.parametrize("num_items", [NUM_ITEMS - 1, NUM_ITEMS + 1])
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, num_items):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    tokenizer = ElasticItemTokenizer.from_items(range(num_items), MAX_LENGTH)
+    with pytest.raises(ValueError, match=f"must be that of the tokenizer, {num_items + 3}, found {NUM_ITEMS + 3}"):
+        SequentialRecommendationTrainer(make_model(), arguments, processing_class=tokenizer)
+    fitting = ElasticItemTokenizer.from_items(range(NUM_ITEMS), MAX_LENGTH)
+    SequentialRecommendationTrainer(make_model(), arguments, processing_class=fitting)
 
 
 def run_everything(output_dir, num_processes):

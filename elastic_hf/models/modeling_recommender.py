@@ -310,7 +310,8 @@ class SequentialRecommenderMixin:
             num_items_in_batch (`int`, *optional*):
                 What to divide the summed loss by; defaults to the number of targets in this batch.
             cache (*optional*):
-                What was read before, by a model with `supports_cache`. The answer is that for the whole histories.
+                What was read before, by a model with `supports_cache`. The answer is that for the whole histories,
+                each of which must go on.
             use_cache (`bool`, defaults to `False`):
                 Return the `cache` that holds these items, too.
             query ([`CatalogueQuery`], *optional*):
@@ -333,7 +334,14 @@ class SequentialRecommenderMixin:
             )
         if query is not None:
             validate_query(query, len(input_ids), config)
+        given = mask
         input_ids, mask = leave_out_special_tokens(input_ids, mask, config.num_special_tokens)
+        if cache is not None and mask is not given and (given[:, -1] & ~mask[:, -1]).any():
+            row = int((given[:, -1] & ~mask[:, -1]).nonzero()[0])
+            raise ValueError(
+                "input_ids must hold an item in each row that goes on from the cache, "
+                f"found special tokens alone in row {row}"
+            )
         if cache is not None or use_cache:
             kwargs |= {"cache": cache, "use_cache": use_cache}
         if config.training_objective == "masked_item":

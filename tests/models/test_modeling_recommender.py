@@ -210,7 +210,7 @@ def test_scores_of_low_precision_are_told_apart(model, dtype):
     logits, result = model(input_ids).logits, model.recommend(input_ids, top_k=400)
     assert logits.dtype == dtype and max(len(row.unique()) for row in logits) < 503
     assert result.scores.dtype == torch.float32 and (result.scores.diff() < 0).all()
-    users = model(input_ids).user_embeddings.float()
+    users = model.get_user_embeddings(input_ids).float()
     expected = reference.best_items(
         users @ model.lm_head.weight.float().T, [set(range(3, 503)) - set(row) for row in input_ids.tolist()], 400
     )
@@ -279,6 +279,17 @@ def test_unknown_items_change_nothing(model):
     assert torch.equal(outputs[0].ranks, outputs[1].ranks)
     assert torch.equal(outputs[0].token_ids, outputs[1].token_ids)
     assert not torch.allclose(model.model(with_unknown).last_hidden_state, model.model(alone).last_hidden_state)
+
+
+def test_unknown_items_after_a_cache_change_nothing(model):
+    cache = model(torch.tensor([[3, 9, 4], [5, 5, 17]]), use_cache=True).cache
+    with_unknown = model(torch.tensor([[8, 1, 7], [1, 6, 1]]), cache=cache, use_cache=True)
+    alone = model(torch.tensor([[8, 7], [0, 6]]), cache=cache, use_cache=True)
+    torch.testing.assert_close(with_unknown.logits, alone.logits)
+    torch.testing.assert_close(with_unknown.cache.recurrent_state, alone.cache.recurrent_state)
+    assert torch.equal(with_unknown.cache.num_items, alone.cache.num_items)
+    with pytest.raises(ValueError, match="that goes on from the cache, found special tokens alone in row 1"):
+        model(torch.tensor([[8, 1], [1, 2]]), cache=cache)
 
 
 def test_special_tokens_are_left_out():
