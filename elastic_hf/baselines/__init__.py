@@ -1,8 +1,7 @@
 """Published sequential recommenders under the head, losses, data and evaluation of this package."""
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
-from ..models.item_tokenizer import ElasticItemTokenizer
 from .bert4rec import BERT4RecConfig, BERT4RecForSequentialRecommendation
 from .elastic_paper import ElasticPaperConfig, ElasticPaperForSequentialRecommendation
 from .gru4rec import GRU4RecConfig, GRU4RecForSequentialRecommendation
@@ -29,7 +28,7 @@ __all__ = [
     "SASRecForSequentialRecommendation",
 ]
 
-for config_class, model_class in (
+BASELINES = (
     (BERT4RecConfig, BERT4RecForSequentialRecommendation),
     (ElasticPaperConfig, ElasticPaperForSequentialRecommendation),
     (GRU4RecConfig, GRU4RecForSequentialRecommendation),
@@ -37,7 +36,8 @@ for config_class, model_class in (
     (LinRecConfig, LinRecForSequentialRecommendation),
     (PopularityConfig, PopularityForSequentialRecommendation),
     (SASRecConfig, SASRecForSequentialRecommendation),
-):
+)
+
+for config_class, model_class in BASELINES:
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
-    AutoTokenizer.register(config_class, tokenizer_class=ElasticItemTokenizer, exist_ok=True)

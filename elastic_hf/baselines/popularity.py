@@ -1,12 +1,9 @@
 """Popularity: everybody is recommended the items that occur most often in the training histories."""
 
-from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -81,7 +78,7 @@ class PopularityForSequentialRecommendation(BaselineForSequentialRecommendation,
         return self.lm_head  # the inherited one has none for a model without input embeddings
 
     @torch.no_grad()
-    def count_items(self, histories: Dataset | Iterable[Sequence[int]]) -> "PopularityForSequentialRecommendation":
+    def count_items(self, histories: Any) -> "PopularityForSequentialRecommendation":
         """Sets each item's score to the number of times it occurs; special tokens have 0.
 
         Args:
@@ -95,7 +92,10 @@ class PopularityForSequentialRecommendation(BaselineForSequentialRecommendation,
         Raises:
             ValueError: if `histories` are no lists of token ids, hold none, or one outside the vocabulary.
         """
-        if not isinstance(histories, Dataset):
+        import pyarrow as pa  # here, since models are read, and their speed measured, without it
+        import pyarrow.compute as pc
+
+        if not hasattr(histories, "with_format"):  # as a datasets.Dataset has
             column = pa.array(list(histories))
         elif "input_ids" in histories.column_names:
             column = histories.with_format("arrow")[:]["input_ids"]

@@ -8,16 +8,13 @@ Token ids: `[PAD]` 0, `[UNK]` 1, `[MASK]` 2, then the items from 3 on, in the or
 """
 
 import os
-from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import TokenizersBackend
@@ -53,9 +50,7 @@ class ElasticItemTokenizer(TokenizersBackend):
     _items: pa.Table | None = None
 
     @classmethod
-    def from_items(
-        cls, items: Dataset | pa.Table | pl.DataFrame | Iterable[int | str], model_max_length: int
-    ) -> "ElasticItemTokenizer":
+    def from_items(cls, items: Any, model_max_length: int) -> "ElasticItemTokenizer":
         """Builds the tokenizer of a catalogue.
 
         Args:
@@ -162,7 +157,7 @@ class ElasticItemTokenizer(TokenizersBackend):
         """
         return _encode_lists(histories, self.items["item_id"])
 
-    def tokenize_histories(self, histories: DatasetDict, num_proc: int | None = None) -> DatasetDict:
+    def tokenize_histories(self, histories: Any, num_proc: int | None = None) -> Any:
         """Token ids of every split of [`load_histories`].
 
         Args:
@@ -176,18 +171,18 @@ class ElasticItemTokenizer(TokenizersBackend):
         Raises:
             ValueError: If a split is empty or has no `item_ids`, and as [`encode_histories`].
         """
-        tokenized = DatasetDict()
+        tokenized = type(histories)()
         for name, split in histories.items():
             if "item_ids" not in split.column_names:
                 raise ValueError(f"split {name!r} must have the column 'item_ids', found {split.column_names}")
             # `Dataset.map` would hand an empty split back with its old columns.
             if len(split) == 0:
                 raise ValueError(f"split {name!r} must have at least one history, found none")
-            features = {"input_ids": List(Value("int32"))}
+            types = {"input_ids": pa.list_(pa.int32())}
             if "user_id" in split.column_names:
-                features = {"user_id": split.features["user_id"], **features}
+                types = {"user_id": split.features.arrow_schema.field("user_id").type, **types}
             if "target" in split.column_names:
-                features["target"] = Value("int32")
+                types["target"] = pa.int32()
             tokenized[name] = (
                 split.with_format("arrow")
                 .map(
@@ -196,7 +191,7 @@ class ElasticItemTokenizer(TokenizersBackend):
                     batched=True,
                     batch_size=HISTORIES_PER_BATCH,
                     remove_columns=split.column_names,
-                    features=Features(features),
+                    features=split.features.from_arrow_schema(pa.schema(types)),
                     num_proc=num_proc,
                     desc=f"Tokenizing {name} histories",
                 )
@@ -214,7 +209,7 @@ class ElasticItemTokenizer(TokenizersBackend):
 
 def _as_item_table(items: Any) -> pa.Table:
     """Checks a catalogue and reduces it to `item_id` (int64 or string), `title` (string) and, if given, `count`."""
-    if isinstance(items, Dataset):
+    if hasattr(items, "with_format"):  # a datasets.Dataset
         items = items.with_format("arrow")[:]
     elif not hasattr(items, "__arrow_c_stream__"):
         try:

@@ -3,13 +3,12 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Pipeline, PreTrainedModel
@@ -34,8 +33,8 @@ class SequentialRecommendationPipeline(Pipeline):
     empty one. A title stands for its item where no item id equals it.
 
     The model reads the most recent `model_max_length` items of the tokenizer, as it does in the evaluation of
-    [`SequentialRecommendationTrainer`]; older ones are still seen, and left out of the recommendations. A causal
-    ELASTIC model, which has no longest history, reads more after `pipe.tokenizer.model_max_length = 4_000`.
+    [`SequentialRecommendationTrainer`]; older ones are still seen, and left out of the recommendations.
+    ELASTIC, which has no longest history, reads more after `pipe.tokenizer.model_max_length = 4_000`.
 
     The parameters can be given to `pipeline`, and to each call of what it returns:
 
@@ -91,7 +90,8 @@ class SequentialRecommendationPipeline(Pipeline):
         if is_flat or isinstance(inputs, str | dict) or not isinstance(inputs, Iterable | TorchDataset):
             return super().__call__((None, inputs), **kwargs)
         recommendations = super().__call__(_numbered(inputs), **kwargs)
-        return list(recommendations) if isinstance(inputs, Sequence | Dataset) else recommendations
+        is_sized = isinstance(inputs, Sized) and not isinstance(inputs, TorchDataset)
+        return list(recommendations) if is_sized else recommendations
 
     def _sanitize_parameters(self, **parameters) -> tuple[dict, dict, dict]:
         for name in parameters:

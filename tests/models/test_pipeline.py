@@ -356,9 +356,16 @@ def test_what_does_not_belong_together_is_refused(model, tokenizer, tmp_path):
         SequentialRecommendationPipeline(model.model, tokenizer)
 
 
+def approx(recommendations):
+    """The same, but for rounding: weights that lie elsewhere in memory are summed up in another order."""
+    if isinstance(recommendations, list):
+        return [approx(element) for element in recommendations]
+    return {**recommendations, "score": pytest.approx(recommendations["score"], rel=1e-5)}
+
+
 def test_save_and_load(pipe, tmp_path):
     """No code is saved, and none has to be trusted, again and again."""
-    expected = [pipe(HISTORIES), pipe([], fallback="popularity")]
+    expected = approx([pipe(HISTORIES), pipe([], fallback="popularity")])
     for folder in (tmp_path / "first", tmp_path / "second"):
         pipe.save_pretrained(folder)
         files = {file.name for file in folder.iterdir()}
@@ -391,4 +398,4 @@ print(json.dumps(pipeline("sequential-recommendation", model="someone/shop", top
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == pipe([9])
+    assert json.loads(run.stdout.splitlines()[-1]) == approx(pipe([9]))
