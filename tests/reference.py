@@ -31,7 +31,7 @@ def causal_lda(query, key, value, scores, log_forget):
 
 
 def pool_history(stream, scores, log_forget, attention_mask):
-    """(B, L, D) streams, (B, L, M) scores, (M,) log-forgetting, (B, L) masks -> [sum_j a x_j | sum_j a], item by item."""
+    """(B, L, D) streams, (B, L, M) scores, (M,) log-forgetting, (B, L) masks -> (B, M, D + 1), item by item."""
     rows = []
     for b in range(stream.shape[0]):
         for m in range(scores.shape[-1]):
@@ -59,11 +59,11 @@ def user_embeddings(model, input_ids, attention_mask):
         rows = [torch.zeros(D, dtype=convolution.dtype) for _ in range(int((mask == 0).sum()))]
         embedded, normed, stream = [], [], []
         for item in ids[mask == 1]:
-            embedded.append(model.embed_tokens.weight[item] * math.sqrt(D))
+            embedded.append(model.embed_tokens.weight[item])
             normed.append(model.stream.norm(embedded[-1]))
             t = len(stream)
             stream.append(normed[t] + sum(convolution[i] * normed[t - i] for i in range(min(len(convolution), t + 1))))
-            h = embedded[t]
+            h = math.sqrt(D) * embedded[t]
             for n, layer in enumerate(model.layers):
                 attention = layer.attention
                 reader = stream[t] if n == 0 else attention.norm(h)

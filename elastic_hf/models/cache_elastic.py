@@ -1,5 +1,7 @@
 """What ELASTIC keeps of histories it has read: a fixed number of bytes for each user, however long the history."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -7,13 +9,31 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 if TYPE_CHECKING:
     from .modeling_elastic import ElasticModel
 
 TENSORS = ("recurrent_state", "conv_state", "num_items")
+
+
+def digest_weights(model: nn.Module, modules: Iterable[nn.Module]) -> str:
+    """Return a digest of the weights of some modules of a model, which remembers it for as long as they stay the same.
+
+    An exported graph, whose weights have no values yet, has the digest `""`.
+    """
+    if torch.compiler.is_exporting():
+        return ""
+    weights = [weight for module in modules for weight in module.parameters()]
+    versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+    if getattr(model, "_digest", (None,))[0] != versions:
+        sha256 = hashlib.sha256()
+        for weight in weights:
+            sha256.update(str(weight.shape).encode())
+            sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        model._digest = (versions, sha256.hexdigest())
+    return model._digest[1]
 
 
 @dataclass
@@ -42,9 +62,7 @@ class ElasticCache:
     model_digest: str
 
     @classmethod
-    def empty(
-        cls, model: "ElasticModel", batch_size: int, device: torch.device | str | None = None
-    ) -> "ElasticCache":
+    def empty(cls, model: "ElasticModel", batch_size: int, device: torch.device | str | None = None) -> "ElasticCache":
         """Return the cache of `batch_size` users who have no history yet, on the model's device by default."""
         config, device = model.config, device or model.device
         num_experts = config.num_hidden_layers * config.num_attention_heads * config.num_interest_experts

@@ -90,7 +90,7 @@ def pool_history(
     """
     weights = final_weights(sigmoids, log_forget)
     is_item = attention_mask.to(stream.dtype)[..., None]  # (B, L, 1)
-    pooled = torch.cat([weights @ stream, weights @ is_item], dim=-1)
+    pooled = weights @ torch.cat([stream, is_item], dim=-1)
     if state is None:
         return pooled
     kept = torch.exp(is_item.sum(dim=1) * log_forget)  # (B, M)

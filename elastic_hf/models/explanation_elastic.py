@@ -67,9 +67,9 @@ def explain(
     base, experts = model.model, model.model.experts
     shares = []
     with evaluating(model), torch.enable_grad():
-        embeddings = base.embed(input_ids, attention_mask).detach().requires_grad_()
+        embeddings = base.embed(input_ids).detach().requires_grad_()
         stream = base.to_stream(embeddings, attention_mask)[0]
-        hidden_states, last = embeddings[:, -1:], stream[:, -1:]
+        hidden_states, last = base.scale(embeddings[:, -1:]), stream[:, -1:]
         interests = experts.project(experts.pool(stream, attention_mask))
         for layer, (key, value) in zip(base.layers, interests, strict=True):
             query, _ = layer.attention.query_and_gate(hidden_states, last)

@@ -39,11 +39,14 @@ def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) ->
     with torch.no_grad():
         queries = query.reshape(-1, *query.shape[-3:])  # (T, G, 2, key_size)
         if torch.compiler.is_compiling():  # a graph for every length has no loop over parts of it
-            slots = _search_slots(queries, sub_keys, bias, top_k)
+            scores, slots = _search_slots(queries, sub_keys, bias, top_k)
         else:
             num_queries = max(1, limit(MAX_SUBKEY_SCORES, query.device) // bias.numel())
-            slots = torch.cat([_search_slots(q, sub_keys, bias, top_k) for q in queries.split(num_queries)])
-    slots = slots.view(*query.shape[:-2], top_k)
+            found = [_search_slots(some, sub_keys, bias, top_k) for some in queries.split(num_queries)]
+            scores, slots = map(torch.cat, zip(*found, strict=True))
+    scores, slots = (x.view(*query.shape[:-2], top_k) for x in (scores, slots))
+    if not torch.is_grad_enabled():
+        return scores, slots
     indices = torch.stack([slots // num_subkeys, slots % num_subkeys], dim=-2)  # (..., G, 2, R)
     rows = indices + num_subkeys * torch.arange(2 * num_heads, device=slots.device).view(num_heads, 2, 1)
     keys = F.embedding(rows, sub_keys.flatten(0, 2))  # (..., G, 2, R, key_size)
@@ -51,8 +54,8 @@ def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) ->
     return halves.sum(dim=-2), slots
 
 
-def _search_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> Tensor:
-    """(T, G, 2, key_size) -> (T, G, R)"""
+def _search_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """(T, G, 2, key_size) -> scores and slots, (T, G, R)"""
     num_heads, _, num_subkeys, _ = sub_keys.shape
     queries = query.permute(1, 2, 3, 0).flatten(0, 1)  # (2G, key_size, T)
     halves = torch.baddbmm(bias.flatten(0, 1)[..., None], sub_keys.flatten(0, 1), queries)  # (2G, S, T)
@@ -64,7 +67,8 @@ def _search_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> 
     first, second = torch.tensor(pairs, device=scores.device).T
     scores = scores[:, 0, first] + scores[:, 1, second]
     slots = indices[:, 0, first] * num_subkeys + indices[:, 1, second]
-    return slots.gather(1, top_k_rows(scores, top_k)[1]).permute(2, 0, 1)
+    scores, order = top_k_rows(scores, top_k)
+    return scores.permute(2, 0, 1), slots.gather(1, order).permute(2, 0, 1)
 
 
 def count_subkeys(slots: Tensor, num_subkeys: int, mask: Tensor) -> Tensor:

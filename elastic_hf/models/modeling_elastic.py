@@ -2,7 +2,7 @@
 
     e_j = embedding of item j;    x_j = conv(norm(e))_j                                             the stream
     c_t = what each expert has compressed of x_1 .. x_t                          see dispatcher_attention.py
-    h_t = e_t, and for each layer:   q, g = W_qg norm(h)                  the first layer's query reads x_t
+    h_t = sqrt(D) e_t, and for each layer:   q, g = W_qg norm(h)                  the first layer's query reads x_t
                                      h = h + W_o(silu(g) * dispatch(q, W_k c, W_v c))
                                      h = h + Memory(norm(h))                            last layer only
                                      h = h + FeedForward(norm(h))
@@ -15,7 +15,6 @@ Axis letters: B batch, L history length, D hidden size, N layers, H heads, K hea
 head, M experts of all layers and heads (N * H * E).
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_elastic import ElasticCache
+from .cache_elastic import ElasticCache, digest_weights
+from .causal_convolution import causal_convolution, prepend
 from .configuration_elastic import ElasticConfig
 from .dispatcher_attention import (
     compressed_interests,
@@ -45,7 +44,13 @@ from .dispatcher_attention import (
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
 from .limits import MAX_POSITIONS, MIN_ITEMS, limit
-from .modeling_recommender import SequentialRecommenderMixin, validate_histories, validate_outputs
+from .modeling_recommender import (
+    SequentialRecommenderMixin,
+    evaluating,
+    leave_out_special_tokens,
+    validate_histories,
+    validate_outputs,
+)
 
 
 @dataclass
@@ -53,43 +58,6 @@ class ElasticModelOutput(BaseModelOutput):
     """A [`~transformers.modeling_outputs.BaseModelOutput`], and the `cache` where `use_cache=True` asked for it."""
 
     cache: ElasticCache | None = None
-
-
-def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """Add a depthwise convolution over the latest items to each item: `y_t = x_t + sum_i weight_i * x_(t-i)`.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(B, kernel_size - 1 + L, D)`): those before the first position, too.
-        weight (`torch.Tensor` of shape `(kernel_size, D)`).
-
-    Returns:
-        `torch.Tensor` of shape `(B, L, D)`.
-    """
-    earlier = weight.shape[0] - 1
-    length = hidden_states.shape[1] - earlier
-    output = hidden_states[:, earlier:] * (1 + weight[0])
-    for i in range(1, weight.shape[0]):
-        output.addcmul_(weight[i], hidden_states[:, earlier - i : earlier - i + length])
-    return output
-
-
-def prepend(earlier: Tensor, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Put what came earlier right in front of each row's first item, behind its padding.
-
-    Args:
-        earlier (`torch.Tensor` of shape `(B, P, D)`).
-        hidden_states (`torch.Tensor` of shape `(B, L, D)`): zeros at padding.
-        attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding, which is on the left.
-
-    Returns:
-        `torch.Tensor` of shape `(B, P + L, D)`.
-    """
-    num_earlier = earlier.shape[1]
-    padding = (~attention_mask).sum(dim=1)  # (B,)
-    indices = padding[:, None] + torch.arange(num_earlier, device=padding.device)  # (B, P)
-    indices = indices[..., None].expand(-1, -1, hidden_states.shape[-1])
-    inputs = torch.cat([torch.zeros_like(earlier, dtype=hidden_states.dtype), hidden_states], dim=1)
-    return inputs.scatter_(1, indices, earlier.to(hidden_states.dtype))
 
 
 class ElasticStream(nn.Module):
@@ -108,7 +76,8 @@ class ElasticStream(nn.Module):
         normed = self.norm(embeddings) * attention_mask[..., None]
         num_earlier = self.convolution.shape[0] - 1
         if conv_state is None:
-            inputs = F.pad(normed, (0, 0, num_earlier, 0))
+            nothing = normed.new_zeros(normed.shape[0], num_earlier, normed.shape[-1])
+            inputs = torch.cat([nothing, normed], dim=1)
         else:
             inputs = prepend(conv_state, normed, attention_mask)
         stream = causal_convolution(inputs, self.convolution)
@@ -200,6 +169,10 @@ class ElasticRetrieval(GradientCheckpointingLayer):
         self.memory = ElasticInterestMemory(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    def retrieve(self, hidden_states: Tensor) -> Tensor:
+        """Return the slots that answer: (B, D) -> (B, G, R)"""
+        return self.memory.retrieve(self.norm(hidden_states), self.memory.top_k)[1]
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L, D) and (B, L) -> (B, L, D)"""
         return hidden_states + self.dropout(self.memory(self.norm(hidden_states), attention_mask))
@@ -281,7 +254,6 @@ class ElasticModel(ElasticPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -316,8 +288,9 @@ class ElasticModel(ElasticPreTrainedModel):
             hidden_states, stream, *states = self.compress(input_ids, attention_mask, cache)
             read, interests = dispatch, self.experts.project(states[0])
         else:
-            hidden_states = self.embed(input_ids, attention_mask)
-            stream, _ = self.to_stream(hidden_states, attention_mask)
+            embeddings = self.embed(input_ids)
+            stream, _ = self.to_stream(embeddings, attention_mask)
+            hidden_states = self.scale(embeddings)
             with torch.autocast(stream.device.type, enabled=False):
                 read, interests = read_chunks, self.experts(stream, attention_mask)
         readers = attention_mask[:, -hidden_states.shape[1] :]
@@ -328,12 +301,14 @@ class ElasticModel(ElasticPreTrainedModel):
             cache = ElasticCache(*states, num_items, self.digest())
         return ElasticModelOutput(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the item embeddings, zeros at padding: (B, L) -> (B, L, D)."""
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the item embeddings: (B, L) -> (B, L, D)."""
+        return self.dropout(self.embed_tokens(input_ids))
+
+    def scale(self, embeddings: Tensor) -> Tensor:
+        """Return what the reader starts from: (B, L, D) -> (B, L, D)."""
         # Tied embeddings are small for the softmax; as inputs they are learned much sooner at unit scale.
-        embeddings = self.embed_tokens(input_ids)
-        scale = math.sqrt(self.config.hidden_size) * attention_mask[..., None].to(embeddings.dtype)
-        return self.dropout(embeddings * scale)
+        return math.sqrt(self.config.hidden_size) * embeddings
 
     def to_stream(
         self, embeddings: Tensor, attention_mask: Tensor, conv_state: Tensor | None = None
@@ -345,15 +320,15 @@ class ElasticModel(ElasticPreTrainedModel):
     def compress(
         self, input_ids: Tensor, attention_mask: Tensor, cache: ElasticCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read histories, or the items after a `cache`: the embeddings and the stream of the last position, (B, 1, D),
-        the recurrent state, (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
+        """Read histories, or the items after a `cache`: what the reader starts from, and the stream, at the last
+        position, (B, 1, D), the recurrent state, (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
 
         Where no gradient is needed, a large batch is read a few rows at a time and long histories in pieces.
         """
         num_positions = limit(MAX_POSITIONS, input_ids.device)
         batch_size, length = input_ids.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or input_ids.numel() <= num_positions:
-            return self._compress(input_ids, attention_mask, cache, length)
+            return self._compress(input_ids, attention_mask, cache)
         num_rows = max(1, num_positions // min(length, MIN_ITEMS))
         rows = torch.arange(batch_size, device=input_ids.device).split(num_rows)
         read = [
@@ -368,34 +343,26 @@ class ElasticModel(ElasticPreTrainedModel):
         return tuple(map(torch.cat, zip(*read, strict=True)))
 
     def _compress(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: ElasticCache | None, num_items: int
+        self, input_ids: Tensor, attention_mask: Tensor, cache: ElasticCache | None, num_items: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[`compress`] in pieces of `num_items`."""
+        """[`compress`] as a whole, or in pieces of `num_items`."""
         state = conv_state = None
         if cache is not None:
             state, conv_state = cache.recurrent_state, cache.conv_state
-        for ids, mask in zip(input_ids.split(num_items, dim=1), attention_mask.split(num_items, dim=1), strict=True):
-            embeddings = self.embed(ids, mask)
+        pieces = [(input_ids, attention_mask)]
+        if num_items is not None:
+            pieces = zip(input_ids.split(num_items, dim=1), attention_mask.split(num_items, dim=1), strict=True)
+        for ids, mask in pieces:
+            embeddings = self.embed(ids)
             stream, conv_state = self.to_stream(embeddings, mask, conv_state)
             with torch.autocast(stream.device.type, enabled=False):
                 state = self.experts.pool(stream, mask, state)
-        return embeddings[:, -1:], stream[:, -1:], state, conv_state
+        return self.scale(embeddings[:, -1:]), stream[:, -1:], state, conv_state
 
     @torch._dynamo.assume_constant_result
     def digest(self) -> str:
         """Return a digest of the weights behind a state: those of the embeddings, the stream and the experts."""
-        if torch.compiler.is_exporting():  # weights have no values then
-            return ""
-        modules = (self.embed_tokens, self.stream, self.experts)
-        weights = [weight for module in modules for weight in module.parameters()]
-        versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-        if getattr(self, "_digest", (None,))[0] != versions:
-            sha256 = hashlib.sha256()
-            for weight in weights:
-                sha256.update(str(weight.shape).encode())
-                sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-            self._digest = (versions, sha256.hexdigest())
-        return self._digest[1]
+        return digest_weights(self, (self.embed_tokens, self.stream, self.experts))
 
 
 class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreTrainedModel):
@@ -436,14 +403,15 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         *layers, last = self.model.layers
         if last.retrieval is None:
             raise ValueError("num_memory_subkeys must be at least 1 for a model that retrieves slots, found 0")
-        attention_mask = validate_histories(input_ids, attention_mask, self.config)
-        hidden_states, stream, state, _ = self.model.compress(input_ids, attention_mask)
-        *interests, of_last = self.model.experts.project(state)
-        for layer, of_layer in zip(layers, interests, strict=True):
-            hidden_states = layer(hidden_states, stream, attention_mask[:, -1:], dispatch, *of_layer)
-        hidden_states = last.attention(hidden_states, stream, dispatch, *of_last)
-        retrieval = last.retrieval
-        return retrieval.memory.retrieve(retrieval.norm(hidden_states[:, 0]), retrieval.memory.top_k)[1]
+        mask = validate_histories(input_ids, attention_mask, self.config)
+        input_ids, mask = leave_out_special_tokens(input_ids, mask, self.config.num_special_tokens)
+        with evaluating(self):
+            hidden_states, stream, state, _ = self.model.compress(input_ids, mask)
+            *interests, of_last = self.model.experts.project(state)
+            for layer, of_layer in zip(layers, interests, strict=True):
+                hidden_states = layer(hidden_states, stream, mask[:, -1:], dispatch, *of_layer)
+            hidden_states = last.attention(hidden_states, stream, dispatch, *of_last)
+            return last.retrieval.retrieve(hidden_states[:, 0])
 
 
 def _float32(tensor: Tensor) -> Tensor:

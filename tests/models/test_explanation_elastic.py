@@ -27,7 +27,7 @@ def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
     explanation = model.explain(input_ids, attention_mask, top_k=1)
     base = model.model
     with torch.no_grad():
-        embeddings = base.embed(input_ids, attention_mask.bool())
+        embeddings = base.embed(input_ids)
         stream, _ = base.to_stream(embeddings, attention_mask.bool())
         values = torch.einsum("bld,nhkd->bnhlk", stream, base.experts.key_value[:, 1])
         expected = (explanation.item_weights[..., None] * values).sum(dim=-2).flatten(2)  # (B, N, D)

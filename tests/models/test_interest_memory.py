@@ -27,6 +27,8 @@ def test_product_keys_find_the_best_of_all_slots(top_k, max_scores, monkeypatch)
     expected, expected_slots = reference.retrieve_slots(query, sub_keys, bias, top_k)
     torch.testing.assert_close(scores, expected)
     assert (slots == expected_slots).all()
+    with torch.no_grad():
+        torch.testing.assert_close(retrieve_slots(query, sub_keys, bias, top_k), (scores, slots))
     for gradient, wanted in zip(
         torch.autograd.grad((scores**2).sum(), (query, sub_keys)),
         torch.autograd.grad((expected**2).sum(), (query, sub_keys)),

@@ -8,7 +8,6 @@ from transformers import AutoConfig, AutoModel
 import reference
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel
 from elastic_hf.models import modeling_elastic
-from elastic_hf.models.modeling_elastic import causal_convolution, prepend
 from factories import elastic_config, elastic_model, histories
 
 
@@ -90,6 +89,11 @@ def test_reading_in_pieces_changes_nothing(num_positions, min_items, monkeypatch
     assert torch.equal(model.get_retrieved_slots(*batch), expected_slots)
 
 
+def test_attentions_are_refused():
+    with pytest.raises(ValueError, match="output_attentions"):
+        elastic_model()(*histories(), output_attentions=True)
+
+
 def test_a_long_history_is_read_in_bounded_memory(monkeypatch):
     model = elastic_model()
     read_in_pieces_of(monkeypatch, 100, 40)
@@ -97,28 +101,6 @@ def test_a_long_history_is_read_in_bounded_memory(monkeypatch):
     model.model.stream.register_forward_hook(lambda module, inputs, outputs: sizes.append(inputs[0].shape[:2].numel()))
     model.recommend(torch.randint(3, 31, (5, 730)), top_k=2, exclude_seen=False)
     assert sum(sizes) == 5 * 730 and max(sizes) <= 100
-
-
-@pytest.mark.parametrize("kernel_size", [1, 3, 9])
-def test_convolution_equals_the_loop(kernel_size):
-    torch.manual_seed(0)
-    hidden_states = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(kernel_size, 5, dtype=torch.float64, requires_grad=True)
-    inputs = torch.nn.functional.pad(hidden_states, (0, 0, kernel_size - 1, 0))
-    results = []
-    for output in (causal_convolution(inputs, weight), reference.causal_convolution(hidden_states, weight)):
-        results.append((output, *torch.autograd.grad((output**3).sum(), (hidden_states, weight))))
-    torch.testing.assert_close(*results)
-
-
-def test_what_came_earlier_stands_right_before_the_items():
-    _, mask = histories(length=5, padding=3)
-    hidden_states = torch.randn(3, 5, 2) * mask[..., None]
-    earlier = torch.randn(3, 3, 2)
-    inputs = prepend(earlier, hidden_states, mask.bool())
-    for row, padding in enumerate((3, 0, 0)):
-        expected = [torch.zeros(padding, 2), earlier[row], hidden_states[row, padding:]]
-        torch.testing.assert_close(inputs[row], torch.cat(expected))
 
 
 # No item after t reaches t
@@ -326,6 +308,15 @@ def test_retrieved_slots_are_those_whose_values_get_a_gradient():
         model(input_ids[row : row + 1], attention_mask[row : row + 1]).logits.square().sum().backward()
         read = values.grad.abs().sum(dim=-1).nonzero().flatten().tolist()
         assert read == sorted({*slots[row].flatten().tolist()})
+
+
+def test_slots_of_unknown_items_and_of_training_mode_are_those_of_the_items():
+    model = elastic_model(hidden_dropout=0.5)
+    input_ids, _ = histories()
+    expected = model.get_retrieved_slots(input_ids)
+    unknown = torch.cat([input_ids[:, :4], torch.ones(3, 2, dtype=torch.long), input_ids[:, 4:]], dim=1)
+    assert torch.equal(model.train().get_retrieved_slots(unknown), expected)
+    assert all(module.training for module in model.modules())
 
 
 def test_a_model_without_memory_retrieves_no_slots():
