@@ -112,8 +112,7 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             seen_ids, first_reads = distinct_items(seen.token_ids)
         for chunk in row_chunks(len(targets), vocab_size, targets.device):
             wanted = targets[chunk, None]
-            # A cached cast of a weight would belong to the graph of the first chunk.
-            with torch.set_grad_enabled(needs_gradient), _uncached_autocast(targets.device):
+            with torch.set_grad_enabled(needs_gradient):
                 users = user_embeddings[chunk].detach().requires_grad_(needs_gradient)
                 logits = lm_head(users)
             scores = logits.detach().to(total.dtype)
@@ -166,15 +165,6 @@ def _head_gradients(
 def _float32(tensor: Tensor) -> torch.dtype:
     """The type that sums over a tensor are taken in."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _uncached_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(
-        device.type,
-        dtype=torch.get_autocast_dtype(device.type),
-        enabled=torch.is_autocast_enabled(device.type),
-        cache_enabled=False,
-    )
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
