@@ -1,4 +1,4 @@
-"""Measures what the documents state. One sub-command for each subject; each writes a JSON file, and a plot of lengths.
+"""Measure what the documents state. One sub-command for each subject; each writes a JSON file.
 
 python examples/run_benchmark.py inference    # histories to user embeddings, by length, beside other models
 python examples/run_benchmark.py training     # a training step, by length, beside other models
@@ -11,8 +11,9 @@ python examples/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
 python examples/run_benchmark.py data         # 20 million interactions from a file to split histories
 python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 
-Both sides of every ratio are measured in the same process, taking turns; seconds are the median of the repetitions.
-Leave the machine alone meanwhile.
+Both models of every ratio are measured in the same process, taking turns; seconds are the median of the repetitions.
+Leave the machine alone meanwhile. The first three need torch and transformers alone; where there is a GPU, they run on
+it, in `--dtype float32` or `bfloat16`, and write a file of their own. `render_results.py` makes tables and figures.
 """
 
 import argparse
@@ -36,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_fresh_process(function, *args):
-    """Runs a function in a new process, so that one measurement's memory does not count into the next one's peak."""
+    """Run a function in a new process, so that one measurement's memory does not count into the next one's peak."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *args).result()
 
@@ -46,18 +47,17 @@ def report(file: Path, results: dict) -> None:
     print(json.dumps(results, indent=2))
 
 
-# 1. models: the same width, layers, heads and batch for every side
+# 1. models: the same width, layers, heads and batch for every model
 
-LONG = [1_024, 2_048, 4_096]
-BIDIRECTIONAL = {"is_causal": False, "training_objective": "prefix"}
-SIDES = {
+MODELS = {
     "elastic": ("elastic", {}),
     "elastic, no memory": ("elastic", {"num_memory_subkeys": 0}),
-    "elastic, bidirectional": ("elastic", BIDIRECTIONAL),
+    "elastic, 4 layers": ("elastic", {"num_hidden_layers": 4}),
     "elastic, checkpointed": ("elastic", {}),
     "elastic, compiled": ("elastic", {}),
-    "elastic, bidirectional, compiled": ("elastic", BIDIRECTIONAL),
+    "elastic_paper": ("elastic_paper", {}),
     "sasrec, sdpa": ("sasrec", {}),
+    "sasrec, sdpa, checkpointed": ("sasrec", {}),
     "sasrec, sdpa, compiled": ("sasrec", {}),
     "sasrec, naive": ("sasrec", {}),
     "linrec": ("linrec", {}),
@@ -65,14 +65,20 @@ SIDES = {
 }
 
 
-def make_model(side: str, length: int, num_items: int, **changes):
-    """A model with random weights: hidden size 64, 2 layers, 2 heads, feed-forward 256, 16 interests."""
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_model(name: str, length: int, num_items: int, **changes):
+    """Return a model with random weights: hidden size 64, 2 layers, 2 heads, feed-forward 256, 16 interests."""
     import torch
     from transformers import AutoConfig, AutoModel
 
     import elastic_hf  # noqa: F401
 
-    model_type, settings = SIDES[side]
+    model_type, settings = MODELS[name]
     settings = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -80,7 +86,7 @@ def make_model(side: str, length: int, num_items: int, **changes):
         "intermediate_size": 256,
         **settings,
     }
-    if model_type == "elastic":
+    if model_type in ("elastic", "elastic_paper"):
         settings["num_interest_experts"] = 16
     else:
         settings["max_position_embeddings"] = length
@@ -88,33 +94,40 @@ def make_model(side: str, length: int, num_items: int, **changes):
         settings["num_latent_interests"] = 16
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, vocab_size=num_items + 3, **{**settings, **changes})
-    attention = {"attn_implementation": "eager"} if side == "sasrec, naive" else {}
+    attention = {"attn_implementation": "eager"} if name == "sasrec, naive" else {}
     model = AutoModel.from_config(config, **attention)
-    if side.endswith("compiled"):
+    if name.endswith("compiled"):
         model.model.compile()
-    if side.endswith("checkpointed"):
+    if name.endswith("checkpointed"):
         model.activation_checkpointing_enable()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device())
 
 
-def make_step(model, batch_size: int, length: int, num_items: int, subject: str):
-    """What is measured: a function that encodes a batch of users, or one that trains on it."""
+def make_step(model, batch_size: int, length: int, subject: str, dtype: str = "float32"):
+    """Return what is measured: a function that encodes a batch of users, or one that trains on it.
+
+    Users are encoded with weights of the `dtype`; training keeps float32 weights, under autocast.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(3, num_items + 3, (batch_size, length), generator=generator).to(model.device)
+    config, dtype = model.config, getattr(torch, dtype)
+    input_ids = torch.randint(config.num_special_tokens, config.vocab_size, (batch_size, length), generator=generator)
+    input_ids = input_ids.to(model.device)
     if subject == "inference":
-        model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False).to(dtype)
         return lambda: model.get_user_embeddings(input_ids)
 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     labels = input_ids.roll(-1, dims=1)
-    if not model.config.is_causal:
+    if not config.is_causal:
         labels[:, :-1] = -100
 
     def step():
-        model(input_ids=input_ids, labels=labels).loss.backward()
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -122,25 +135,22 @@ def make_step(model, batch_size: int, length: int, num_items: int, subject: str)
 
 
 def median_seconds(steps: dict, repetitions: int, warmup: int) -> dict[str, float]:
-    """Runs the functions in turns and returns the median time of each."""
-    import torch
+    """Run the functions in turns and return the median time of each."""
+    from torch.utils.benchmark import timer  # waits for a GPU
 
     times = {name: [] for name in steps}
     for repetition in range(warmup + repetitions):
         for name, step in steps.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = timer()
             step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            seconds = timer() - start
             if repetition >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_bytes(step) -> int:
-    """The most memory that one call holds beyond what was there before it, by the allocator's own account."""
+    """Return the most memory that one call holds beyond what was there before it, by the allocator's own account."""
     import torch
 
     step()
@@ -160,100 +170,70 @@ def peak_bytes(step) -> int:
 
 
 def setting(args: argparse.Namespace) -> dict:
-    """Where and how it was measured."""
+    """Return where and how it was measured."""
     import torch
+    import transformers
 
-    on_gpu = torch.cuda.is_available()
     return {
         "benchmark": args.subject,
-        "hardware": torch.cuda.get_device_name() if on_gpu else processor(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": device(),
+        "dtype": args.dtype,
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),  # other work on the machine, in busy cores
         "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
-def product_rate() -> float:
-    """Multiplications and additions a second of a large matrix product, two for each."""
-    import torch
-
-    size = 2048 if torch.cuda.is_available() else 1024
-    matrix = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
-    seconds = median_seconds({"product": lambda: matrix @ matrix}, repetitions=20, warmup=3)["product"]
-    return 2 * size**3 / seconds
-
-
-def count_operations(step) -> int:
-    """The multiplications and additions of the matrix products of one call."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
 def benchmark_models(args: argparse.Namespace) -> None:
-    """Time or memory of every side at every length."""
+    """Measure time or memory of every model at every length."""
     import torch
 
     results = {**setting(args), "num_items": args.num_items, "rows": []}
-    if args.subject == "inference":
-        results["product_rate"] = product_rate()
     passes = ("inference", "training") if args.subject == "memory" else (args.subject,)
-    for length in args.lengths:
-        batch_size = max(1, min(args.batch_size, args.max_positions // length))
-        sides = [side for side in args.sides if length <= args.longest_naive or side != "sasrec, naive"]
-        sides = [side for side in sides if length in args.compiled_lengths or not side.endswith("compiled")]
+    batch_sizes = args.batch_sizes * len(args.lengths) if len(args.batch_sizes) == 1 else args.batch_sizes
+    for length, batch_size in zip(args.lengths, batch_sizes, strict=True):
+        names = [name for name in args.models if length <= args.longest_naive or name != "sasrec, naive"]
+        names = [name for name in names if length in args.compiled_lengths or not name.endswith("compiled")]
         for subject in passes:
             steps = {}
-            for side in sides:
-                if subject == "inference" and side.endswith("checkpointed"):
+            for name in names:
+                if subject == "inference" and name.endswith("checkpointed"):
                     continue
-                model = make_model(side, length, args.num_items, training_loss="sampled_softmax")
-                steps[side] = make_step(model, batch_size, length, args.num_items, subject)
+                model = make_model(name, length, args.num_items, training_loss="sampled_softmax")
+                steps[name] = make_step(model, batch_size, length, subject, args.dtype)
             row = {"pass": subject, "length": length, "batch_size": batch_size}
             if args.subject == "memory":
-                row["peak_bytes"] = {side: peak_bytes(step) for side, step in steps.items()}
+                row["peak_bytes"] = {name: peak_bytes(step) for name, step in steps.items()}
             else:
                 row["seconds"] = median_seconds(steps, args.repetitions, args.warmup)
-            if args.subject == "inference":
-                # The counter knows neither the fused attention of a processor nor compiled programs.
-                ours = [side for side in steps if side.startswith("elastic") and not side.endswith("compiled")]
-                row["operations"] = {side: count_operations(steps[side]) for side in ours}
             results["rows"].append(row)
             print(json.dumps(row))
             torch.compiler.reset()  # programs of another length are other programs
-    plot(results, args.output.with_suffix(".png"))
+    if args.subject == "memory":
+        results["rows"] += [measure_default(length, args.dtype) for length in args.default_lengths]
     write_json(args.output, results)
 
 
-def plot(results: dict, file: Path) -> None:
-    """What was measured against the length, one line for each side, one panel for each pass."""
-    import matplotlib
+def measure_default(length: int, dtype: str) -> dict:
+    """Measure the peak memory of training on one user with the defaults of the configuration."""
+    from transformers import AutoConfig, AutoModel
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    passes = list(dict.fromkeys(row["pass"] for row in results["rows"]))
-    figure, axes = plt.subplots(1, len(passes), figsize=(6 * len(passes), 4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], passes, strict=True):
-        rows = [row for row in results["rows"] if row["pass"] == name]
-        key, label, unit = ("seconds", "milliseconds per user", 1e-3)
-        if "peak_bytes" in rows[0]:
-            key, label, unit = ("peak_bytes", "peak megabytes per user", 1e6)
-        for side in rows[0][key]:
-            points = [(row["length"], row[key][side] / unit / row["batch_size"]) for row in rows if side in row[key]]
-            style = "-" if side.startswith("elastic") else "--"
-            axis.plot(*zip(*points, strict=True), marker=".", linestyle=style, label=side)
-        axis.set(xscale="log", yscale="log", xlabel="history length (items)", ylabel=f"{label}, {name}")
-        axis.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    model = AutoModel.from_config(AutoConfig.for_model("elastic")).to(device())
+    step = make_step(model, 1, length, "training", dtype)
+    row = {"pass": "training, defaults", "length": length, "batch_size": 1}
+    row["peak_bytes"] = {"elastic": peak_bytes(step)}
+    print(json.dumps(row))
+    return row
 
 
 def benchmark_onnx(args: argparse.Namespace) -> None:
-    """Exported programs beside PyTorch: whole histories by length, and one more item on top of a state."""
+    """Measure exported programs beside PyTorch: whole histories by length, and one more item on top of a state."""
     import onnxruntime
     import torch
 
@@ -284,7 +264,7 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
 
 
 def benchmark_profile(args: argparse.Namespace) -> None:
-    """The operators in which ELASTIC and SASRec spend their time, the costliest first."""
+    """Find the operators in which ELASTIC and SASRec spend their time, the costliest first."""
     import torch
 
     results = {**setting(args), "num_items": args.num_items, "length": args.length, "batch_size": args.batch_size}
@@ -292,9 +272,9 @@ def benchmark_profile(args: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     for subject in ("inference", "training"):
-        for side in args.sides:
-            model = make_model(side, args.length, args.num_items, training_loss="sampled_softmax")
-            step = make_step(model, args.batch_size, args.length, args.num_items, subject)
+        for name in args.models:
+            model = make_model(name, args.length, args.num_items, training_loss="sampled_softmax")
+            step = make_step(model, args.batch_size, args.length, subject)
             for _ in range(args.warmup):
                 step()
             with torch.profiler.profile() as profile:
@@ -311,12 +291,12 @@ def benchmark_profile(args: argparse.Namespace) -> None:
                 for event in events[: args.num_operators]
             ]
             calls = sum(event.count for event in events) // args.repetitions
-            results["rows"].append({"pass": subject, "side": side, "calls": calls, "operators": operators})
+            results["rows"].append({"pass": subject, "model": name, "calls": calls, "operators": operators})
     report(args.output, results)
 
 
 def benchmark_memory_bank(args: argparse.Namespace) -> None:
-    """What an interest memory costs by its number of slots: encoding users, and a training step."""
+    """Measure what an interest memory costs by its number of slots: encoding users, and a training step."""
     results = {**setting(args), "length": args.length, "batch_size": args.batch_size, "rows": []}
     results["num_items"] = args.num_items
     for subject in ("inference", "training"):
@@ -324,7 +304,7 @@ def benchmark_memory_bank(args: argparse.Namespace) -> None:
         for num_subkeys in args.num_subkeys:
             changes = {"num_memory_subkeys": num_subkeys, "training_loss": "sampled_softmax"}
             model = make_model("elastic", args.length, args.num_items, **changes)
-            steps[str(num_subkeys**2)] = make_step(model, args.batch_size, args.length, args.num_items, subject)
+            steps[str(num_subkeys**2)] = make_step(model, args.batch_size, args.length, subject)
         seconds = median_seconds(steps, args.repetitions, args.warmup)
         peaks = {name: peak_bytes(step) for name, step in steps.items()}
         results["rows"].append({"pass": subject, "seconds": seconds, "peak_bytes": peaks})
@@ -332,11 +312,11 @@ def benchmark_memory_bank(args: argparse.Namespace) -> None:
 
 
 def benchmark_catalogue(args: argparse.Namespace) -> None:
-    """Training with a sampled softmax, ranking and recommending, by the number of items."""
+    """Measure training with a sampled softmax, ranking and recommending, by the number of items."""
     import torch
 
     from elastic_hf import ItemIndex
-    from elastic_hf.metrics import rank_targets
+    from elastic_hf.models.catalogue import CatalogueQuery
 
     results = {**setting(args), "length": args.length, "batch_size": args.batch_size, "num_users": args.num_users}
     results["rows"] = []
@@ -350,13 +330,15 @@ def benchmark_catalogue(args: argparse.Namespace) -> None:
             near = torch.randint(len(groups), (num_items + 3,), generator=generator)
             noise = torch.randn(num_items + 3, model.config.hidden_size, generator=generator)
             model.get_input_embeddings().weight.copy_(0.02 * (groups[near] + noise))
-        training[name] = make_step(model, args.batch_size, args.length, num_items, "training")
+        training[name] = make_step(model, args.batch_size, args.length, "training")
         users = torch.randint(3, num_items + 3, (args.num_users, args.length + 1), generator=generator)
         histories, targets = users.to(model.device).split([args.length, 1], dim=1)
 
-        def rank(model=model, histories=histories, targets=targets[:, 0]):
-            users = model.eval().get_user_embeddings(histories)
-            rank_targets(users, model.get_output_embeddings().weight, targets, histories)
+        query = CatalogueQuery(top_k=20, seen_ids=histories, target_ids=targets[:, 0])
+
+        @torch.no_grad()
+        def rank(model=model, histories=histories, query=query):
+            model.eval()(histories, query=query)
             model.train()
 
         ranking[name] = rank
@@ -397,8 +379,10 @@ def benchmark_catalogue(args: argparse.Namespace) -> None:
 
 
 def benchmark_streaming(args: argparse.Namespace) -> None:
-    """One more item and the ten best recommendations, after histories of several lengths."""
+    """Measure one more item and the ten best recommendations, after histories of several lengths."""
     import torch
+
+    from elastic_hf.models.cache_elastic import TENSORS
 
     model = make_model("elastic", 0, args.num_items).eval()
     steps = {}
@@ -414,7 +398,7 @@ def benchmark_streaming(args: argparse.Namespace) -> None:
 
         steps[f"{length:,}"] = step
     seconds = median_seconds(steps, args.repetitions, args.warmup)
-    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in vars(cache).values())
+    state_bytes = sum(getattr(cache, name).nbytes for name in TENSORS)
     results = {**setting(args), "num_items": args.num_items, "bytes_per_user": state_bytes, "seconds": seconds}
     report(args.output, results)
 
@@ -423,7 +407,7 @@ def benchmark_streaming(args: argparse.Namespace) -> None:
 
 
 def make_files(folder: str, formats: list[str], num_rows: int, num_users: int, num_items: int, seed: int) -> None:
-    """Writes rows in random order: popularity and activity follow Zipf's law, times are uniform over five years."""
+    """Write rows in random order: popularity and activity follow Zipf's law, times are uniform over five years."""
     import numpy as np
     import polars as pl
 
@@ -539,100 +523,165 @@ def benchmark_tokenizer(args: argparse.Namespace) -> None:
     report(args.output, results)
 
 
+# 4. arguments
+
+LONG = [1_024, 2_048, 4_096]
+HELP = {
+    "lengths": "Items in a history.",
+    "batch_sizes": "Histories in a batch: one number for each length, or one for all.",
+    "compiled_lengths": "Lengths to compile for.",
+    "longest_naive": "Longest history of naive attention.",
+    "default_lengths": "Lengths of one user's training with the defaults of the configuration.",
+    "models": "Models to measure.",
+    "dtype": "Type of the weights in inference, of autocast in training.",
+    "num_users": "Users, of a catalogue those that are ranked and recommended to.",
+    "num_operators": "Operators that are named.",
+    "num_slow": "Histories that take the slow path as well.",
+}
+CHOICES = {"models": tuple(MODELS), "dtype": ("float32", "bfloat16"), "formats": ("parquet", "csv")}
+
+
+def add_benchmark(subjects, subject: str, run, text: str, **defaults) -> None:
+    """Add a sub-command: a list among the defaults is an option that takes several values."""
+    parser = subjects.add_parser(subject, help=text)
+    parser.set_defaults(run=run, subject=subject, dtype="float32")
+    for name, default in defaults.items():
+        several = {"nargs": "*", "type": type(default[0])} if isinstance(default, list) else {"type": type(default)}
+        choices = CHOICES.get(name)
+        parser.add_argument(f"--{name}", default=default, choices=choices, help=HELP.get(name), **several)
+    parser.add_argument("--output", type=Path, help="JSON file; examples/results/benchmark-<subject>.json by default.")
+
+
+def output_file(subject: str, device: str, dtype: str) -> Path:
+    """Return where results go by default: `-cuda` and `-bfloat16` tell them from those of a processor in float32."""
+    variant = [name for name in (device, dtype) if name not in ("cpu", "float32")]
+    return RESULTS / f"benchmark-{'-'.join([subject, *variant])}.json"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     subjects = parser.add_subparsers(required=True)
 
-    for subject, text, lengths, compiled in (
-        (
-            "inference",
-            "seconds from histories to user embeddings",
-            [100, 200, 300, 500, *LONG, 8192, 32768],
-            [200, 2048, 8192, 32768],
-        ),
-        ("training", "seconds of a training step", [50, 100, 200, 500, *LONG], [200, 2048]),
-        ("memory", "peak memory of both", [200, 500, *LONG], [2048]),
-    ):
-        models = subjects.add_parser(subject, help=f"{text}, by length, beside other models")
-        models.add_argument("--lengths", type=int, nargs="+", default=lengths)
-        models.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES))
-        models.add_argument("--batch_size", type=int, default=4, help="Histories in a batch.")
-        models.add_argument("--max_positions", type=int, default=8_192, help="Positions in a batch of several.")
-        models.add_argument("--compiled_lengths", type=int, nargs="*", default=compiled, help="To compile for.")
-        models.add_argument("--longest_naive", type=int, default=8_192, help="Longest length of naive attention.")
-        models.add_argument("--num_items", type=int, default=10_000)
-        models.add_argument("--repetitions", type=int, default=15)
-        models.add_argument("--warmup", type=int, default=2)
-        models.add_argument("--output", type=Path, default=RESULTS / f"benchmark-{subject}.json")
-        models.set_defaults(run=benchmark_models, subject=subject)
-
-    streaming = subjects.add_parser("streaming", help="seconds of one more item, by the length of the history")
-    streaming.add_argument("--lengths", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
-    streaming.add_argument("--num_items", type=int, default=10_000)
-    streaming.add_argument("--repetitions", type=int, default=200)
-    streaming.add_argument("--warmup", type=int, default=20)
-    streaming.add_argument("--output", type=Path, default=RESULTS / "benchmark-streaming.json")
-    streaming.set_defaults(run=benchmark_streaming, subject="streaming")
-
-    catalogue = subjects.add_parser("catalogue", help="training and recommending, by the number of items")
-    catalogue.add_argument("--num_items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    catalogue.add_argument("--length", type=int, default=200)
-    catalogue.add_argument("--batch_size", type=int, default=64)
-    catalogue.add_argument("--num_users", type=int, default=256, help="Users that are ranked and recommended to.")
-    catalogue.add_argument("--repetitions", type=int, default=9)
-    catalogue.add_argument("--warmup", type=int, default=1)
-    catalogue.add_argument("--output", type=Path, default=RESULTS / "benchmark-catalogue.json")
-    catalogue.set_defaults(run=benchmark_catalogue, subject="catalogue")
-
-    onnx = subjects.add_parser("onnx", help="ONNX Runtime beside PyTorch")
-    onnx.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 2_048])
-    onnx.add_argument("--batch_size", type=int, default=1)
-    onnx.add_argument("--num_items", type=int, default=10_000)
-    onnx.add_argument("--repetitions", type=int, default=50)
-    onnx.add_argument("--warmup", type=int, default=5)
-    onnx.add_argument("--output", type=Path, default=RESULTS / "benchmark-onnx.json")
-    onnx.set_defaults(run=benchmark_onnx, subject="onnx")
-
-    profile = subjects.add_parser("profile", help="the operators that the time goes into")
-    profile.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=["elastic", "sasrec, sdpa"])
-    profile.add_argument("--length", type=int, default=2_048)
-    profile.add_argument("--batch_size", type=int, default=4)
-    profile.add_argument("--num_items", type=int, default=10_000)
-    profile.add_argument("--num_operators", type=int, default=12, help="Operators that are named.")
-    profile.add_argument("--repetitions", type=int, default=7)
-    profile.add_argument("--warmup", type=int, default=2)
-    profile.add_argument("--output", type=Path, default=RESULTS / "benchmark-profile.json")
-    profile.set_defaults(run=benchmark_profile, subject="profile")
-
-    bank = subjects.add_parser("memory-bank", help="the cost of the interest memory, by its number of slots")
-    bank.add_argument("--num_subkeys", type=int, nargs="+", default=[0, 32, 128, 512])
-    bank.add_argument("--length", type=int, default=2_048)
-    bank.add_argument("--batch_size", type=int, default=4)
-    bank.add_argument("--num_items", type=int, default=10_000)
-    bank.add_argument("--repetitions", type=int, default=7)
-    bank.add_argument("--warmup", type=int, default=2)
-    bank.add_argument("--output", type=Path, default=RESULTS / "benchmark-memory-bank.json")
-    bank.set_defaults(run=benchmark_memory_bank, subject="memory-bank")
-
-    data = subjects.add_parser("data", help="seconds and peak memory from a file of interactions to split histories")
-    data.add_argument("--num_rows", type=int, default=20_000_000)
-    data.add_argument("--num_users", type=int, default=150_000)
-    data.add_argument("--num_items", type=int, default=60_000)
-    data.add_argument("--formats", nargs="+", choices=("parquet", "csv"), default=["parquet", "csv"])
-    data.add_argument("--seed", type=int, default=0)
-    data.add_argument("--output", type=Path, default=RESULTS / "benchmark-data.json")
-    data.set_defaults(run=benchmark_data)
-
-    tokenizer = subjects.add_parser("tokenizer", help="items per second from item ids to token ids")
-    tokenizer.add_argument("--num_rows", type=int, default=20_000_000)
-    tokenizer.add_argument("--history_length", type=int, default=200)
-    tokenizer.add_argument("--num_items", type=int, default=60_000)
-    tokenizer.add_argument("--num_slow", type=int, default=2_000, help="Histories that take the slow path as well.")
-    tokenizer.add_argument("--seed", type=int, default=0)
-    tokenizer.add_argument("--output", type=Path, default=RESULTS / "benchmark-tokenizer.json")
-    tokenizer.set_defaults(run=benchmark_tokenizer)
+    of_models = {"models": list(MODELS), "longest_naive": 8_192, "num_items": 10_000, "dtype": "float32"}
+    repeated = {"repetitions": 15, "warmup": 2}
+    add_benchmark(
+        subjects,
+        "inference",
+        benchmark_models,
+        "seconds from histories to user embeddings, by length, beside other models",
+        lengths=[50, 100, 200, 500, *LONG, 8_192, 32_768],
+        batch_sizes=[64, 64, 64, 32, 8, 4, 1, 1, 1],
+        compiled_lengths=[200, 2_048],
+        **of_models,
+        **repeated,
+    )
+    add_benchmark(
+        subjects,
+        "training",
+        benchmark_models,
+        "seconds of a training step, by length, beside other models",
+        lengths=[50, 100, 200, 500, *LONG],
+        batch_sizes=[4],
+        compiled_lengths=[200, 2_048],
+        **of_models,
+        **repeated,
+    )
+    add_benchmark(
+        subjects,
+        "memory",
+        benchmark_models,
+        "peak memory of both, by length, beside other models",
+        lengths=[200, 500, *LONG],
+        batch_sizes=[4, 4, 4, 4, 2],
+        compiled_lengths=[2_048],
+        default_lengths=[2_048, 16_384],
+        **of_models,
+    )
+    add_benchmark(
+        subjects,
+        "profile",
+        benchmark_profile,
+        "the operators that the time goes into",
+        models=["elastic", "sasrec, sdpa"],
+        length=2_048,
+        batch_size=4,
+        num_items=10_000,
+        num_operators=12,
+        repetitions=7,
+        warmup=2,
+    )
+    add_benchmark(
+        subjects,
+        "streaming",
+        benchmark_streaming,
+        "seconds of one more item, by the length of the history",
+        lengths=[100, 1_000, 10_000, 100_000],
+        num_items=10_000,
+        repetitions=200,
+        warmup=20,
+    )
+    add_benchmark(
+        subjects,
+        "catalogue",
+        benchmark_catalogue,
+        "training and recommending, by the number of items",
+        num_items=[10_000, 100_000, 1_000_000],
+        length=200,
+        batch_size=64,
+        num_users=256,
+        repetitions=9,
+        warmup=1,
+    )
+    add_benchmark(
+        subjects,
+        "memory-bank",
+        benchmark_memory_bank,
+        "the cost of the interest memory, by its number of slots",
+        num_subkeys=[0, 32, 128, 512],
+        length=2_048,
+        batch_size=4,
+        num_items=10_000,
+        repetitions=7,
+        warmup=2,
+    )
+    add_benchmark(
+        subjects,
+        "onnx",
+        benchmark_onnx,
+        "ONNX Runtime beside PyTorch",
+        lengths=[50, 200, 2_048],
+        batch_size=1,
+        num_items=10_000,
+        repetitions=50,
+        warmup=5,
+    )
+    add_benchmark(
+        subjects,
+        "data",
+        benchmark_data,
+        "seconds and peak memory from a file of interactions to split histories",
+        num_rows=20_000_000,
+        num_users=150_000,
+        num_items=60_000,
+        formats=["parquet", "csv"],
+        seed=0,
+    )
+    add_benchmark(
+        subjects,
+        "tokenizer",
+        benchmark_tokenizer,
+        "items per second from item ids to token ids",
+        num_rows=20_000_000,
+        history_length=200,
+        num_items=60_000,
+        num_slow=2_000,
+        seed=0,
+    )
 
     args = parser.parse_args()
+    if args.output is None:
+        on = "cpu" if args.subject in ("data", "tokenizer") else device()
+        args.output = output_file(args.subject, on, args.dtype)
     args.run(args)
 
 

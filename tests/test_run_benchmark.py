@@ -1,15 +1,22 @@
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import run_benchmark
+from test_imports import OTHERS
 
 
+ROOT = Path(__file__).parent.parent
+ALL = [name for name in run_benchmark.MODELS if not name.endswith("compiled")]
+CHECKPOINTED = [name for name in ALL if name.endswith("checkpointed")]
 SMALL = {
-    "inference": ["--lengths", "5", "70", "--sides", "elastic", "elastic, bidirectional", "sasrec, naive"],
-    "training": ["--lengths", "5", "70", "--sides", "elastic", "elastic, checkpointed", "sasrec, sdpa"],
-    "memory": ["--lengths", "5", "70", "--sides", "elastic", "lightsans"],
+    "inference": ["--lengths", "5", "70", "--batch_sizes", "3", "2", "--models", *ALL],
+    "training": ["--lengths", "5", "70", "--batch_sizes", "2", "--models", *ALL],
+    "memory": ["--lengths", "5", "70", "--batch_sizes", "2", "--default_lengths", "9", "--models", *CHECKPOINTED],
     "profile": ["--length", "70", "--num_operators", "3"],
     "streaming": ["--lengths", "3", "80"],
     "onnx": ["--lengths", "5"],
@@ -18,45 +25,90 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("subject", SMALL)
-def test_every_benchmark_measures_its_sides(subject, tmp_path, monkeypatch):
-    output = tmp_path / "results.json"
+def arguments(subject, output):
     few = [] if subject == "catalogue" else ["--num_items", "40"]
     if subject != "memory":
         few += ["--repetitions", "1", "--warmup", "1"]
-    monkeypatch.setattr(sys, "argv", ["run_benchmark.py", subject, *SMALL[subject], *few, "--output", str(output)])
+    return [subject, *SMALL[subject], *few, "--output", str(output)]
+
+
+def measure(subject, output, monkeypatch, *more):
+    monkeypatch.setattr(sys, "argv", ["run_benchmark.py", *arguments(subject, output), *more])
     run_benchmark.main()
     results = json.loads(output.read_text())
     assert results["benchmark"] == subject and results["threads"] >= 1 and results["hardware"]
-    if subject in ("inference", "training", "memory"):
-        sides = SMALL[subject][4:]
-        key = "peak_bytes" if subject == "memory" else "seconds"
-        passes = ["inference", "training"] if subject == "memory" else [subject]
-        assert [(row["pass"], row["length"]) for row in results["rows"]] == [
-            (name, length) for length in (5, 70) for name in passes
-        ]
-        assert all(list(row[key]) == sides and min(row[key].values()) > 0 for row in results["rows"])
-        assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    elif subject == "streaming":
-        assert list(results["seconds"]) == ["3", "80"] and results["bytes_per_user"] == 17_672
-    elif subject == "onnx":
-        assert [(row["program"], row["length"]) for row in results["rows"]] == [("history", 5), ("step", 1)]
-        assert all(list(row["seconds"]) == ["pytorch", "onnxruntime"] for row in results["rows"])
-    elif subject == "profile":
-        assert [(row["pass"], row["side"]) for row in results["rows"]] == [
-            (name, side) for name in ("inference", "training") for side in ("elastic", "sasrec, sdpa")
-        ]
-        assert all(len(row["operators"]) == 3 and 0 < row["operators"][0]["share"] < 1 for row in results["rows"])
-    elif subject == "memory-bank":
-        assert [list(row["seconds"]) for row in results["rows"]] == [["0", "64"]] * 2
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("subject", ["inference", "training", "memory"])
+def test_every_model_is_measured_at_every_length(subject, dtype, tmp_path, monkeypatch):
+    results = measure(subject, tmp_path / "results.json", monkeypatch, "--dtype", dtype)
+    assert results["dtype"] == dtype
+    rows = [(row["pass"], row["length"], row["batch_size"]) for row in results["rows"]]
+    if subject == "memory":
+        passes = [(name, length, 2) for length in (5, 70) for name in ("inference", "training")]
+        assert rows == [*passes, ("training, defaults", 9, 1)]
     else:
-        assert [row["num_items"] for row in results["rows"]] == [40, 90]
-        assert all(0 < row["index_recall@10"] <= 1 for row in results["rows"])
+        sizes = [3, 2] if subject == "inference" else [2, 2]
+        assert rows == [(subject, length, size) for length, size in zip((5, 70), sizes, strict=True)]
+    for row in results["rows"]:
+        measured = row["peak_bytes" if subject == "memory" else "seconds"]
+        if row["pass"] == "training, defaults":
+            assert list(measured) == ["elastic"]
+        elif row["pass"] == "training":
+            assert list(measured) == (CHECKPOINTED if subject == "memory" else ALL)
+        else:
+            assert list(measured) == ([] if subject == "memory" else [n for n in ALL if n not in CHECKPOINTED])
+        assert all(value > 0 for value in measured.values())
 
 
-def test_operations_are_those_of_the_products():
-    """Two projections of (3, 5) by (5, 7) and (7, 2): 2 * 3 * 5 * 7 + 2 * 3 * 7 * 2 operations."""
-    import torch
+def test_naive_attention_and_compilation_end_at_some_length(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+    models = ["elastic", "elastic, compiled", "sasrec, naive"]
+    only = ["--models", *models, "--longest_naive", "5", "--compiled_lengths", "5"]
+    results = measure("inference", tmp_path / "results.json", monkeypatch, *only)
+    assert [list(row["seconds"]) for row in results["rows"]] == [models, ["elastic"]]
+    assert [type(module).__name__ for module in compiled] == ["ElasticModel"]
 
-    hidden, first, second = torch.randn(3, 5), torch.randn(5, 7), torch.randn(7, 2)
-    assert run_benchmark.count_operations(lambda: hidden @ first @ second) == 294
+
+def test_other_benchmarks(tmp_path, monkeypatch):
+    """Each writes what it is asked for."""
+    streaming = measure("streaming", tmp_path / "streaming.json", monkeypatch)
+    assert list(streaming["seconds"]) == ["3", "80"] and streaming["bytes_per_user"] == 17_160
+    onnx = measure("onnx", tmp_path / "onnx.json", monkeypatch)
+    assert [(row["program"], row["length"]) for row in onnx["rows"]] == [("history", 5), ("step", 1)]
+    assert all(list(row["seconds"]) == ["pytorch", "onnxruntime"] for row in onnx["rows"])
+    profile = measure("profile", tmp_path / "profile.json", monkeypatch)
+    assert [(row["pass"], row["model"]) for row in profile["rows"]] == [
+        (name, model) for name in ("inference", "training") for model in ("elastic", "sasrec, sdpa")
+    ]
+    assert all(len(row["operators"]) == 3 and 0 < row["operators"][0]["share"] < 1 for row in profile["rows"])
+    bank = measure("memory-bank", tmp_path / "bank.json", monkeypatch)
+    assert [list(row["seconds"]) for row in bank["rows"]] == [["0", "64"]] * 2
+    catalogue = measure("catalogue", tmp_path / "catalogue.json", monkeypatch)
+    assert [row["num_items"] for row in catalogue["rows"]] == [40, 90]
+    assert all(0 < row["index_recall@10"] <= 1 for row in catalogue["rows"])
+
+
+@pytest.mark.parametrize("subject", ["inference", "training", "memory"])
+def test_models_are_measured_with_torch_and_transformers_alone(subject, tmp_path):
+    code = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({OTHERS!r}))
+sys.argv = {["run_benchmark.py", *arguments(subject, tmp_path / "results.json")]!r}
+runpy.run_path({str(ROOT / "examples" / "run_benchmark.py")!r}, run_name="__main__")
+"""
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["rows"]
+
+
+def test_results_of_a_gpu_have_files_of_their_own():
+    names = [
+        run_benchmark.output_file("inference", *variant).name
+        for variant in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16"))
+    ]
+    assert names == [f"benchmark-inference{suffix}.json" for suffix in ("", "-cuda", "-cuda-bfloat16")]
