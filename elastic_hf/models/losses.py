@@ -67,7 +67,7 @@ def full_softmax_loss(
 
     Args:
         user_embeddings (`torch.Tensor` of shape `(T, D)`).
-        lm_head (`torch.nn.Module`): maps `(T, D)` to the `(T, V)` scores. Its trainable parameters get gradients.
+        lm_head (`torch.nn.Module`): maps `(T, D)` to the `(T, V)` scores. Its trainable weights get gradients.
         targets (`torch.LongTensor` of shape `(T,)`): token ids of items.
         num_special_tokens (`int`): the first token ids, which are no items and left out of the softmax.
         vocab_size (`int`): V.
@@ -77,19 +77,29 @@ def full_softmax_loss(
         `torch.Tensor` of shape `()`.
 
     Raises:
-        ValueError: if no gradient passes the head, or a trainable parameter of it is sharded or offloaded.
+        ValueError: if no gradient passes the head, or a trainable weight of it is sharded or offloaded.
     """
     needs_gradient = torch.is_grad_enabled()
-    parameters = [parameter for parameter in lm_head.parameters() if parameter.requires_grad and needs_gradient]
-    for parameter in parameters:
-        if type(parameter) is not nn.Parameter or parameter.is_meta:
-            raise ValueError(
-                "lm_head must hold its trainable parameters whole, on its device, to train with the full softmax, "
-                f"found a {type(parameter).__name__} on {parameter.device}"
-            )
+    weights = _trainable_weights(lm_head) if needs_gradient else []
     return _FullSoftmaxLoss.apply(
-        lm_head, targets, num_special_tokens, vocab_size, seen, needs_gradient, user_embeddings, *parameters
+        lm_head, targets, num_special_tokens, vocab_size, seen, needs_gradient, user_embeddings, *weights
     )
+
+
+def _trainable_weights(lm_head: nn.Module) -> list[Tensor]:
+    """The trainable parameters, and the tensors that a wrapper (such as FSDP) has put in their place."""
+    weights = {}
+    for module in lm_head.modules():
+        for weight in (*module.parameters(recurse=False), *vars(module).values()):
+            if not isinstance(weight, Tensor) or not weight.requires_grad:
+                continue
+            if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+                raise ValueError(
+                    "lm_head must hold its trainable weights whole, on its device, to train with the full softmax, "
+                    f"found a {type(weight).__name__} on {weight.device}"
+                )
+            weights[id(weight)] = weight
+    return list(weights.values())
 
 
 class _FullSoftmaxLoss(torch.autograd.Function):
@@ -103,11 +113,11 @@ class _FullSoftmaxLoss(torch.autograd.Function):
         seen: SeenItems | None,
         needs_gradient: bool,
         user_embeddings: Tensor,
-        *parameters: nn.Parameter,
+        *weights: Tensor,
     ) -> Tensor:
         total = user_embeddings.new_zeros((), dtype=_float32(user_embeddings))
         gradients = [torch.zeros_like(user_embeddings)] if needs_gradient else []
-        gradients += [torch.zeros_like(parameter, dtype=_float32(parameter)) for parameter in parameters]
+        gradients += [torch.zeros_like(weight, dtype=_float32(weight)) for weight in weights]
         if seen is not None:
             seen_ids, first_reads = distinct_items(seen.token_ids)
         for chunk in row_chunks(len(targets), vocab_size, targets.device):
@@ -131,13 +141,13 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             if needs_gradient:
                 score_gradient = probabilities.div_(normaliser)
                 score_gradient.scatter_add_(-1, wanted, torch.full_like(wanted_scores, -1.0))
-                of_users, *of_parameters = _head_gradients(lm_head, logits, (users, *parameters), score_gradient)
+                of_users, *of_weights = _head_gradients(lm_head, logits, (users, *weights), score_gradient)
                 gradients[0][chunk] = of_users
-                for gradient, of_parameter in zip(gradients[1:], of_parameters, strict=True):
-                    if of_parameter is not None:
-                        gradient += of_parameter
+                for gradient, of_weight in zip(gradients[1:], of_weights, strict=True):
+                    if of_weight is not None:
+                        gradient += of_weight
         ctx.save_for_backward(
-            *(gradient.to(of.dtype) for gradient, of in zip(gradients, (user_embeddings, *parameters), strict=False))
+            *(gradient.to(of.dtype) for gradient, of in zip(gradients, (user_embeddings, *weights), strict=False))
         )
         return total
 
@@ -150,7 +160,7 @@ class _FullSoftmaxLoss(torch.autograd.Function):
 def _head_gradients(
     lm_head: nn.Module, logits: Tensor, inputs: tuple[Tensor, ...], score_gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of users and parameters, of which a head may leave some out."""
+    """The gradients of users and weights, of which a head may leave some out."""
     gradients = (None,)
     if logits.requires_grad:
         gradients = torch.autograd.grad(logits, inputs, score_gradient.to(logits.dtype), allow_unused=True)

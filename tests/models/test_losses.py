@@ -216,6 +216,17 @@ def test_special_tokens_of_any_score_take_no_part(inputs):
     assert_same_gradients(full_softmax_loss(users, head, targets, NUM_SPECIAL, V), expected, (users, head.weight))
 
 
+def test_a_weight_that_is_no_parameter_is_trained(inputs, seen):
+    """FSDP puts views of a flat parameter in the place of parameters."""
+    users, items, targets = inputs
+    head, flat = make_head(items), items.detach().flatten().requires_grad_()
+    wanted = torch.autograd.grad(full_softmax_loss(users, head, targets, NUM_SPECIAL, V, seen), head.weight)
+    del head.weight
+    head.weight = flat.view(V, D)
+    gradient = torch.autograd.grad(full_softmax_loss(users, head, targets, NUM_SPECIAL, V, seen), flat)
+    torch.testing.assert_close(gradient[0].view(V, D), wanted[0])
+
+
 def test_heads_that_cannot_be_trained_are_named(inputs):
     users, items, targets = inputs
 
@@ -225,7 +236,7 @@ def test_heads_that_cannot_be_trained_are_named(inputs):
 
     with pytest.raises(ValueError, match="lm_head must pass gradients on .* found .*Detached, which does not"):
         full_softmax_loss(users, Detached(D, V, False, dtype=torch.float64), targets, NUM_SPECIAL, V)
-    with pytest.raises(ValueError, match="lm_head must hold its trainable parameters .* found a Parameter on meta"):
+    with pytest.raises(ValueError, match="lm_head must hold its trainable weights .* found a Parameter on meta"):
         full_softmax_loss(users, nn.Linear(D, V, False, "meta"), targets, NUM_SPECIAL, V)
 
 

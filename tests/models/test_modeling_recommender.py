@@ -527,7 +527,7 @@ def shard_and_recommend():
         for module in (*model.model.layers, model.lm_head, model):
             fully_shard(module, mesh=mesh)
         assert torch.equal(model.recommend(input_ids, top_k=3).token_ids, expected.token_ids)
-        with pytest.raises(ValueError, match="lm_head must hold its trainable parameters whole"):
+        with pytest.raises(ValueError, match="lm_head must hold its trainable weights whole"):
             model(input_ids, labels=labels)
     dist.destroy_process_group()
 
