@@ -82,6 +82,7 @@ def validate_token_ids(name: str, token_ids: Tensor, smallest: int, config: Reco
         raise ValueError(f"{name} must be {kind}, from {smallest} to {config.vocab_size - 1}, found {first} to {last}")
 
 
+@torch.compiler.disable
 def validate_query(query: CatalogueQuery, batch_size: int, config: RecommenderConfig) -> None:
     """Check that a query can be answered for a batch.
 

@@ -363,6 +363,7 @@ class SequentialRecommenderMixin:
             cache=outputs.get("cache"),
         )
 
+    @torch.compiler.disable
     def loss(
         self,
         hidden_states: Tensor,
@@ -388,7 +389,7 @@ class SequentialRecommenderMixin:
         first = config.num_special_tokens
         rows, positions = (labels >= first).nonzero(as_tuple=True)
         users, targets = hidden_states[rows, positions], labels[rows, positions]  # (T, D), (T,)
-        if not torch.compiler.is_compiling() and targets.numel() and int(targets.max()) >= config.vocab_size:
+        if targets.numel() and int(targets.max()) >= config.vocab_size:
             raise ValueError(f"labels must be below vocab_size ({config.vocab_size}), found {int(targets.max())}")
         seen = None
         if config.mask_seen_in_loss:

@@ -435,6 +435,21 @@ def test_tuples_as_the_configured_output_change_no_recommendation(model, input_i
     assert torch.equal(model.recommend(input_ids, top_k=3).token_ids, expected.token_ids)
 
 
+@pytest.mark.parametrize("training_loss", ["full_softmax", "sampled_softmax"])
+def test_a_compiled_model_trains_and_recommends_the_same(input_ids, training_loss):
+    model = make_model("sasrec", training_loss=training_loss)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="aot_eager")
+    labels = torch.tensor([[-100, -100, 9, 4, 5], [5, 5, 17, 8, 12]])
+    for trained in (model, compiled):
+        torch.manual_seed(1)
+        trained(input_ids, labels=labels).loss.backward()
+    for one, other in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    expected, found = model.recommend(input_ids, top_k=3), compiled.recommend(input_ids, top_k=3)
+    assert torch.equal(found.token_ids, expected.token_ids)
+
+
 def test_masked_item_models_append_their_mask_token():
     model = make_model("bert4rec")
     history, appended = torch.tensor([[3, 4]]), torch.tensor([[3, 4, 2]])
