@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, examples/README.md and examples/results.md from the files in examples/results.
+"""Write the tables of the documents, and the figures, from the files in examples/results.
 
 python examples/render_results.py
 """
@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from elastic_hf.model_card import mean_and_deviation, table
@@ -96,7 +97,7 @@ def memory() -> str:
             row = [run["dataset"], run["variant"] or "main row", str(run["seed"]), f"{run['memory_slots']:,}"]
             row += [f"{run['num_users']:,}", f"{run['memory_share_retrieved']:.1%}", f"{run['memory_entropy']:.3f}"]
             rows.append(row)
-    header = ["dataset", "run", "seed", "slots", "test users", "slots retrieved for one of them", "evenness"]
+    header = ["dataset", "run", "seed", "slots", "test users", "slots retrieved for one of them", "normalised entropy"]
     return table(header, sorted(rows))
 
 
@@ -182,57 +183,75 @@ def rounded(figure: float, digits: int) -> str:
     return f"{float(f'{figure:.{digits}g}'):,.10g}"
 
 
-def benchmark(subject: str) -> dict:
+NOT_MEASURED = "Not measured yet."
+SDPA, NAIVE = "sasrec, sdpa", "sasrec, naive"
+
+
+def benchmark(subject: str, variant: str = "") -> dict:
     """The results of one sub-command of run_benchmark.py; without rows where it has not run."""
-    return read_results(f"benchmark-{subject}.json").get(f"benchmark-{subject}.json", {"rows": []})
+    name = f"benchmark-{subject}{variant}.json"
+    return read_results(name).get(name, {"rows": []})
 
 
-def by_length(subject: str, wanted_pass: str, key: str) -> dict[str, dict[int, float]]:
-    """Seconds or bytes for one user, of each side at each length."""
+def by_length(subject: str, wanted_pass: str, variant: str = "") -> dict[str, dict[int, float]]:
+    """Seconds or bytes for one user, of each model at each length."""
+    key = "peak_bytes" if subject == "memory" else "seconds"
     values = {}
-    for row in benchmark(subject)["rows"]:
+    for row in benchmark(subject, variant)["rows"]:
         if row["pass"] == wanted_pass:
-            for side, value in row[key].items():
-                values.setdefault(side, {})[row["length"]] = value / row["batch_size"]
+            for name, value in row[key].items():
+                values.setdefault(name, {})[row["length"]] = value / row["batch_size"]
     return values
 
 
-def length_table(subject: str, wanted_pass: str, key: str, unit: float) -> str:
-    """One row for each side, one column for each length."""
-    values = by_length(subject, wanted_pass, key)
-    lengths = sorted({length for side in values.values() for length in side})
-    rows = [
-        [side, *(rounded(of_side[length] / unit, 3) if length in of_side else "" for length in lengths)]
-        for side, of_side in values.items()
+def length_table(subject: str, wanted_pass: str, variant: str = "") -> str:
+    """One row for each model, one column for each length."""
+    values = by_length(subject, wanted_pass, variant)
+    measured = [row for row in benchmark(subject, variant)["rows"] if row["pass"] == wanted_pass]
+    batch_sizes = {row["length"]: row["batch_size"] for row in measured}
+    lengths = sorted({length for of_model in values.values() for length in of_model})
+    if not lengths:
+        return NOT_MEASURED
+    unit = 1e6 if subject == "memory" else 1e-3
+    rows = [["users in a batch", *(f"{batch_sizes[length]}" for length in lengths)]]
+    rows += [
+        [name, *(rounded(of_model[length] / unit, 3) if length in of_model else "" for length in lengths)]
+        for name, of_model in values.items()
     ]
     return table(["items in the history", *(f"{length:,}" for length in lengths)], rows)
 
 
-def inference() -> str:
+def inference(variant: str = "") -> str:
     """Milliseconds to encode a user."""
-    return length_table("inference", "inference", "seconds", 1e-3)
+    return length_table("inference", "inference", variant)
 
 
-def training() -> str:
+def training(variant: str = "") -> str:
     """Milliseconds of a training step for one user of a batch."""
-    return length_table("training", "training", "seconds", 1e-3)
+    return length_table("training", "training", variant)
 
 
-def inference_memory() -> str:
+def inference_memory(variant: str = "") -> str:
     """Peak megabytes to encode a user."""
-    return length_table("memory", "inference", "peak_bytes", 1e6)
+    return length_table("memory", "inference", variant)
 
 
-def training_memory() -> str:
+def training_memory(variant: str = "") -> str:
     """Peak megabytes of a training step for one user of a batch."""
-    return length_table("memory", "training", "peak_bytes", 1e6)
+    return length_table("memory", "training", variant)
 
 
-def streaming() -> str:
+def default_memory(variant: str = "") -> str:
+    """Peak megabytes of a training step on one user, with the defaults of the configuration."""
+    return length_table("memory", "training, defaults", variant)
+
+
+def streaming(variant: str = "") -> str:
     """One more item and the ten best, by what was read before."""
-    results = benchmark("streaming")
-    seconds = results.get("seconds", {})
-    first = next(iter(seconds.values()), None)
+    seconds = benchmark("streaming", variant).get("seconds", {})
+    if not seconds:
+        return NOT_MEASURED
+    first = next(iter(seconds.values()))
     rows = [[length, f"{1e3 * value:.3f}", f"{value / first:.2f}"] for length, value in seconds.items()]
     return table(["items read before", "milliseconds", "ratio to the first"], rows)
 
@@ -244,7 +263,8 @@ def onnx() -> str:
         seconds = row["seconds"]
         line = [row["program"], f"{row['length']:,}", *(f"{1e3 * value:.2f}" for value in seconds.values())]
         rows.append([*line, f"{seconds['pytorch'] / seconds['onnxruntime']:.2f}"])
-    return table(["program", "items", "PyTorch (ms)", "ONNX Runtime (ms)", "times as fast"], rows)
+    header = ["program", "items", "PyTorch (ms)", "ONNX Runtime (ms)", "times as fast"]
+    return table(header, rows) if rows else NOT_MEASURED
 
 
 def profile() -> str:
@@ -252,21 +272,9 @@ def profile() -> str:
     rows = []
     for row in benchmark("profile")["rows"]:
         operators = [f"{o['name'].removeprefix('aten::')} {o['share']:.0%} ({o['calls']})" for o in row["operators"]]
-        rows.append([row["side"], row["pass"], f"{row['calls']:,}", ", ".join(operators)])
-    return table(["model", "pass", "calls in a step", "operator, share of the time (calls)"], rows)
-
-
-def ceiling() -> str:
-    """How much faster than SASRec a model would be whose attention cost nothing."""
-    lines = []
-    for row in benchmark("profile")["rows"]:
-        if row["side"] == "sasrec, sdpa":
-            share = sum(o["share"] for o in row["operators"] if "attention" in o["name"])
-            lines.append(
-                f"- {row['pass']}: {share:.0%} of SASRec's time is its attention; with the rest of its time, and an "
-                f"attention that cost nothing, a model would be {1 / (1 - share):.1f} times as fast."
-            )
-    return "\n".join(lines)
+        rows.append([row["model"], row["pass"], f"{row['calls']:,}", ", ".join(operators)])
+    header = ["model", "pass", "calls in a step", "operator, share of the time (calls)"]
+    return table(header, rows) if rows else NOT_MEASURED
 
 
 def memory_bank() -> str:
@@ -276,7 +284,8 @@ def memory_bank() -> str:
         for slots, seconds in row["seconds"].items():
             line = [row["pass"], f"{int(slots):,}", f"{1e3 * seconds:.1f}", f"{seconds / row['seconds']['0']:.2f}"]
             rows.append([*line, f"{row['peak_bytes'][slots] / 1e6:.1f}"])
-    return table(["pass", "slots", "milliseconds", "ratio to none", "peak megabytes"], rows)
+    header = ["pass", "slots", "milliseconds", "ratio to none", "peak megabytes"]
+    return table(header, rows) if rows else NOT_MEASURED
 
 
 def catalogue() -> str:
@@ -290,140 +299,164 @@ def catalogue() -> str:
         line += [f"{row['ranking_peak_bytes'] / 1e6:.0f}", f"{1e3 * row['exact_seconds']:.0f}"]
         rows.append([*line, f"{1e3 * row['index_seconds']:.0f}", f"{row['index_recall@10']:.3f}"])
     header = ["items", "parameters", "training step (ms)", "ratio", "its peak (MB)", "ranking (ms)", "its peak (MB)"]
-    return table([*header, "`recommend` (ms)", "with an index (ms)", "recall@10 of the index"], rows)
+    header += ["`recommend` (ms)", "with an index (ms)", "recall@10 of the index"]
+    return table(header, rows) if rows else NOT_MEASURED
 
 
-def hardware() -> str:
+def hardware(variant: str = "") -> str:
     """Where the benchmarks ran."""
     rows = []
     for subject in ("inference", "training", "memory", "profile", "streaming", "onnx", "memory-bank", "catalogue"):
-        results = benchmark(subject)
+        results = benchmark(subject, variant)
         if "hardware" in results:
             versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-            rows.append([subject, results["hardware"], str(results["threads"]), versions, results["git_commit"][:9]])
-    return table(["benchmark", "hardware", "threads", "versions", "commit"], rows)
+            row = [subject, results["hardware"], results["dtype"], str(results["threads"]), versions]
+            rows.append([*row, (results["git_commit"] or "")[:9]])
+    header = ["benchmark", "hardware", "type", "threads", "versions", "commit"]
+    return table(header, rows) if rows else NOT_MEASURED
 
 
-def findings() -> list[tuple[str, float, str, bool]]:
-    """What was aimed at: its name, the figure found, the figure wanted, and whether it was reached."""
-    seconds = by_length("inference", "inference", "seconds")
-    steps = by_length("training", "training", "seconds")
-    peaks = {name: by_length("memory", name, "peak_bytes") for name in ("inference", "training")}
+def findings(variant: str = "") -> list[list[str]]:
+    """What was aimed at and has been measured: its name, the target, the figure found, and whether it was reached."""
+    seconds, steps = (by_length(subject, subject, variant) for subject in ("inference", "training"))
+    encoding, training = (by_length("memory", wanted, variant) for wanted in ("inference", "training"))
+    defaults = by_length("memory", "training, defaults", variant)
+    state = benchmark("streaming", variant)
+    elastic, plain, checkpointed = "elastic", "elastic, no memory", "elastic, checkpointed"
     found = []
 
-    def at_least(name: str, figure: float, wanted: float, unit: str = "x"):
-        found.append((name, f"{rounded(figure, 3)}{unit}", f"at least {wanted:g}{unit}", figure >= wanted))
+    def compare(what: str, target: float, figure: Callable[[], float], at_least: bool = False, unit: str = ""):
+        try:
+            value = figure()
+        except KeyError:
+            return  # not measured
+        is_reached = value >= target if at_least else value <= target
+        wanted = f"at {'least' if at_least else 'most'} {target:,.5g}{unit}"
+        shown = f"{value:,}" if isinstance(value, int) else rounded(value, 3)
+        found.append([what, wanted, f"{shown}{unit}", "yes" if is_reached else "no"])
 
-    def at_most(name: str, figure: float, wanted: float, unit: str = "x"):
-        shown = f"{figure:,}" if isinstance(figure, int) else rounded(figure, 3)
-        found.append((name, f"{shown}{unit}", f"at most {wanted:g}{unit}", figure <= wanted))
+    def faster(what: str, target: float, times: dict, theirs: str, ours: str, length: int):
+        compare(what, target, lambda: times[theirs][length] / times[ours][length], at_least=True)
 
-    sdpa, naive = "sasrec, sdpa", "sasrec, naive"
-    if all(peaks.values()):
-        for side in ("elastic", "elastic, bidirectional"):
-            saved = 100 * (1 - peaks["inference"][side][2048] / peaks["inference"][naive][2048])
-            at_least(f"{side}: peak memory saved, encoding 2,048 items, naive attention", saved, 95, " %")
-        for side in ("elastic", "elastic, checkpointed", "elastic, bidirectional"):
-            saved = 100 * (1 - peaks["training"][side][2048] / peaks["training"][naive][2048])
-            at_least(f"{side}: peak memory saved, training on 2,048 items, naive attention", saved, 90, " %")
-            share = peaks["training"][side][2048] / peaks["training"][sdpa][2048]
-            at_most(f"{side}: peak memory, training on 2,048 items, over SDPA's", share, 1)
-    if seconds:
-        causal, bidirectional = (2.7, 8, 20), (3, 8, 25)
-        for side, wanted in (
-            ("elastic", causal),
-            ("elastic, compiled", causal),
-            ("elastic, bidirectional", bidirectional),
-            ("elastic, bidirectional, compiled", bidirectional),
-        ):
-            for length, times in zip((2048, 8192, 32768), wanted, strict=True):
-                ratio = seconds[sdpa][length] / seconds[side][length]
-                at_least(f"{side}: speed of encoding {length:,} items against SDPA", ratio, times)
-        for side in ("elastic", "elastic, compiled"):
-            ratio = seconds[naive][2048] / seconds[side][2048]
-            at_least(f"{side}: speed of encoding 2,048 items against naive attention", ratio, 15)
-        for side in ("elastic", "elastic, bidirectional"):
-            faster = [length for length in seconds[side] if seconds[side][length] < seconds[sdpa][length]]
-            at_most(f"{side}: shortest measured history encoded faster than by SDPA", min(faster), 300, " items")
-            growth = seconds[side][32768] / seconds[side][4096]
-            at_most(f"{side}: time at 32,768 items over time at 4,096", growth, 8.8)
-        (row,) = [row for row in benchmark("inference")["rows"] if row["length"] == 2048]
-        floor = row["operations"]["elastic"] / benchmark("inference")["product_rate"]
-        for side in ("elastic", "elastic, compiled"):
-            at_least(f"{side}: arithmetic floor over the time, 2,048 items", floor / row["seconds"][side], 0.4)
-    if steps:
-        for side in (
-            "elastic",
-            "elastic, no memory",
-            "elastic, checkpointed",
-            "elastic, compiled",
-            "elastic, bidirectional",
-        ):
-            ratio = steps[sdpa][2048] / steps[side][2048]
-            at_least(f"{side}: speed of a training step on 2,048 items against SDPA", ratio, 2.5)
-            at_most(
-                f"{side}: time of a training step on 200 items over SDPA's", steps[side][200] / steps[sdpa][200], 1.15
-            )
-    if benchmark("streaming").get("seconds"):
-        times = benchmark("streaming")["seconds"]
-        at_most("elastic: one more item after 100,000 items over after 100", times["100,000"] / times["100"], 1.1)
-    for row in benchmark("memory-bank")["rows"]:
-        wanted = {"inference": 1.1, "training": 1.6}[row["pass"]]
-        ratio = row["seconds"]["262144"] / row["seconds"]["0"]
-        at_most(f"interest memory of 262,144 slots over none, {row['pass']}", ratio, wanted)
-    if benchmark("catalogue")["rows"]:
-        times = {row["num_items"]: row["training_seconds"] for row in benchmark("catalogue")["rows"]}
-        at_most("training step with 1,000,000 items over 10,000", times[1_000_000] / times[10_000], 1.5)
+    def smaller(what: str, target: float, values: dict, ours: str, theirs: str, length: int):
+        compare(what, target, lambda: values[ours][length] / values[theirs][length])
+
+    def saved(what: str, target: float, peaks: dict):
+        compare(what, target, lambda: 100 * (1 - peaks[elastic][2048] / peaks[NAIVE][2048]), True, " %")
+
+    for length, target in ((50, 1.2), (200, 2.5), (500, 5.5), (2048, 6), (8192, 13), (32768, 55)):
+        what = f"encoding a user of {length:,} items, times as fast as SASRec with SDPA"
+        faster(what, target, seconds, SDPA, elastic, length)
+    for length, target in ((200, 3), (2048, 8)):
+        what = f"the same at {length:,}, both compiled"
+        faster(what, target, seconds, f"{SDPA}, compiled", f"{elastic}, compiled", length)
+    what = "time to encode 32,768 items over 4,096"
+    compare(what, 8.8, lambda: seconds[elastic][32768] / seconds[elastic][4096])
+    saved("peak memory of encoding 2,048 items, less than with naive attention by", 97, encoding)
+    smaller("the same over SASRec's with SDPA", 0.4, encoding, elastic, SDPA, 2048)
+    what = "four reader layers over two, time to encode 2,048 items"
+    smaller(what, 1.6, seconds, "elastic, 4 layers", elastic, 2048)
+    for name, target in ((plain, 1.4), (elastic, 1.8)):
+        what = f"training step on 200 items over SASRec's with SDPA: {name}"
+        smaller(what, target, steps, name, SDPA, 200)
+    for name, target in ((plain, 2), (elastic, 1.6)):
+        what = f"training step on 2,048 items, times as fast as SASRec with SDPA: {name}"
+        faster(what, target, steps, SDPA, name, 2048)
+    saved("peak memory of training on 2,048 items, less than with naive attention by", 85, training)
+    for name, target in ((elastic, 1.2), (checkpointed, 0.6)):
+        smaller(f"the same over SASRec's with SDPA: {name}", target, training, name, SDPA, 2048)
+    what = "training memory of one user, defaults of the configuration, 16,384 over 2,048 items"
+    compare(what, 8.8, lambda: defaults[elastic][16384] / defaults[elastic][2048])
+    what = "one more item after 100,000 items over after 100"
+    compare(what, 1.1, lambda: state["seconds"]["100,000"] / state["seconds"]["100"])
+    compare("one more item after 100,000 items", 1.5, lambda: 1e3 * state["seconds"]["100,000"], unit=" ms")
+    compare("state of a user", 17_500, lambda: state["bytes_per_user"], unit=" bytes")
     return found
 
 
-def targets() -> str:
+def accuracy_findings() -> list[list[str]]:
+    """The same for the accuracy on MovieLens-1M, seen items excluded, the mean over seeds."""
+    seeds = [run for run in runs("ml-1m-elastic-*.json") if run["main_row"]]
+    found = []
+    for metric, target in (("HR@10", 0.3364), ("NDCG@10", 0.1991)):
+        if seeds:
+            mean = statistics.mean(run[f"test_{metric.lower()}"] for run in seeds)
+            what = f"MovieLens-1M, test {metric}, mean of {len(seeds)} seeds"
+            found.append([what, f"at least {target}", f"{mean:.4f}", "yes" if round(mean, 4) >= target else "no"])
+    return found
+
+
+def targets(variant: str = "") -> str:
     """What was aimed at, and what was found."""
-    rows = [[name, figure, wanted, "yes" if reached else "no"] for name, figure, wanted, reached in findings()]
-    return table(["what", "found", "aimed at", "reached"], rows)
+    rows = findings(variant) + ([] if variant else accuracy_findings())
+    return table(["what", "target", "found", "reached"], rows) if rows else NOT_MEASURED
 
 
-def claims() -> str:
+def claims(variant: str = "") -> str:
     """The abstract's two figures beside what was found for them, at the lengths of the benchmark."""
-    seconds = by_length("inference", "inference", "seconds")
-    peaks = by_length("memory", "training", "peak_bytes")
-    sides = ("elastic", "elastic, compiled", "elastic, bidirectional", "elastic, bidirectional, compiled")
+    seconds = by_length("inference", "inference", variant)
+    peaks = by_length("memory", "training", variant)
+    names = ("elastic", "elastic, compiled", "elastic, checkpointed", "elastic_paper")
     rows = []
-    for attention, side in itertools.product(("naive", "sdpa"), (*sides, "elastic, checkpointed")):
-        other = f"sasrec, {attention}"
-        for length in (200, 2048, 8192, 32768):
-            ratio = saved = ""
-            if length in seconds.get(other, {}) and length in seconds.get(side, {}):
-                ratio = f"{rounded(seconds[other][length] / seconds[side][length], 2)}x"
-            if length in peaks.get(other, {}) and length in peaks.get(side, {}):
-                saved = f"{1 - peaks[side][length] / peaks[other][length]:.0%}"
-            if ratio or saved:
-                rows.append([side, attention, f"{length:,}", ratio, saved])
+    for other, name, length in itertools.product((NAIVE, SDPA), names, (200, 2048, 8192, 32768)):
+        ratio = saved = ""
+        if length in seconds.get(other, {}) and length in seconds.get(name, {}):
+            ratio = f"{rounded(seconds[other][length] / seconds[name][length], 2)}x"
+        if length in peaks.get(other, {}) and length in peaks.get(name, {}):
+            saved = f"{1 - peaks[name][length] / peaks[other][length]:.0%}"
+        if ratio or saved:
+            rows.append([name, other.removeprefix("sasrec, "), f"{length:,}", ratio, saved])
     header = ["ELASTIC", "SASRec's attention", "items", "encoding, times as fast (claim: 2.7x)"]
-    return table([*header, "memory saved in training (claim: up to 90 %)"], rows)
+    header += ["memory saved in training (claim: up to 90 %)"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
+def gpu() -> str:
+    """The same tables on a GPU, in each type that was measured."""
+    parts = []
+    for dtype, variant in (("float32", "-cuda"), ("bfloat16", "-cuda-bfloat16")):
+        tables = {
+            "": hardware,
+            "What was aimed at on a processor": targets,
+            "The paper's claims": claims,
+            "Milliseconds to encode a user": inference,
+            "Peak megabytes to encode a user": inference_memory,
+            "Milliseconds of a training step for one user": training,
+            "Peak megabytes of a training step for one user": training_memory,
+            "One more item": streaming,
+        }
+        rendered = {title: function(variant) for title, function in tables.items()}
+        if any(text != NOT_MEASURED for text in rendered.values()):
+            parts.append(f"### {dtype}")
+            for title, text in rendered.items():
+                if text != NOT_MEASURED:
+                    parts += [f"{title}:", text] if title else [text]
+    return "\n\n".join(parts) or "Nothing has been measured on a GPU yet."
 
 
 def headline() -> str:
-    """Three figures for the README."""
-    seconds = by_length("inference", "inference", "seconds")
-    peaks = by_length("memory", "training", "peak_bytes")
-    if not seconds or not peaks or not benchmark("streaming").get("seconds"):
-        return ""
-    ratios = {
-        side: [seconds["sasrec, sdpa"][length] / seconds[side][length] for length in (2048, 8192, 32768)]
-        for side in ("elastic, compiled", "elastic")
-    }
-    compiled, plain = (", ".join(f"{ratio:.1f}" for ratio in of_side) for of_side in ratios.values())
+    """Four figures for the README."""
+    seconds = by_length("inference", "inference")
+    peaks = by_length("memory", "training")
+    times = benchmark("streaming").get("seconds")
+    if not seconds or not peaks or not times:
+        return NOT_MEASURED
+
+    def ratios(theirs: str, ours: str, *lengths: int) -> str:
+        return ", ".join(f"{seconds[theirs][length] / seconds[ours][length]:.1f}" for length in lengths)
+
     memory = {
-        (attention, side): peaks[side][2048] / peaks[f"sasrec, {attention}"][2048]
+        (attention, name): peaks[name][2048] / peaks[f"sasrec, {attention}"][2048]
         for attention in ("naive", "sdpa")
-        for side in ("elastic", "elastic, checkpointed")
+        for name in ("elastic", "elastic, checkpointed")
     }
-    times = benchmark("streaming")["seconds"]
     return "\n".join(
         [
-            f"- Encoding users of 2,048, 8,192 and 32,768 items: {compiled} times as fast as SASRec with PyTorch's "
-            f"fused attention, after `model.model.compile()`; {plain} times without.",
+            f"- Encoding users of 50, 200 and 500 items: {ratios(SDPA, 'elastic', 50, 200, 500)} times as fast as "
+            "SASRec with PyTorch's fused attention; of 2,048, 8,192 and 32,768 items: "
+            f"{ratios(SDPA, 'elastic', 2048, 8192, 32768)} times.",
+            "- The same at 200 and 2,048 items, both compiled: "
+            f"{ratios(f'{SDPA}, compiled', 'elastic, compiled', 200, 2048)} times.",
             f"- Training on 2,048 items: {1 - memory['naive', 'elastic']:.0%} less memory than SASRec with naive "
             f"attention, and {memory['sdpa', 'elastic']:.1f} times that of SASRec with fused attention; with "
             f"`gradient_checkpointing=True`, {1 - memory['naive', 'elastic, checkpointed']:.0%} less and "
@@ -432,6 +465,29 @@ def headline() -> str:
             f"{1e3 * times['100']:.1f} ms after 100.",
         ]
     )
+
+
+def plot(subject: str) -> None:
+    """Draw time or memory by length, one line for each model, one panel for each pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    passes = ("inference", "training") if subject == "memory" else (subject,)
+    measured = [(name, by_length(subject, name)) for name in passes]
+    if not any(values for _, values in measured):
+        return
+    label, unit = ("peak megabytes", 1e6) if subject == "memory" else ("milliseconds", 1e-3)
+    figure, axes = plt.subplots(1, len(passes), figsize=(6 * len(passes), 4), layout="constrained", squeeze=False)
+    for axis, (name, values) in zip(axes[0], measured, strict=True):
+        for model, of_model in values.items():
+            style = "-" if model.startswith("elastic") else "--"
+            axis.plot([*of_model], [value / unit for value in of_model.values()], style, marker=".", label=model)
+        axis.set(xscale="log", yscale="log", xlabel="items in the history", ylabel=f"{label} per user, {name}")
+        axis.legend()
+    figure.savefig(EXAMPLES / "results" / f"benchmark-{subject}.png", dpi=120)
+    plt.close(figure)
 
 
 def data() -> str:
@@ -485,15 +541,16 @@ TABLES = {
         training,
         inference_memory,
         training_memory,
+        default_memory,
         streaming,
         onnx,
         profile,
-        ceiling,
         memory_bank,
         catalogue,
         hardware,
         targets,
         claims,
+        gpu,
         headline,
     )
 }
@@ -509,5 +566,7 @@ def render(document: Path) -> str:
 
 
 if __name__ == "__main__":
+    for subject in ("inference", "training", "memory"):
+        plot(subject)
     for document in DOCUMENTS:
         document.write_text(render(document))
