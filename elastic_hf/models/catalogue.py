@@ -122,7 +122,8 @@ def search_catalogue(
     A rank is 1 plus the number of other items whose score is *not below* the target's, so that ties and NaN scores
     count against the model: a constant or a NaN scorer puts every target last. A target that is itself among the seen
     items cannot be recommended: with the seen items left out, its rank is the number of items. Where targets are
-    ranked, scores are computed in double precision, and scores closer than their rounding error are ties.
+    ranked, scores are computed in double precision, and scores closer than their rounding error are ties. Weights of
+    another precision are cast for the time of the search.
 
     Args:
         lm_head (`torch.nn.Module`): maps `(B, D)` user embeddings to `(B, V)` scores, linearly.
@@ -141,13 +142,13 @@ def search_catalogue(
     top_k, seen_ids, candidate_ids, target_ids = query
     first = config.num_special_tokens
     columns = slice(first, None) if candidate_ids is None else candidate_ids
-    dtype = _precision(lm_head, user_embeddings, in_double=target_ids is not None)
+    score = _Scorer(lm_head, user_embeddings, in_double=target_ids is not None)
     if target_ids is not None:
-        tolerance = _rounding_error(lm_head, user_embeddings, target_ids, dtype)
+        tolerance = _rounding_error(score, user_embeddings, target_ids)
 
     token_ids, best_scores, ranks = [], [], []
     for chunk in row_chunks(batch_size, config.vocab_size, user_embeddings.device):
-        scores = _score(lm_head, user_embeddings[chunk], columns, dtype)  # (chunk, V - first), or (chunk, C)
+        scores = score(user_embeddings[chunk], columns)  # (chunk, V - first), or (chunk, C)
         is_seen = None
         if seen_ids is not None:
             is_seen = torch.zeros(len(scores), config.vocab_size, dtype=torch.bool, device=scores.device)
@@ -224,51 +225,58 @@ def item_embeddings(lm_head: nn.Module, reader: str) -> Tensor:
     return lm_head.weight
 
 
-class _Precision(TorchFunctionMode):
-    """Compute in one floating-point type, in this thread: every plain tensor that goes into an operation is cast."""
+class _Scorer:
+    """Scores of users by a head, in float32 at least or in double precision, whatever the type of its weights."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, lm_head: nn.Module, user_embeddings: Tensor, in_double: bool):
+        self.lm_head = lm_head
+        weights = list(lm_head.parameters())
+        # Quantised weights have types or classes of their own: the head computes as they want. DTensors are plain.
+        self.is_quantised = not weights or not all(
+            weight.is_floating_point() and (type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "placements"))
+            for weight in weights
+        )
+        self.dtype = torch.promote_types(user_embeddings.dtype, torch.float32)
+        if not self.is_quantised:
+            self.dtype = reduce(torch.promote_types, (weight.dtype for weight in weights), self.dtype)
+            self.dtype = torch.float64 if in_double else self.dtype
+        self.precision = _Precision(self.dtype, weights)
+
+    def __call__(self, users: Tensor, columns: slice | Tensor) -> Tensor:
+        """(chunk, D) -> (chunk, columns)"""
+        with torch.autocast(users.device.type, enabled=False):
+            if self.is_quantised:
+                return self.lm_head(users)[:, columns].to(self.dtype)
+            if isinstance(columns, Tensor) and is_plain_linear(self.lm_head):
+                return users.to(self.dtype) @ self.lm_head.weight[columns].to(self.dtype).T
+            with self.precision:
+                return self.lm_head(users.to(self.dtype))[:, columns]
+
+
+class _Precision(TorchFunctionMode):
+    """Compute in one floating-point type, in this thread: every plain tensor that goes into an operation is cast, and
+    those of a list once."""
+
+    def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
         super().__init__()
         self.dtype = dtype
+        self.weights = {id(weight): weight for weight in weights}
+        self.casts = {}
 
     def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
         return function(*tree_map(self._cast, args), **tree_map(self._cast, kwargs or {}))
 
     def _cast(self, value: Any) -> Any:
-        is_plain = type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
-        return value.to(self.dtype) if is_plain else value
+        if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point() or value.dtype == self.dtype:
+            return value
+        if self.weights.get(id(value)) is not value:
+            return value.to(self.dtype)
+        if id(value) not in self.casts:
+            self.casts[id(value)] = value.to(self.dtype)
+        return self.casts[id(value)]
 
 
-def _precision(lm_head: nn.Module, user_embeddings: Tensor, in_double: bool) -> torch.dtype | None:
-    """The type to compute scores in, float32 at least; `None` for a head with quantised weights, which has its own."""
-    weights = list(lm_head.parameters())
-    is_plain = all(type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "placements") for weight in weights)
-    if not weights or not is_plain or not all(weight.is_floating_point() for weight in weights):
-        return None
-    if in_double:
-        return torch.float64
-    return reduce(torch.promote_types, (weight.dtype for weight in weights), _float32(user_embeddings.dtype))
-
-
-def _float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _score(lm_head: nn.Module, users: Tensor, columns: slice | Tensor, dtype: torch.dtype | None) -> Tensor:
-    """(chunk, D) -> (chunk, columns), in float32 at least."""
-    with torch.autocast(users.device.type, enabled=False):
-        if dtype is None:
-            scores = lm_head(users)[:, columns]
-            return scores.to(_float32(scores.dtype))
-        if isinstance(columns, Tensor) and is_plain_linear(lm_head):
-            return users.to(dtype) @ lm_head.weight[columns].to(dtype).T
-        with _Precision(dtype):
-            return lm_head(users.to(dtype))[:, columns]
-
-
-def _rounding_error(
-    lm_head: nn.Module, user_embeddings: Tensor, target_ids: Tensor, dtype: torch.dtype | None
-) -> Tensor:
+def _rounding_error(score: _Scorer, user_embeddings: Tensor, target_ids: Tensor) -> Tensor:
     """Estimate the worst-case error of the product of each user and target, `eps * D * |user| * |target|`: (B,).
 
     Equal items need not have equal scores, since the columns of a matrix product do not round alike. The length of a
@@ -276,9 +284,8 @@ def _rounding_error(
     """
     size = user_embeddings.shape[1]
     signs = 2 * torch.randint(2, (NUM_PROBES, size), generator=torch.Generator().manual_seed(0)) - 1
-    products = _score(lm_head, signs.to(user_embeddings), slice(None), dtype)[:, target_ids]
-    lengths = products.square().mean(dim=0).sqrt()
-    return torch.finfo(products.dtype).eps * size * user_embeddings.to(products.dtype).norm(dim=-1) * lengths
+    lengths = score(signs.to(user_embeddings), target_ids).square().mean(dim=0).sqrt()
+    return torch.finfo(score.dtype).eps * size * user_embeddings.to(score.dtype).norm(dim=-1) * lengths
 
 
 def _rank(scores: Tensor, targets: Tensor, tolerance: Tensor, is_seen: Tensor | None) -> Tensor:
@@ -286,10 +293,10 @@ def _rank(scores: Tensor, targets: Tensor, tolerance: Tensor, is_seen: Tensor | 
     thresholds = scores.gather(1, targets) - tolerance
     competes = ~(scores < thresholds)  # a comparison with NaN is false
     competes.scatter_(1, targets, False)
-    kept = 1 + competes.sum(dim=1)
+    kept = 1 + competes.sum(dim=1, dtype=torch.int32).long()  # faster than a sum in int64
     if is_seen is None:
         return torch.stack([kept, kept], dim=1)
-    excluded = 1 + competes.masked_fill_(is_seen, False).sum(dim=1)
+    excluded = 1 + competes.masked_fill_(is_seen, False).sum(dim=1, dtype=torch.int32).long()
     excluded[is_seen.gather(1, targets)[:, 0]] = scores.shape[1]
     return torch.stack([excluded, kept], dim=1)
 
