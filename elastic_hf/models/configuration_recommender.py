@@ -51,7 +51,7 @@ class RecommenderConfig(PreTrainedConfig):
             Score items with their input embeddings.
     """
 
-    keys_to_ignore_at_inference = ["hidden_states", "user_embeddings", "cache"]
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "user_embeddings", "cache"]
 
     vocab_size: int = 1000
     hidden_size: int = 64
