@@ -34,7 +34,7 @@ def plot_training_curve(log_history: list[dict], file: str | os.PathLike) -> Non
 
 def plot_expert_horizons(half_lives: list[list[list[float]]], file: str | os.PathLike) -> None:
     """
-    Draws how far back each interest expert of a causal ELASTIC looks, one row of points for each layer and head.
+    Draws how far back each interest expert of ELASTIC looks, one row of points for each layer and head.
 
     Args:
         half_lives (nested `list` of shape `(num_layers, num_heads, num_experts)`):

@@ -170,7 +170,7 @@ def hardware() -> str:
 
 
 def memory_usage(trainer: SequentialRecommendationTrainer, users: Dataset) -> dict[str, float]:
-    """The share of the memory's slots that is retrieved for at least one user, and the evenness of the retrievals."""
+    """Return the share of the slots retrieved for at least one user, and the normalised entropy of the retrievals."""
     model = trainer.model.eval()
     counts = torch.zeros(model.config.num_memory_subkeys**2, device=model.device)
     for batch in trainer.get_test_dataloader(users):
