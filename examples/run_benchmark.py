@@ -13,8 +13,8 @@ python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow 
 
 Both models of every ratio are measured in the same process, taking turns; seconds are the median of the repetitions.
 Leave the machine alone meanwhile. The first three need torch and transformers alone (and `PYTHONPATH=.` where this
-package is not installed); where there is a GPU, they run on it, in `--dtype float32` or `bfloat16`, and write a file of
-their own. `render_results.py` makes tables and figures.
+package is not installed). On a machine with a GPU they run on it, in `--dtype float32` or `bfloat16`, and write files
+of their own. `render_results.py` makes tables and figures.
 """
 
 import argparse
