@@ -198,6 +198,8 @@ def benchmark_models(args: argparse.Namespace) -> None:
     results = {**setting(args), "num_items": args.num_items, "rows": []}
     passes = ("inference", "training") if args.subject == "memory" else (args.subject,)
     batch_sizes = args.batch_sizes * len(args.lengths) if len(args.batch_sizes) == 1 else args.batch_sizes
+    if len(batch_sizes) != len(args.lengths):
+        raise ValueError(f"batch_sizes must be 1 or {len(args.lengths)} numbers, found {len(batch_sizes)}")
     for length, batch_size in zip(args.lengths, batch_sizes, strict=True):
         names = [name for name in args.models if length <= args.longest_naive or name != "sasrec, naive"]
         names = [name for name in names if length in args.compiled_lengths or not name.endswith("compiled")]

@@ -73,6 +73,11 @@ def test_naive_attention_and_compilation_end_at_some_length(tmp_path, monkeypatc
     assert [type(module).__name__ for module in compiled] == ["ElasticModel"]
 
 
+def test_batch_sizes_go_with_the_lengths(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="batch_sizes must be 1 or 2 numbers, found 3"):
+        measure("training", tmp_path / "results.json", monkeypatch, "--batch_sizes", "1", "2", "3")
+
+
 def test_other_benchmarks(tmp_path, monkeypatch):
     """Each writes what it is asked for."""
     streaming = measure("streaming", tmp_path / "streaming.json", monkeypatch)
