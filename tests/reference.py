@@ -54,6 +54,7 @@ def user_embeddings(model, input_ids, attention_mask):
     D, H, E = config.hidden_size, config.num_attention_heads, config.num_interest_experts
     K = D // H
     experts, convolution = model.experts, model.stream.convolution
+    key_value = model.key_value.weight.view(H, len(model.layers), 2, K, D)
     output = []
     for ids, mask in zip(input_ids, attention_mask, strict=True):
         rows = [torch.zeros(D, dtype=convolution.dtype) for _ in range(int((mask == 0).sum()))]
@@ -72,14 +73,14 @@ def user_embeddings(model, input_ids, attention_mask):
                 for head in range(H):
                     logits, values = [], []
                     for m in range(E):
-                        P = experts.experts[n, head, m]
-                        half_life = 1 + experts.log_half_life[n, head, m].exp()
+                        P = experts.experts[head, m]
+                        half_life = 1 + experts.log_half_life[head, m].exp()
                         a = [
                             torch.exp(10 * torch.tanh(P @ stream[j] / 10)) * 0.5 ** ((t - j) / half_life)
                             for j in range(t + 1)
                         ]
                         c = sum(a[j] * stream[j] for j in range(t + 1)) / sum(a)
-                        W_k, W_v = experts.key_value[n, :, head]  # (K, D)
+                        W_k, W_v = key_value[head, n]  # (K, D)
                         logits.append(q[head * K : (head + 1) * K] @ (W_k @ c) / math.sqrt(K))
                         values.append(W_v @ c)
                     shares = torch.stack(logits).softmax(dim=0)

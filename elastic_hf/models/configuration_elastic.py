@@ -17,7 +17,7 @@ class ElasticConfig(RecommenderConfig):
         num_attention_heads (`int`, defaults to 2):
             Heads H of linear dispatcher attention; must divide `hidden_size`.
         num_interest_experts (`int`, defaults to 16):
-            Interest experts E of each head of each layer, into which a history of any length is compressed.
+            Interest experts E of each head, which compress a history of any length and which all layers read.
         intermediate_size (`int`, defaults to 256):
             Width of the feed-forward block.
         hidden_act (`str`, defaults to `"gelu"`):

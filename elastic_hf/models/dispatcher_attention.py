@@ -14,7 +14,7 @@ c (serving); at all positions, `prepare_chunks` and `read_chunks` compress the p
 (training). Both compute the same y, at a cost linear in the length.
 
 Axis letters: B batch, L history length, D hidden size, H heads, K head size, E interest experts per head, M experts of
-all heads and layers, J chunks, C chunk size. The leading axes `...` are usually (B, H).
+all heads, J chunks, C chunk size. The leading axes `...` are usually (B, H).
 
 Range: with |scores| <= 10 and a half-life of at least one item, every exponent in a chunk of 64 items stays within
 +-33, so that even squares fit float32. Give float32 or float64 tensors, also under autocast.
@@ -119,25 +119,21 @@ def dispatch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Chunks(NamedTuple):
     """What depends on the items alone of causal LDA at all positions, in J chunks of C; see [`prepare_chunks`]."""
 
-    key: Tensor  # (..., J, C, K)
-    value: Tensor  # (..., J, C, K)
+    items: Tensor  # (..., J, C, F)
     weights: Tensor  # (..., J, C, E), of each item in its chunk
     total: Tensor  # (..., J, C, E), the normaliser at each position
-    past_keys: Tensor  # (..., J, E, K), sums over the items before the chunk
-    past_values: Tensor  # (..., J, E, K)
+    past: Tensor  # (..., J, E, F), weighted sums over the items before the chunk
 
 
-def prepare_chunks(
-    key: Tensor, value: Tensor, scores: Tensor, log_forget: Tensor, chunk_size: int = CHUNK_SIZE
-) -> Chunks:
-    """Cut histories into chunks, with the state of every expert before each: O(L K E / C) numbers.
+def prepare_chunks(items: Tensor, scores: Tensor, log_forget: Tensor, chunk_size: int = CHUNK_SIZE) -> Chunks:
+    """Cut histories into chunks, with the state of every expert before each: O(L F E / C) numbers.
 
     Numerator and normaliser of a compressed interest share every factor that depends on t alone, so the forgetting
     since item j needs no (L x L) table per expert: `exp(scores_j - elapsed_j)` weighs item j at all later positions
     of its chunk.
 
     Args:
-        key, value (`torch.Tensor` of shape `(..., L, K)`): `W_k x_j` and `W_v x_j`.
+        items (`torch.Tensor` of shape `(..., L, F)`): projections of x_j, such as the keys and values of all layers.
         scores (`torch.Tensor` of shape `(..., L, E)`): -inf marks padding.
         log_forget (`torch.Tensor` of shape `(..., L or 1, E)`): log of what an expert keeps of its state at each new
             item, <= 0; leading axes broadcast.
@@ -146,17 +142,17 @@ def prepare_chunks(
     Returns:
         [`Chunks`]
     """
-    length, head_size = key.shape[-2:]
+    length, size = items.shape[-2:]
     num_chunks = (length + chunk_size - 1) // chunk_size
     if not torch.compiler.is_compiling():  # 200 items are 4 chunks of 50, not 3 of 64 and a padded one
         chunk_size = (length + num_chunks - 1) // num_chunks
     padding = num_chunks * chunk_size - length
     log_forget = log_forget.expand(*log_forget.shape[:-2], length, log_forget.shape[-1])
     if not isinstance(padding, int) or padding > 0:
-        key, value, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (key, value, log_forget))
+        items, log_forget = (F.pad(x, (0, 0, 0, padding)) for x in (items, log_forget))
         scores = F.pad(scores, (0, 0, 0, padding), value=-math.inf)
-    key, value, scores, log_forget = (
-        x.unflatten(-2, (num_chunks, chunk_size)) for x in (key, value, scores, log_forget)
+    items, scores, log_forget = (
+        x.unflatten(-2, (num_chunks, chunk_size)) for x in (items, scores, log_forget)
     )  # (..., J, C, .)
 
     elapsed = log_forget.cumsum(dim=-2)  # (..., J, C, E)
@@ -166,14 +162,13 @@ def prepare_chunks(
     weights = torch.exp(scores - (elapsed - middle[..., None, :]))  # (..., J, C, E)
     total = weights.cumsum(dim=-2)
 
-    added = torch.cat([weights.mT @ key, weights.mT @ value, total[..., -1, :, None]], dim=-1)  # (..., J, E, 2K + 1)
+    added = torch.cat([weights.mT @ items, total[..., -1, :, None]], dim=-1)  # (..., J, E, F + 1)
     added = (whole - middle).exp()[..., None] * added
-    past = middle.exp()[..., None] * prefix_states(added, whole)
-    past_keys, past_values, past_total = past.split([head_size, head_size, 1], dim=-1)
+    past, past_total = (middle.exp()[..., None] * prefix_states(added, whole)).split([size, 1], dim=-1)
     total = total + past_total.mT
     # Where nothing has been read yet (left padding), 0 / 1 instead of 0 / 0.
     total = torch.where(total == 0, 1.0, total)
-    return Chunks(key, value, weights, total, past_keys, past_values)
+    return Chunks(items, weights, total, past)
 
 
 def prefix_states(added: Tensor, log_kept: Tensor) -> Tensor:
@@ -204,33 +199,38 @@ def prefix_states(added: Tensor, log_kept: Tensor) -> Tensor:
     return (fading.movedim(-1, -3) @ added.transpose(-3, -2)).transpose(-3, -2)
 
 
-def read_chunks(query: Tensor, *chunks: Tensor) -> Tensor:
+def read_chunks(
+    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, total: Tensor, past_keys: Tensor, past_values: Tensor
+) -> Tensor:
     """Let the query of each position read the state of the experts there.
 
     Args:
         query (`torch.Tensor` of shape `(..., L, K)`).
-        chunks (tensors of [`Chunks`]).
+        key, value (`torch.Tensor` of shape `(..., J, C, K)`): `W_k x_j` and `W_v x_j`, of the items of [`Chunks`].
+        weights, total (`torch.Tensor` of shape `(..., J, C, E)`): of [`Chunks`].
+        past_keys, past_values (`torch.Tensor` of shape `(..., J, E, K)`): of the past of [`Chunks`].
 
     Returns:
         `torch.Tensor` of shape `(..., L, K)`.
     """
     length = query.shape[-2]
-    num_chunks, chunk_size = chunks[0].shape[-3:-1]
+    num_chunks, chunk_size = key.shape[-3:-1]
     padding = num_chunks * chunk_size - length
     if not isinstance(padding, int) or padding > 0:
         query = F.pad(query, (0, 0, 0, padding))
     read = _read if torch.compiler.is_compiling() else _Read.apply
-    output = read(query.reshape(-1, chunk_size, query.shape[-1]), *(x.flatten(0, -3) for x in chunks))
+    chunks = (x.flatten(0, -3) for x in (key, value, weights, total, past_keys, past_values))
+    output = read(query.reshape(-1, chunk_size, query.shape[-1]), *chunks)
     return output.view_as(query)[..., :length, :]
 
 
 def _read(
     query: Tensor, key: Tensor, value: Tensor, weights: Tensor, total: Tensor, past_keys: Tensor, past_values: Tensor
 ) -> Tensor:
-    """[`read_chunks`] with all chunks along one axis: (N, C, K) queries and [`Chunks`] -> (N, C, K)."""
+    """[`read_chunks`] with all chunks along one axis: (J, C, .) and (J, E, .) -> (J, C, K)."""
     scale = 1 / math.sqrt(query.shape[-1])
     logits = (query @ past_keys.mT).baddbmm_((query @ key.mT).tril_(), weights, beta=scale, alpha=scale)
-    shares = logits.div_(total).softmax(dim=-1) / total  # (N, C, E)
+    shares = logits.div_(total).softmax(dim=-1) / total  # (J, C, E)
     del logits
     return (shares @ past_values).baddbmm_((shares @ weights.mT).tril_(), value)
 

@@ -12,7 +12,7 @@ Serving compresses a history once and runs the layers at its last position alone
 the memory cost nothing per item of the history.
 
 Axis letters: B batch, L history length, D hidden size, N layers, H heads, K head size (D / H), E interest experts per
-head, M experts of all layers and heads (N * H * E).
+head, M experts of all heads (H * E).
 """
 
 import math
@@ -87,51 +87,24 @@ class ElasticStream(nn.Module):
 
 
 class ElasticInterestExperts(nn.Module):
-    """The interest experts of all layers: what of the stream each takes, how long it keeps it, and what it shows."""
+    """The interest experts, which all layers read: what of the stream each takes, and how long it keeps it."""
 
     def __init__(self, config: ElasticConfig):
         super().__init__()
-        sizes = (config.num_hidden_layers, config.num_attention_heads, config.num_interest_experts)
-        head_size = config.hidden_size // config.num_attention_heads
-        self.experts = nn.Parameter(torch.empty(*sizes, config.hidden_size))  # (N, H, E, D)
-        self.log_half_life = nn.Parameter(torch.empty(sizes))  # (N, H, E)
-        self.key_value = nn.Parameter(torch.empty(sizes[0], 2, sizes[1], head_size, config.hidden_size))
+        sizes = (config.num_attention_heads, config.num_interest_experts)
+        self.experts = nn.Parameter(torch.empty(*sizes, config.hidden_size))  # (H, E, D)
+        self.log_half_life = nn.Parameter(torch.empty(sizes))  # (H, E)
 
     @property
     def half_lives(self) -> Tensor:
-        """After how many items each expert has forgotten half of what it held: (N, H, E), at least 1."""
+        """After how many items each expert has forgotten half of what it held: (H, E), at least 1."""
         return 1 + _float32(self.log_half_life).exp()
 
-    def log_forget(self) -> Tensor:
-        """Return the log of what each expert keeps of its state at each new item: (N, H, E)."""
-        return -math.log(2) / self.half_lives
-
-    def sigmoids(self, stream: Tensor) -> Tensor:
-        """Return the sigmoids of the items' scores by each expert, see [`expert_scores`]: (B, L, D) -> (B, L, M)."""
-        return expert_scores(stream, self.experts.to(stream.dtype).flatten(0, 2))
-
-    def pool(self, stream: Tensor, attention_mask: Tensor, state: Tensor | None = None) -> Tensor:
-        """Compress a history, or the items after one: (B, L, D), (B, L) and (B, M, D + 1) -> (B, M, D + 1)."""
-        log_forget = self.log_forget().to(stream.dtype).flatten()
-        return pool_history(stream, self.sigmoids(stream), log_forget, attention_mask, state)
-
-    def project(self, state: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Return what [`dispatch`] reads of a state: (B, M, D + 1) -> keys and values of each layer, (B, H, E, K)."""
-        interests = compressed_interests(state).unflatten(1, self.log_half_life.shape)  # (B, N, H, E, D)
-        with torch.autocast(state.device.type, enabled=False):
-            projected = torch.einsum("bnhed,nshkd->nsbhek", interests, self.key_value.to(state.dtype))
-        return tuple(of_layer.unbind() for of_layer in projected.unbind())
-
-    def forward(self, stream: Tensor, attention_mask: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        """Return what [`read_chunks`] reads of histories: (B, L, D) and (B, L) -> the `Chunks` of each layer."""
-        unread = torch.where(attention_mask, 0.0, -math.inf).to(stream.dtype)[..., None]
-        scores = to_exponent(self.sigmoids(stream), unread)
-        scores = scores.unflatten(-1, self.log_half_life.shape).permute(2, 0, 3, 1, 4)  # (N, B, H, L, E)
-        key_value = F.linear(stream, self.key_value.to(stream.dtype).flatten(0, 3))
-        key_value = key_value.unflatten(-1, self.key_value.shape[:4]).permute(3, 2, 0, 4, 1, 5)
-        key, value = key_value.contiguous().unbind()  # (N, B, H, L, K), or each product over chunks would copy it
-        log_forget = self.log_forget().to(stream.dtype)[:, None, :, None]  # (N, 1, H, 1, E)
-        return tuple(zip(*(x.unbind() for x in prepare_chunks(key, value, scores, log_forget)), strict=True))
+    def forward(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sigmoids of the items' scores, as [`expert_scores`] does, and log of what each expert keeps of its
+        state at each new item: (B, L, D) -> (B, L, M) and (M,)."""
+        log_forget = -math.log(2) / self.half_lives.to(stream.dtype).flatten()
+        return expert_scores(stream, self.experts.to(stream.dtype).flatten(0, 1)), log_forget
 
 
 class ElasticAttention(GradientCheckpointingLayer):
@@ -232,7 +205,6 @@ class ElasticPreTrainedModel(PreTrainedModel):
             init.normal_(module.convolution, std=std)
         elif isinstance(module, ElasticInterestExperts):
             init.normal_(module.experts, std=1 / math.sqrt(self.config.hidden_size))
-            init.normal_(module.key_value, std=std)
             # Half-lives from 2 to 1,025 items, evenly spaced in the logarithm.
             steps = torch.linspace(0, 1, self.config.num_interest_experts).expand_as(module.log_half_life)
             init.copy_(module.log_half_life, steps * math.log(1024))
@@ -249,6 +221,8 @@ class ElasticModel(ElasticPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.stream = ElasticStream(config)
         self.experts = ElasticInterestExperts(config)
+        # Of all heads H, then of all layers: the projections of what a head's experts hold, or of the items.
+        self.key_value = nn.Linear(config.hidden_size, config.num_hidden_layers * 2 * config.hidden_size, bias=False)
         self.layers = nn.ModuleList(ElasticLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -286,13 +260,12 @@ class ElasticModel(ElasticPreTrainedModel):
             cache.check(self, len(input_ids))
         if last_position_only:
             hidden_states, stream, *states = self.compress(input_ids, attention_mask, cache)
-            read, interests = dispatch, self.experts.project(states[0])
+            read, interests = dispatch, self.project(states[0])
         else:
             embeddings = self.embed(input_ids)
             stream, _ = self.to_stream(embeddings, attention_mask)
             hidden_states = self.scale(embeddings)
-            with torch.autocast(stream.device.type, enabled=False):
-                read, interests = read_chunks, self.experts(stream, attention_mask)
+            read, interests = read_chunks, self.chunk(stream, attention_mask)
         readers = attention_mask[:, -hidden_states.shape[1] :]
         for layer, of_layer in zip(self.layers, interests, strict=True):
             hidden_states = layer(hidden_states, stream, readers, read, *of_layer)
@@ -356,8 +329,34 @@ class ElasticModel(ElasticPreTrainedModel):
             embeddings = self.embed(ids)
             stream, conv_state = self.to_stream(embeddings, mask, conv_state)
             with torch.autocast(stream.device.type, enabled=False):
-                state = self.experts.pool(stream, mask, state)
+                state = pool_history(stream, *self.experts(stream), mask, state)
         return self.scale(embeddings[:, -1:]), stream[:, -1:], state, conv_state
+
+    def project(self, state: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return what [`dispatch`] reads of a state: (B, M, D + 1) -> keys and values of each layer, (B, H, E, K)."""
+        num_heads = self.config.num_attention_heads
+        interests = compressed_interests(state).unflatten(1, (num_heads, -1)).to(self.dtype)  # (B, H, E, D)
+        projected = self.key_value(interests).unflatten(-1, (num_heads, -1))
+        return self._of_layers(_float32(projected.diagonal(dim1=1, dim2=3).movedim(-1, 1)))
+
+    def chunk(self, stream: Tensor, attention_mask: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return what [`read_chunks`] reads of histories, for each layer: (B, L, D) and (B, L)."""
+        num_heads = self.config.num_attention_heads
+        # Heads first in memory, too, or each product over chunks would copy its operands.
+        items = self.key_value(stream.to(self.dtype)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        items = _float32(items).contiguous()  # (B, H, L, N * 2 * K)
+        with torch.autocast(stream.device.type, enabled=False):
+            sigmoids, log_forget = self.experts(stream)
+            scores = to_exponent(sigmoids, torch.where(attention_mask, 0.0, -math.inf).to(stream.dtype)[..., None])
+            scores = scores.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, L, E)
+            chunks = prepare_chunks(items, scores, log_forget.view(num_heads, 1, -1))
+        layers = zip(self._of_layers(chunks.items), self._of_layers(chunks.past), strict=True)
+        return [(*item, chunks.weights, chunks.total, *past) for item, past in layers]
+
+    def _of_layers(self, projected: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(..., N * 2 * K) -> keys and values of each layer, (..., K)"""
+        keys_values = projected.split(self.config.hidden_size // self.config.num_attention_heads, dim=-1)
+        return list(zip(keys_values[::2], keys_values[1::2], strict=True))
 
     @torch._dynamo.assume_constant_result
     def digest(self) -> str:
@@ -407,7 +406,7 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         input_ids, mask = leave_out_special_tokens(input_ids, mask, self.config.num_special_tokens)
         with evaluating(self):
             hidden_states, stream, state, _ = self.model.compress(input_ids, mask)
-            *interests, of_last = self.model.experts.project(state)
+            *interests, of_last = self.model.project(state)
             for layer, of_layer in zip(layers, interests, strict=True):
                 hidden_states = layer(hidden_states, stream, mask[:, -1:], dispatch, *of_layer)
             hidden_states = last.attention(hidden_states, stream, dispatch, *of_last)

@@ -110,10 +110,10 @@ def test_the_empty_cache_is_the_beginning():
 def test_a_user_takes_the_stated_bytes_whatever_the_length():
     torch.manual_seed(0)
     model = ElasticForSequentialRecommendation(ElasticConfig(vocab_size=31)).eval()
-    assert "17,160 with the default" in ElasticCache.__doc__
+    assert "8,840 with the default" in ElasticCache.__doc__
     for length in (1, 2, 150):
         cache = model(make_histories(3, length), use_cache=True).cache
-        assert sum(getattr(cache, name).nbytes for name in TENSORS) == 3 * 17_160
+        assert sum(getattr(cache, name).nbytes for name in TENSORS) == 3 * 8_840
 
 
 @torch.no_grad()
@@ -184,7 +184,7 @@ def test_what_cannot_be_continued_is_refused():
     model = elastic_model()
     histories = make_histories()
     cache = model(histories, use_cache=True).cache
-    with pytest.raises(ValueError, match=r"cache.recurrent_state must be torch.float32 of shape \(4, 36, 25\), found"):
+    with pytest.raises(ValueError, match=r"cache.recurrent_state must be torch.float32 of shape \(4, 18, 25\), found"):
         model(histories, cache=cache.select([0, 1]))
     with pytest.raises(ValueError, match="cache.conv_state must be"):
         elastic_model(conv_kernel_size=3)(histories, cache=cache)

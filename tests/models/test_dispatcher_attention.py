@@ -59,7 +59,13 @@ def loop(query, key, value, scores, log_forget):
 
 
 def chunked(query, key, value, scores, log_forget, chunk_size=64):
-    return read_chunks(query, *prepare_chunks(key, value, scores, log_forget, chunk_size))
+    """Keys and values beside other projections of the items, as those of other layers are."""
+    items, weights, total, past = prepare_chunks(
+        torch.cat([key, value, value[..., :1]], dim=-1), scores, log_forget, chunk_size
+    )
+    key, value, _ = items.split([K, K, 1], dim=-1)
+    past_keys, past_values, _ = past.split([K, K, 1], dim=-1)
+    return read_chunks(query, key, value, weights, total, past_keys, past_values)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ def test_an_explanation_shares_out_each_item_and_each_reading():
     model = elastic_model()
     input_ids, attention_mask = histories()
     explanation = model.explain(input_ids, attention_mask, top_k=5)
-    assert explanation.half_lives.shape == (2, 3, 6) and explanation.half_lives.min() >= 1
-    assert explanation.assignments.shape == (3, 2, 3, 7, 6) and explanation.item_weights.shape == (3, 2, 3, 7)
+    assert explanation.half_lives.shape == (3, 6) and explanation.half_lives.min() >= 1
+    assert explanation.assignments.shape == (3, 3, 7, 6) and explanation.item_weights.shape == (3, 2, 3, 7)
     is_item = attention_mask[:, None, None].bool().expand(-1, 2, 3, -1)
-    torch.testing.assert_close(explanation.assignments.sum(dim=-1), is_item.float())
+    torch.testing.assert_close(explanation.assignments.sum(dim=-1), is_item[:, 0].float())
     torch.testing.assert_close(explanation.item_weights.sum(dim=-1), torch.ones(3, 2, 3))
     assert (explanation.item_weights[~is_item] == 0).all() and (explanation.item_weights[is_item] > 0).all()
     assert torch.equal(explanation.token_ids, model.recommend(input_ids, attention_mask, top_k=5).token_ids)
@@ -29,7 +29,8 @@ def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
     with torch.no_grad():
         embeddings = base.embed(input_ids)
         stream, _ = base.to_stream(embeddings, attention_mask.bool())
-        values = torch.einsum("bld,nhkd->bnhlk", stream, base.experts.key_value[:, 1])
+        value_weight = base.key_value.weight.view(3, 2, 2, 8, 24)[:, :, 1]  # (H, N, K, D)
+        values = torch.einsum("bld,hnkd->bnhlk", stream, value_weight)
         expected = (explanation.item_weights[..., None] * values).sum(dim=-2).flatten(2)  # (B, N, D)
     read = []
     attention = base.layers[0].attention
@@ -75,6 +76,13 @@ def test_a_model_in_training_mode_is_explained_as_it_answers():
         explanation = model.explain(*histories(), top_k=2)
         torch.testing.assert_close(explanation.contributions, expected.contributions)
     assert all(module.training for module in model.modules())
+
+
+def test_unknown_items_are_not_explained():
+    input_ids, attention_mask = histories()
+    input_ids[1, 3] = 1
+    with pytest.raises(ValueError, match="must hold items alone where they are explained, found the special token 1"):
+        elastic_model().explain(input_ids, attention_mask)
 
 
 @pytest.mark.parametrize("method", ["recommend", "get_user_embeddings", "explain"])

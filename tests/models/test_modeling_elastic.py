@@ -233,10 +233,11 @@ def test_bfloat16_autocast_trains_200_steps(name):
 def test_interests_stay_in_float32_under_autocast():
     model = elastic_model().model
     seen = []
-    model.experts.register_forward_hook(lambda module, inputs, outputs: seen.extend([*inputs[:1], *outputs[0]]))
+    model.experts.register_forward_hook(lambda module, inputs, outputs: seen.extend([*inputs, *outputs]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(*histories())
-    assert {tensor.dtype for tensor in seen} == {torch.float32}
+        interests = model.chunk(torch.randn(3, 7, 24), histories()[1].bool())
+    assert {tensor.dtype for tensor in [*seen, *interests[0]]} == {torch.float32}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

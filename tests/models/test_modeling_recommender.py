@@ -496,7 +496,7 @@ def test_a_quantised_model_recommends_what_its_logits_say(model, input_ids):
         quantised(input_ids, labels=input_ids)
 
 
-@pytest.mark.parametrize("model", ["sasrec", "bert4rec"], indirect=True)
+@every_model
 def test_an_offloaded_model_recommends_the_same(model, input_ids):
     accelerate = pytest.importorskip("accelerate")
     query = CatalogueQuery(3, seen_ids=input_ids, target_ids=torch.tensor([5, 6]))
