@@ -101,7 +101,7 @@ class ElasticInterestExperts(nn.Module):
         return 1 + _float32(self.log_half_life).exp()
 
     def forward(self, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sigmoids of the items' scores, as [`expert_scores`] does, and the logs of what the experts keep of
+        """Return the sigmoids of the items' scores, as [`expert_scores`] does, and logs of what the experts keep of
         their states at each new item: (B, L, D) -> (B, L, M) and (M,)."""
         log_forget = -math.log(2) / self.half_lives.to(stream.dtype).flatten()
         return expert_scores(stream, self.experts.to(stream.dtype).flatten(0, 1)), log_forget
