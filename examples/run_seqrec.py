@@ -394,8 +394,8 @@ def main() -> None:
         if config.model_type == "elastic" and config.num_memory_subkeys:
             results |= memory_usage(trainer, splits["test"])
 
-    if config.model_type == "elastic" and config.is_causal:
-        half_lives = (layer.attention.half_lives for layer in trainer.model.model.layers)
+    if config.model_type == "elastic":
+        half_lives = trainer.model.model.experts.half_lives
         results["expert_half_lives"] = [of_layer.detach().cpu().numpy().round(2).tolist() for of_layer in half_lives]
 
     # 8. Results, pictures and model card

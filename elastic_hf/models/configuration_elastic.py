@@ -49,6 +49,10 @@ class ElasticConfig(RecommenderConfig):
     num_memory_heads: int = 4
     memory_top_k: int = 4
     layer_norm_eps: float = 1e-6
+    stream_per_layer: bool = False
+    rotate_keys: bool = False
+    share_experts: bool = False
+    stream_feed_forward: int = 0
 
     def validate_causal(self):
         """ELASTIC predicts the next item at every position."""

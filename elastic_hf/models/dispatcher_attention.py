@@ -32,47 +32,55 @@ from .limits import MAX_CHUNKS, limit
 
 # Bound on an expert's score of an item: contrast enough, and within the range above.
 SCORE_CAP = 10.0
+# A smaller weight than exp(-80) counts for nothing beside those of recent items, which are at least exp(-10) times what
+# is left; and a processor's exp takes several times as long where its results are denormal.
+MIN_EXPONENT = -80.0
 CHUNK_SIZE = 64
 # The states of up to this many chunks come from one closed form; those of more come from groups of that many.
 MAX_PREFIX = 64
 
 
 def expert_scores(stream: Tensor, experts: Tensor) -> Tensor:
-    """Score each item by each expert, within +-[`SCORE_CAP`].
+    """Score each item by each expert, `cap tanh(P x / cap)`, written as `2 cap sigmoid(2 P x / cap) - cap`.
 
     Args:
         stream (`torch.Tensor` of shape `(..., D)`).
         experts (`torch.Tensor` of shape `(M, D)`).
 
     Returns:
-        `torch.Tensor` of shape `(..., M)`.
+        `torch.Tensor` of shape `(..., M)`: the sigmoid alone, which [`to_exponent`] turns into scores.
     """
-    return SCORE_CAP * F.linear(stream, experts / SCORE_CAP).tanh_()
+    return F.linear(stream, experts * (2 / SCORE_CAP)).sigmoid_()
 
 
-def final_weights(scores: Tensor, log_forget: Tensor) -> Tensor:
+def to_exponent(sigmoids: Tensor, log_kept: Tensor) -> Tensor:
+    """Return `score + log_kept` of each item and expert, from the sigmoids of [`expert_scores`], in one operation."""
+    return torch.add(log_kept - SCORE_CAP, sigmoids, alpha=2 * SCORE_CAP)
+
+
+def final_weights(sigmoids: Tensor, log_forget: Tensor) -> Tensor:
     """Return the weight of each item in what each expert holds after the last one, a[L,m,j].
 
     Args:
-        scores (`torch.Tensor` of shape `(B, L, M)`): of [`expert_scores`].
+        sigmoids (`torch.Tensor` of shape `(B, L, M)`): of [`expert_scores`].
         log_forget (`torch.Tensor` of shape `(M,)`): log of what an expert keeps of its state at each new item, <= 0.
 
     Returns:
         `torch.Tensor` of shape `(B, M, L)`.
     """
-    length = scores.shape[1]
-    later_items = torch.arange(length - 1, -1, -1, device=scores.device, dtype=scores.dtype)
-    return torch.addcmul(scores, later_items[:, None], log_forget).exp_().mT
+    length = sigmoids.shape[1]
+    later_items = torch.arange(length - 1, -1, -1, device=sigmoids.device, dtype=sigmoids.dtype)
+    return to_exponent(sigmoids, later_items[:, None] * log_forget).clamp_(min=MIN_EXPONENT).exp_().mT
 
 
 def pool_history(
-    stream: Tensor, scores: Tensor, log_forget: Tensor, attention_mask: Tensor, state: Tensor | None = None
+    stream: Tensor, sigmoids: Tensor, log_forget: Tensor, attention_mask: Tensor, state: Tensor | None = None
 ) -> Tensor:
     """Compress a history, or the items that follow one, into the state of each expert after the last item.
 
     Args:
         stream (`torch.Tensor` of shape `(B, L, D)`): zeros at padding.
-        scores (`torch.Tensor` of shape `(B, L, M)`): of [`expert_scores`].
+        sigmoids (`torch.Tensor` of shape `(B, L, M)`): of [`expert_scores`].
         log_forget (`torch.Tensor` of shape `(M,)`): as in [`final_weights`].
         attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding, which is on the left.
         state (`torch.Tensor` of shape `(B, M, D + 1)`, *optional*): before these items; `None` is no history.
@@ -80,7 +88,7 @@ def pool_history(
     Returns:
         `torch.Tensor` of shape `(B, M, D + 1)`: `[sum_j a x_j | sum_j a]`.
     """
-    weights = final_weights(scores, log_forget)
+    weights = final_weights(sigmoids, log_forget)
     is_item = attention_mask.to(stream.dtype)[..., None]  # (B, L, 1)
     pooled = torch.cat([weights @ stream, weights @ is_item], dim=-1)
     if state is None:

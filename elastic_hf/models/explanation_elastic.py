@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .dispatcher_attention import dispatch, final_weights
+from .dispatcher_attention import dispatch, final_weights, to_exponent
 from .modeling_recommender import validate_histories
 
 
@@ -89,10 +89,11 @@ def _assign(
 ) -> tuple[Tensor, Tensor]:
     """(B, L, D), (B, L) and the share of each expert in what the last position reads, (B, N, H, E), to the assignments,
     (B, N, H, L, E), and the item weights, (B, N, H, L)."""
-    scores = experts.scores(stream)
+    sigmoids = experts.sigmoids(stream)
+    scores = to_exponent(sigmoids, sigmoids.new_zeros(()))
     sizes = shares.shape[1:]
     assignments = scores.unflatten(-1, sizes).permute(0, 2, 3, 1, 4).softmax(dim=-1)
-    weights = final_weights(scores, experts.log_forget().to(scores.dtype).flatten()) * attention_mask[:, None]
+    weights = final_weights(sigmoids, experts.log_forget().to(scores.dtype).flatten()) * attention_mask[:, None]
     weights = (weights / weights.sum(dim=-1, keepdim=True)).unflatten(1, sizes)  # (B, N, H, E, L)
     item_weights = (shares[..., None] * weights).sum(dim=-2)
     return assignments * attention_mask[:, None, None, :, None], item_weights

@@ -40,6 +40,7 @@ from .dispatcher_attention import (
     pool_history,
     prepare_chunks,
     read_chunks,
+    to_exponent,
 )
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
@@ -66,9 +67,9 @@ def causal_convolution(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """
     earlier = weight.shape[0] - 1
     length = hidden_states.shape[1] - earlier
-    output = hidden_states[:, earlier:]
-    for i in range(weight.shape[0]):
-        output = torch.addcmul(output, weight[i], hidden_states[:, earlier - i : earlier - i + length])
+    output = hidden_states[:, earlier:] * (1 + weight[0])
+    for i in range(1, weight.shape[0]):
+        output.addcmul_(weight[i], hidden_states[:, earlier - i : earlier - i + length])
     return output
 
 
@@ -87,7 +88,8 @@ def prepend(earlier: Tensor, hidden_states: Tensor, attention_mask: Tensor) -> T
     padding = (~attention_mask).sum(dim=1)  # (B,)
     indices = padding[:, None] + torch.arange(num_earlier, device=padding.device)  # (B, P)
     indices = indices[..., None].expand(-1, -1, hidden_states.shape[-1])
-    return F.pad(hidden_states, (0, 0, num_earlier, 0)).scatter(1, indices, earlier.to(hidden_states.dtype))
+    inputs = torch.cat([torch.zeros_like(earlier, dtype=hidden_states.dtype), hidden_states], dim=1)
+    return inputs.scatter_(1, indices, earlier.to(hidden_states.dtype))
 
 
 class ElasticStream(nn.Module):
@@ -106,7 +108,8 @@ class ElasticStream(nn.Module):
         normed = self.norm(embeddings) * attention_mask[..., None]
         num_earlier = self.convolution.shape[0] - 1
         if conv_state is None:
-            inputs = F.pad(normed, (0, 0, num_earlier, 0))
+            conv_state = normed.new_zeros(len(normed), num_earlier, normed.shape[-1])
+            inputs = torch.cat([conv_state, normed], dim=1)
         else:
             inputs = prepend(conv_state, normed, attention_mask)
         conv_state = inputs[:, inputs.shape[1] - num_earlier :].clone()  # a view would keep all inputs
@@ -119,9 +122,12 @@ class ElasticInterestExperts(nn.Module):
     def __init__(self, config: ElasticConfig):
         super().__init__()
         sizes = (config.num_hidden_layers, config.num_attention_heads, config.num_interest_experts)
+        self.num_layers = config.num_hidden_layers
+        num_sets = 1 if config.share_experts else config.num_hidden_layers
+        self.rotate_keys = config.rotate_keys
         head_size = config.hidden_size // config.num_attention_heads
-        self.experts = nn.Parameter(torch.empty(*sizes, config.hidden_size))  # (N, H, E, D)
-        self.log_half_life = nn.Parameter(torch.empty(sizes))  # (N, H, E)
+        self.experts = nn.Parameter(torch.empty(num_sets, *sizes[1:], config.hidden_size))  # (N, H, E, D)
+        self.log_half_life = nn.Parameter(torch.empty(num_sets, *sizes[1:]))  # (N, H, E)
         self.key_value = nn.Parameter(torch.empty(sizes[0], 2, sizes[1], head_size, config.hidden_size))
 
     @property
@@ -133,14 +139,14 @@ class ElasticInterestExperts(nn.Module):
         """Return the log of what each expert keeps of its state at each new item: (N, H, E)."""
         return -math.log(2) / self.half_lives
 
-    def scores(self, stream: Tensor) -> Tensor:
-        """Score each item by each expert: (B, L, D) -> (B, L, M)."""
+    def sigmoids(self, stream: Tensor) -> Tensor:
+        """Return the sigmoids of the items' scores by each expert, see [`expert_scores`]: (B, L, D) -> (B, L, M)."""
         return expert_scores(stream, self.experts.to(stream.dtype).flatten(0, 2))
 
     def pool(self, stream: Tensor, attention_mask: Tensor, state: Tensor | None = None) -> Tensor:
         """Compress a history, or the items after one: (B, L, D), (B, L) and (B, M, D + 1) -> (B, M, D + 1)."""
         log_forget = self.log_forget().to(stream.dtype).flatten()
-        return pool_history(stream, self.scores(stream), log_forget, attention_mask, state)
+        return pool_history(stream, self.sigmoids(stream), log_forget, attention_mask, state)
 
     def project(self, state: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Return what [`dispatch`] reads of a state: (B, M, D + 1) -> keys and values of each layer, (B, H, E, K)."""
@@ -148,15 +154,33 @@ class ElasticInterestExperts(nn.Module):
         projected = torch.einsum("bnhed,nshkd->nsbhek", interests, self.key_value.to(state.dtype))
         return tuple(of_layer.unbind() for of_layer in projected.unbind())
 
-    def forward(self, stream: Tensor, attention_mask: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        """Return what [`read_chunks`] reads of histories: (B, L, D) and (B, L) -> the `Chunks` of each layer."""
-        scores = self.scores(stream) + torch.where(attention_mask, 0.0, -math.inf).to(stream.dtype)[..., None]
-        scores = scores.unflatten(-1, self.log_half_life.shape).permute(2, 0, 3, 1, 4)  # (N, B, H, L, E)
-        key_value = F.linear(stream, self.key_value.to(stream.dtype).flatten(0, 3))
-        key_value = key_value.unflatten(-1, self.key_value.shape[:4]).permute(3, 2, 0, 4, 1, 5)
-        key, value = key_value.contiguous().unbind()  # (N, B, H, L, K), or each product over chunks would copy it
-        log_forget = self.log_forget().to(stream.dtype)[:, None, :, None]  # (N, 1, H, 1, E)
-        return tuple(zip(*(x.unbind() for x in prepare_chunks(key, value, scores, log_forget)), strict=True))
+    def forward(self, streams, attention_mask):
+        """streams: one (B, L, D) for all layers, or one a layer"""
+        chunks = []
+        for n in range(self.num_layers):
+            stream = streams[n % len(streams)]
+            m = n % len(self.experts)
+            unread = torch.where(attention_mask, 0.0, -math.inf).to(stream.dtype)[..., None]
+            sigmoids = expert_scores(stream, self.experts[m].to(stream.dtype).flatten(0, 1))
+            scores = to_exponent(sigmoids, unread).unflatten(-1, self.experts.shape[1:3]).permute(0, 2, 1, 3)
+            kv = F.linear(stream, self.key_value[n].to(stream.dtype).flatten(0, 2))
+            kv = kv.unflatten(-1, self.key_value.shape[1:4]).permute(2, 0, 3, 1, 4).contiguous()
+            key, value = kv.unbind()
+            if self.rotate_keys:
+                key = rotate(key, attention_mask)
+            log_forget = self.log_forget()[m].to(stream.dtype)[None, :, None]
+            chunks.append(prepare_chunks(key, value, scores, log_forget))
+        return chunks
+
+
+def rotate(states, attention_mask):
+    """(B, H, L, K)"""
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    pairs = torch.arange(0, states.shape[-1], 2)
+    angles = positions[:, None, :, None] / 10000 ** (pairs / states.shape[-1])
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class ElasticAttention(GradientCheckpointingLayer):
@@ -165,6 +189,7 @@ class ElasticAttention(GradientCheckpointingLayer):
     def __init__(self, config: ElasticConfig, is_first: bool):
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.rotate_keys = config.rotate_keys
         self.norm = None if is_first else nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.query_gate = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
@@ -179,6 +204,8 @@ class ElasticAttention(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, stream: Tensor, read: Callable, *interests: Tensor) -> Tensor:
         """(B, L, D) twice -> (B, L, D); `read` is [`read_chunks`] or [`dispatch`], which reads the `interests`."""
         query, gate = self.query_and_gate(hidden_states, stream)
+        if self.rotate_keys:
+            query = rotate(query, self.mask)
         with torch.autocast(query.device.type, enabled=False):
             interest = read(_float32(query), *interests)
         interest = interest.transpose(1, 2).flatten(2).to(gate.dtype)
@@ -268,7 +295,11 @@ class ElasticModel(ElasticPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.stream = ElasticStream(config)
+        self.stream = nn.ModuleList(ElasticStream(config) for _ in range(config.num_hidden_layers if config.stream_per_layer else 1))
+        self.stream_feed_forward = None
+        if config.stream_feed_forward:
+            wide = type(config)(**{**config.to_dict(), "intermediate_size": config.stream_feed_forward, "stream_feed_forward": 0})
+            self.stream_feed_forward = ElasticFeedForward(wide)
         self.experts = ElasticInterestExperts(config)
         self.layers = nn.ModuleList(ElasticLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -305,17 +336,17 @@ class ElasticModel(ElasticPreTrainedModel):
             raise ValueError("cache and use_cache need last_position_only=True, found last_position_only=False")
         if cache is not None:
             cache.check(self, len(input_ids))
-        if last_position_only:
-            hidden_states, stream, *states = self.compress(input_ids, attention_mask, cache)
-            read, interests = dispatch, self.experts.project(states[0])
-        else:
-            hidden_states = self.embed(input_ids, attention_mask)
-            stream, _ = self.to_stream(hidden_states, attention_mask)
-            with torch.autocast(stream.device.type, enabled=False):
-                read, interests = read_chunks, self.experts(stream, attention_mask)
-        readers = attention_mask[:, -hidden_states.shape[1] :]
+        hidden_states = self.embed(input_ids, attention_mask)
+        streams = [_float32(stream(hidden_states, attention_mask)[0]) for stream in self.stream]
+        if self.stream_feed_forward is not None:
+            streams = [_float32(self.stream_feed_forward(stream)) * attention_mask[..., None] for stream in streams]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            read, interests = read_chunks, self.experts(streams, attention_mask)
         for layer, of_layer in zip(self.layers, interests, strict=True):
-            hidden_states = layer(hidden_states, stream, readers, read, *of_layer)
+            layer.attention.mask = attention_mask
+            hidden_states = layer(hidden_states, streams[0], attention_mask, read, *of_layer)
+        if last_position_only:
+            hidden_states = hidden_states[:, -1:]
         if use_cache:
             num_items = attention_mask.sum(dim=1) + (0 if cache is None else cache.num_items)
             cache = ElasticCache(*states, num_items, self.digest())
@@ -424,6 +455,14 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         Raises:
             ValueError: if the model has no interest memory.
         """
+        slots = []
+        memory = self.model.layers[-1].retrieval.memory
+        handle = memory.query_norm.register_forward_hook(lambda module, inputs, output: slots.append(output))
+        self.model(input_ids, attention_mask)
+        handle.remove()
+        from .interest_memory import retrieve_slots
+        query = slots[0][:, -1].unflatten(-1, (2, -1))
+        return retrieve_slots(query, memory.sub_keys, memory.bias, memory.top_k)[1]
         *layers, last = self.model.layers
         if last.retrieval is None:
             raise ValueError("num_memory_subkeys must be at least 1 for a model that retrieves slots, found 0")
