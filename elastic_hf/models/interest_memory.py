@@ -143,9 +143,10 @@ class ElasticInterestMemory(nn.Module):
 
     def retrieve(self, hidden_states: Tensor, top_k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(..., D) and a mask (...,) -> weights and slots, each (..., G, top_k); the weights of a head sum to 1."""
-        query = self.query_norm(self.query(hidden_states).unflatten(-1, (self.num_heads, -1)))
-        scores, slots = retrieve_slots(query.unflatten(-1, (2, -1)), self.sub_keys, self.bias.detach(), top_k)
-        weights = scores.softmax(dim=-1)
+        query = self.query_norm(self.query(hidden_states).unflatten(-1, (self.num_heads, -1))).unflatten(-1, (2, -1))
+        with torch.autocast(query.device.type, enabled=False):  # a product in bfloat16 has ties among its best
+            scores, slots = retrieve_slots(query.to(self.sub_keys.dtype), self.sub_keys, self.bias.detach(), top_k)
+            weights = scores.softmax(dim=-1)
         if self.training:
             if mask is None:
                 mask = torch.ones(slots.shape[:-2], dtype=torch.bool, device=slots.device)
