@@ -126,36 +126,28 @@ def trials() -> str:
     return table(header, [row for *_, row in sorted(rows)])
 
 
-ABLATIONS = {
-    "r8": "the recipe",
-    "r8-no-memory": "without interest memory",
-    "r8-forget-none": "without forgetting",
-    "r8-forget-fixed": "half-lives fixed at their initial values",
-    "r8-conv0": "without convolution",
-    "r8-bidirectional-prefix": "bidirectional, trained on prefixes",
-    "r8-bidirectional-cloze": "bidirectional, trained on masked items",
-    "r8-bidirectional-static": "the same with static experts instead of the memory's",
+CHOICE = {
+    "s8-shared": "the model: one set of experts that all layers read",
+    "s8-shared-experts32": "32 experts a head instead of 16",
+    "s8": "experts of their own for each layer",
+    "s8-silu": "the last with SiLU instead of GELU",
 }
 
 
-def ablation() -> str:
-    """What ELASTIC loses without its parts, from the trials of the same 8 epochs."""
+def choice() -> str:
+    """The forms of ELASTIC that were compared in the same 8 epochs."""
     values = {}
-    for run in runs("trials/ml-1m-elastic-*-r8*.json"):
-        if run["variant"] in ABLATIONS:
-            values.setdefault(run["variant"], []).append(run)
+    for run in runs("trials/ml-1m-elastic-*-s8*.json"):
+        values.setdefault(run["variant"], []).append(run)
+    chosen = statistics.mean(run["validation_ndcg@10"] for run in values["s8-shared"])
     rows = []
-    for variant, label in ABLATIONS.items():
-        seeds = values.get(variant, [])
-        if seeds:
-            ndcg = statistics.mean(run["validation_ndcg@10"] for run in seeds)
-            recipe = statistics.mean(run["validation_ndcg@10"] for run in values["r8"])
-            row = [label, mean_and_deviation([run["validation_hr@10"] for run in seeds])]
-            row += [mean_and_deviation([run["validation_ndcg@10"] for run in seeds])]
-            row += [f"{ndcg - recipe:+.4f}", str(len(seeds)), f"{seeds[0]['num_parameters']:,}"]
-            rows.append([*row, f"{statistics.mean(run['train_seconds'] for run in seeds) / 60:.0f}"])
-    header = ["ELASTIC", "validation HR@10", "validation NDCG@10", "difference", "seeds", "parameters", "minutes"]
-    return table(header, rows)
+    for variant, label in CHOICE.items():
+        seeds = values[variant]
+        ndcg = [run["validation_ndcg@10"] for run in seeds]
+        row = [label, mean_and_deviation([run["validation_hr@10"] for run in seeds]), mean_and_deviation(ndcg)]
+        row += [f"{statistics.mean(ndcg) - chosen:+.4f}", str(len(seeds)), f"{seeds[0]['num_parameters']:,}"]
+        rows.append(row)
+    return table(["ELASTIC", "validation HR@10", "validation NDCG@10", "difference", "seeds", "parameters"], rows)
 
 
 def commands() -> str:
@@ -531,7 +523,7 @@ TABLES = {
         variants,
         memory,
         trials,
-        ablation,
+        choice,
         commands,
         lengths,
         data,
