@@ -32,23 +32,19 @@ def plot_training_curve(log_history: list[dict], file: str | os.PathLike) -> Non
     figure.savefig(file, dpi=120)
 
 
-def plot_expert_horizons(half_lives: list[list[list[float]]], file: str | os.PathLike) -> None:
+def plot_expert_horizons(half_lives: list[list[float]], file: str | os.PathLike) -> None:
     """
-    Draws how far back each interest expert of ELASTIC looks, one row of points for each layer and head.
+    Draws how far back each interest expert of ELASTIC looks, one row of points for each head.
 
     Args:
-        half_lives (nested `list` of shape `(num_layers, num_heads, num_experts)`):
+        half_lives (nested `list` of shape `(num_heads, num_experts)`):
             Half-life of each expert, in items: after so many new items, what it has read counts half.
         file (`str` or `os.PathLike`): The picture, in the format of its suffix.
 
     Raises:
         `ValueError`: if there is no expert, or a half-life is not positive.
     """
-    rows = {
-        f"layer {layer}, head {head}": experts
-        for layer, heads in enumerate(half_lives, start=1)
-        for head, experts in enumerate(heads, start=1)
-    }
+    rows = {f"head {head}": experts for head, experts in enumerate(half_lives, start=1)}
     smallest = min((value for experts in rows.values() for value in experts), default=0.0)
     if not smallest > 0:
         raise ValueError(f"half_lives must hold positive numbers of items, found {smallest} as the smallest")

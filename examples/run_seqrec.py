@@ -395,7 +395,7 @@ def main() -> None:
             results |= memory_usage(trainer, splits["test"])
 
     if config.model_type == "elastic":
-        half_lives = trainer.model.model.experts.half_lives  # (num_hidden_layers, num_attention_heads, E)
+        half_lives = trainer.model.model.experts.half_lives  # (num_attention_heads, num_interest_experts)
         results["expert_half_lives"] = half_lives.detach().cpu().numpy().round(2).tolist()
 
     # 8. Results, pictures and model card

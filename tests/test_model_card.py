@@ -315,7 +315,7 @@ def test_committed_cards_are_what_the_results_say(file):
 
 
 def test_render_cards_writes_cards_and_draws_their_pictures(tmp_path, monkeypatch):
-    run = make_results(log_history=[{"epoch": 1.0, "loss": 2.0}], expert_half_lives=[[[2.0, 300.0]]], main_row=True)
+    run = make_results(log_history=[{"epoch": 1.0, "loss": 2.0}], expert_half_lives=[[2.0, 300.0]], main_row=True)
     others = {"ml-1m-sasrec-42.json": run | {"model_type": "sasrec", "config": {}}}
     others |= {"trial.json": run | {"model_type": "gru4rec", "main_row": False}, "benchmark-data.json": {"rows": 1}}
     files = {"ml-1m-elastic-42.json": run, **others}

@@ -35,14 +35,12 @@ def test_training_curve_has_each_epoch_once_on_labelled_axes(figures, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_expert_horizons_show_every_expert_of_every_layer_and_head(figures, tmp_path):
-    half_lives = [[[2.0, 3.0, 500.0], [5.0, 6.0, 7.0]], [[8.0, 9.0, 10.0], [11.0, 12.0, 1025.0]]]
+def test_expert_horizons_show_every_expert_of_every_head(figures, tmp_path):
+    half_lives = [[2.0, 3.0, 500.0], [5.0, 6.0, 1025.0]]
     plot_expert_horizons(half_lives, tmp_path / "horizons.png")
     (axis,) = figures[0].axes
-    assert [[x for x, _ in row] for row in points(axis)] == half_lives[0] + half_lives[1]
-    assert [label.get_text() for label in axis.get_yticklabels()] == [
-        f"layer {layer}, head {head}" for layer in (1, 2) for head in (1, 2)
-    ]
+    assert [[x for x, _ in row] for row in points(axis)] == half_lives
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["head 1", "head 2"]
     assert axis.get_xscale() == "log" and axis.get_xlabel().startswith("half-life of an expert (items")
     assert (tmp_path / "horizons.png").read_bytes().startswith(b"\x89PNG")
 
@@ -53,7 +51,7 @@ def test_nothing_to_draw_is_refused(tmp_path):
     with pytest.raises(ValueError, match="half_lives must hold positive numbers"):
         plot_expert_horizons([], tmp_path / "horizons.png")
     with pytest.raises(ValueError, match="found -2.0 as the smallest"):
-        plot_expert_horizons([[[3.0, -2.0]]], tmp_path / "horizons.png")
+        plot_expert_horizons([[3.0, -2.0]], tmp_path / "horizons.png")
     assert not list(tmp_path.iterdir())
 
 

@@ -147,10 +147,10 @@ def test_the_card_is_of_this_run_and_its_snippet_runs(finished, capsys):
 
 def test_expert_half_lives_are_those_of_the_model(finished):
     output_dir, results, _ = finished
-    log_forget = AutoModel.from_pretrained(output_dir).model.experts.log_forget()
+    log_half_life = AutoModel.from_pretrained(output_dir).model.experts.log_half_life.detach()
     half_lives = torch.tensor(results["expert_half_lives"])
-    assert half_lives.shape == (1, 2, 4)
-    torch.testing.assert_close((half_lives * log_forget).exp(), torch.full((1, 2, 4), 0.5), atol=2e-3, rtol=0)
+    assert half_lives.shape == (2, 4)
+    torch.testing.assert_close(half_lives, 1 + log_half_life.exp(), atol=5e-3, rtol=0)
 
 
 def test_what_is_printed(finished):
