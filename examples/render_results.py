@@ -362,7 +362,7 @@ def findings(variant: str = "") -> list[list[str]]:
     what = "one more item after 100,000 items over after 100"
     compare(what, 1.1, lambda: state["seconds"]["100,000"] / state["seconds"]["100"])
     compare("one more item after 100,000 items", 1.5, lambda: 1e3 * state["seconds"]["100,000"], unit=" ms")
-    compare("state of a user", 17_500, lambda: state["bytes_per_user"], unit=" bytes")
+    compare("state of a user", 9_000, lambda: state["bytes_per_user"], unit=" bytes")
     return found
 
 
