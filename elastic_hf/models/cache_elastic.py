@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 
 if TYPE_CHECKING:
+    from .configuration_elastic import ElasticConfig
     from .modeling_elastic import ElasticModel
 
 TENSORS = ("recurrent_state", "conv_state", "num_items")
@@ -64,31 +65,27 @@ class ElasticCache:
     model_digest: str
 
     @classmethod
-    def empty(cls, model: "ElasticModel", batch_size: int, device: torch.device | str | None = None) -> "ElasticCache":
-        """Return the cache of `batch_size` users who have no history yet, on the model's device by default."""
-        config, device = model.config, device or model.device
-        num_experts = config.num_attention_heads * config.num_interest_experts
-        return cls(
-            torch.zeros(batch_size, num_experts, config.hidden_size + 1, device=device),
-            torch.zeros(batch_size, config.conv_kernel_size - 1, config.hidden_size, device=device),
-            torch.zeros(batch_size, dtype=torch.long, device=device),
-            model.base_model.digest(),
-        )
+    def empty(cls, model: "ElasticModel", batch_size: int) -> "ElasticCache":
+        """Return the cache of `batch_size` users who have no history yet."""
+        tensors = {
+            name: torch.zeros(shape, dtype=dtype, device=model.device)
+            for name, (shape, dtype) in _shapes(model.config, batch_size).items()
+        }
+        return cls(**tensors, model_digest=model.base_model.digest())
 
     def check(self, model: "ElasticModel", batch_size: int) -> None:
         """Raise a `ValueError` if this is no cache of `batch_size` users of this model."""
-        expected = ElasticCache.empty(model, batch_size, "meta")
-        for name in TENSORS:
-            found, wanted = getattr(self, name), getattr(expected, name)
-            if found.shape != wanted.shape or found.is_floating_point() != wanted.is_floating_point():
+        for name, (shape, dtype) in _shapes(model.config, batch_size).items():
+            found = getattr(self, name)
+            if found.shape != shape or found.is_floating_point() != dtype.is_floating_point:
                 raise ValueError(
-                    f"cache.{name} must be {wanted.dtype} of shape {tuple(wanted.shape)}, "
-                    f"found {found.dtype} of shape {tuple(found.shape)}"
+                    f"cache.{name} must be {dtype} of shape {shape}, found {found.dtype} of shape {tuple(found.shape)}"
                 )
-        if self.model_digest != expected.model_digest:
+        digest = model.digest()
+        if self.model_digest != digest:
             raise ValueError(
-                f"cache.model_digest must be that of this model, {expected.model_digest}, found {self.model_digest}: "
-                "another model made this cache, or this one before its weights changed"
+                f"cache.model_digest must be that of this model, {digest}, found {self.model_digest}: another model "
+                "made this cache, or this one before its weights changed"
             )
 
     def __len__(self) -> int:
@@ -128,6 +125,16 @@ class ElasticCache:
             if sorted(found) != sorted(wanted):
                 raise ValueError(f"{file} must hold {', '.join(wanted)}, found {', '.join(sorted(found))}")
             return cls(*map(opened.get_tensor, TENSORS), opened.metadata()["model_digest"])
+
+
+def _shapes(config: "ElasticConfig", batch_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The shape and the type of each tensor of a cache."""
+    num_experts = config.num_attention_heads * config.num_interest_experts
+    return {
+        "recurrent_state": ((batch_size, num_experts, config.hidden_size + 1), torch.float32),
+        "conv_state": ((batch_size, config.conv_kernel_size - 1, config.hidden_size), torch.float32),
+        "num_items": ((batch_size,), torch.long),
+    }
 
 
 __all__ = ["ElasticCache"]

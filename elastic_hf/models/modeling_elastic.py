@@ -271,7 +271,8 @@ class ElasticModel(ElasticPreTrainedModel):
             hidden_states = layer(hidden_states, stream, readers, read, *of_layer)
         if use_cache:
             num_items = attention_mask.sum(dim=1) + (0 if cache is None else cache.num_items)
-            cache = ElasticCache(*states, num_items, self.digest())
+            digest = self.digest() if cache is None else cache.model_digest
+            cache = ElasticCache(*states, num_items, digest)
         return ElasticModelOutput(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
     def embed(self, input_ids: Tensor) -> Tensor:
