@@ -54,7 +54,7 @@ def user_embeddings(model, input_ids, attention_mask):
     D, H, E = config.hidden_size, config.num_attention_heads, config.num_interest_experts
     K = D // H
     experts, convolution = model.experts, model.stream.convolution
-    key_value = model.key_value.weight.view(H, len(model.layers), 2, K, D)
+    key_value = [projection.weight.view(len(model.layers), 2, K, D) for projection in model.key_value]
     output = []
     for ids, mask in zip(input_ids, attention_mask, strict=True):
         rows = [torch.zeros(D, dtype=convolution.dtype) for _ in range(int((mask == 0).sum()))]
@@ -80,7 +80,7 @@ def user_embeddings(model, input_ids, attention_mask):
                             for j in range(t + 1)
                         ]
                         c = sum(a[j] * stream[j] for j in range(t + 1)) / sum(a)
-                        W_k, W_v = key_value[head, n]  # (K, D)
+                        W_k, W_v = key_value[head][n]  # (K, D)
                         logits.append(q[head * K : (head + 1) * K] @ (W_k @ c) / math.sqrt(K))
                         values.append(W_v @ c)
                     shares = torch.stack(logits).softmax(dim=0)

@@ -221,8 +221,12 @@ class ElasticModel(ElasticPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.stream = ElasticStream(config)
         self.experts = ElasticInterestExperts(config)
-        # Of all heads H, then of all layers: the projections of what a head's experts hold, or of the items.
-        self.key_value = nn.Linear(config.hidden_size, config.num_hidden_layers * 2 * config.hidden_size, bias=False)
+        # Of each head, for all layers: the projections of what its experts hold, or of the items.
+        head_size = config.hidden_size // config.num_attention_heads
+        self.key_value = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.num_hidden_layers * 2 * head_size, bias=False)
+            for _ in range(config.num_attention_heads)
+        )
         self.layers = nn.ModuleList(ElasticLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -335,22 +339,18 @@ class ElasticModel(ElasticPreTrainedModel):
 
     def project(self, state: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return what [`dispatch`] reads of a state: (B, M, D + 1) -> keys and values of each layer, (B, H, E, K)."""
-        num_heads = self.config.num_attention_heads
-        interests = compressed_interests(state).unflatten(1, (num_heads, -1)).to(self.dtype)  # (B, H, E, D)
-        projected = self.key_value(interests).unflatten(-1, (num_heads, -1))
-        return self._of_layers(_float32(projected.diagonal(dim1=1, dim2=3).movedim(-1, 1)))
+        interests = compressed_interests(state).to(self.dtype).chunk(len(self.key_value), dim=1)  # H of (B, E, D)
+        projected = [project(interest) for project, interest in zip(self.key_value, interests, strict=True)]
+        return self._of_layers(_float32(torch.stack(projected, dim=1)))
 
     def chunk(self, stream: Tensor, attention_mask: Tensor) -> list[tuple[Tensor, ...]]:
         """Return what [`read_chunks`] reads of histories, for each layer: (B, L, D) and (B, L)."""
-        num_heads = self.config.num_attention_heads
-        # Heads first in memory, too, or each product over chunks would copy its operands.
-        items = self.key_value(stream.to(self.dtype)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        items = _float32(items).contiguous()  # (B, H, L, N * 2 * K)
+        items = torch.stack([project(stream.to(self.dtype)) for project in self.key_value], dim=1)
         with torch.autocast(stream.device.type, enabled=False):
             sigmoids, log_forget = self.experts(stream)
             scores = to_exponent(sigmoids, torch.where(attention_mask, 0.0, -math.inf).to(stream.dtype)[..., None])
-            scores = scores.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, L, E)
-            chunks = prepare_chunks(items, scores, log_forget.view(num_heads, 1, -1))
+            scores = scores.unflatten(-1, (len(self.key_value), -1)).transpose(1, 2)  # (B, H, L, E)
+            chunks = prepare_chunks(_float32(items), scores, log_forget.view(len(self.key_value), 1, -1))
         layers = zip(self._of_layers(chunks.items), self._of_layers(chunks.past), strict=True)
         return [(*item, chunks.weights, chunks.total, *past) for item, past in layers]
 

@@ -29,7 +29,7 @@ def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
     with torch.no_grad():
         embeddings = base.embed(input_ids)
         stream, _ = base.to_stream(embeddings, attention_mask.bool())
-        value_weight = base.key_value.weight.view(3, 2, 2, 8, 24)[:, :, 1]  # (H, N, K, D)
+        value_weight = torch.stack([head.weight.view(2, 2, 8, 24)[:, 1] for head in base.key_value])  # (H, N, K, D)
         values = torch.einsum("bld,hnkd->bnhlk", stream, value_weight)
         expected = (explanation.item_weights[..., None] * values).sum(dim=-2).flatten(2)  # (B, N, D)
     read = []
