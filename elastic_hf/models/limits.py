@@ -5,9 +5,9 @@ import torch
 
 
 # Positions of a batch that are compressed at once where no gradient is needed.
-MAX_POSITIONS = {"cpu": 2**12, "cuda": 2**17}
+MAX_POSITIONS = {"cpu": 2**13, "cuda": 2**17}
 # Items of a history that are compressed at once at least.
-MIN_ITEMS = 1024
+MIN_ITEMS = 2048
 # Chunks, over all histories and heads, whose (C x C) tables a backward pass holds at once.
 MAX_CHUNKS = {"cpu": 64, "cuda": 2**14}
 # Scores of the interest memory's sub-keys: 8 MiB of float32.

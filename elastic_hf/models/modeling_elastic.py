@@ -80,6 +80,7 @@ class ElasticStream(nn.Module):
             inputs = torch.cat([nothing, normed], dim=1)
         else:
             inputs = prepend(conv_state, normed, attention_mask)
+        del normed
         stream = causal_convolution(inputs, self.convolution)
         if conv_state is not None:
             stream.mul_(attention_mask[..., None])  # what came earlier is convolved into the padding, too
@@ -333,9 +334,11 @@ class ElasticModel(ElasticPreTrainedModel):
         for ids, mask in pieces:
             embeddings = self.embed(ids)
             stream, conv_state = self.to_stream(embeddings, mask, conv_state)
+            last = self.scale(embeddings[:, -1:]), stream[:, -1:]
+            del embeddings  # the largest tensors are gone before the next ones come
             with torch.autocast(stream.device.type, enabled=False):
                 state = pool_history(stream, *self.experts(stream), mask, state)
-        return self.scale(embeddings[:, -1:]), stream[:, -1:], state, conv_state
+        return *last, state, conv_state
 
     def project(self, state: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return what [`dispatch`] reads of a state: (B, M, D + 1) -> keys and values of each layer, (B, H, E, K)."""
