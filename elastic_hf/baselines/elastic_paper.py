@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.interest_memory import ElasticInterestMemory
+from ..models.modeling_elastic import ElasticFeedForward
 from ..models.modeling_recommender import leave_out_special_tokens, validate_histories
 from .common import BaselineForSequentialRecommendation, BaselineModel, BaselinePreTrainedModel
 
@@ -209,29 +209,13 @@ class ElasticPaperDispatch(GradientCheckpointingLayer):
         return hidden_states[:, first:] + self.dropout(dispatched)
 
 
-class ElasticPaperFeedForward(GradientCheckpointingLayer):
-    """h + FeedForward(norm(h))"""
-
-    def __init__(self, config: ElasticPaperConfig):
-        super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)"""
-        return hidden_states + self.dropout(self.down(self.activation(self.up(self.norm(hidden_states)))))
-
-
 class ElasticPaperLayer(nn.Module):
     """h = h + LDA(conv(norm(h)));   h = h + FeedForward(norm(h))"""
 
     def __init__(self, config: ElasticPaperConfig):
         super().__init__()
         self.dispatch = ElasticPaperDispatch(config)
-        self.feed_forward = ElasticPaperFeedForward(config)
+        self.feed_forward = ElasticFeedForward(config)
 
     def forward(
         self, hidden_states: Tensor, experts: Tensor, attention_mask: Tensor, last_position_only: bool
