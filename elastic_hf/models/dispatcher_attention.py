@@ -36,7 +36,7 @@ SCORE_CAP = 10.0
 # takes several times as long where its results are denormal.
 MIN_EXPONENT = -80.0
 CHUNK_SIZE = 64
-# The states of up to this many chunks come from one closed form; those of more come from groups of that many.
+# So many states come from one closed form, the next ones from the last of these.
 MAX_PREFIX = 64
 
 
@@ -163,8 +163,8 @@ def prepare_chunks(items: Tensor, scores: Tensor, log_forget: Tensor, chunk_size
     total = weights.cumsum(dim=-2)
 
     added = torch.cat([weights.mT @ items, total[..., -1, :, None]], dim=-1)  # (..., J, E, F + 1)
-    added = (whole - middle).exp()[..., None] * added
-    past, past_total = (middle.exp()[..., None] * prefix_states(added, whole)).split([size, 1], dim=-1)
+    to_next_middle = whole - middle + F.pad(middle[..., 1:, :], (0, 0, 0, 1))
+    past, past_total = prefix_states(added, to_next_middle).split([size, 1], dim=-1)
     total = total + past_total.mT
     # Where nothing has been read yet (left padding), 0 / 1 instead of 0 / 0.
     total = torch.where(total == 0, 1.0, total)
@@ -172,31 +172,28 @@ def prepare_chunks(items: Tensor, scores: Tensor, log_forget: Tensor, chunk_size
 
 
 def prefix_states(added: Tensor, log_kept: Tensor) -> Tensor:
-    """Return the state before each chunk: what every earlier chunk added, faded by the chunks in between.
+    """Return the state before each chunk, `state[j+1] = kept[j] * (state[j] + added[j])` from zero on.
 
     Args:
-        added (`torch.Tensor` of shape `(..., J, E, F)`): by each chunk, as of its end.
-        log_kept (`torch.Tensor` of shape `(..., J, E)`): log of what each chunk keeps of the state before it.
+        added (`torch.Tensor` of shape `(..., J, E, F)`): by each chunk, as of the moment of the state before it.
+        log_kept (`torch.Tensor` of shape `(..., J, E)`): log of what is kept from each chunk to the next one.
 
     Returns:
         `torch.Tensor` of shape `(..., J, E, F)`.
     """
-    num_chunks = added.shape[-3]
-    if not torch.compiler.is_compiling() and num_chunks > MAX_PREFIX:
-        num_groups = -(-num_chunks // MAX_PREFIX)
-        padding = num_groups * MAX_PREFIX - num_chunks
-        added = F.pad(added, (0, 0, 0, 0, 0, padding)).unflatten(-3, (num_groups, MAX_PREFIX))
-        log_kept = F.pad(log_kept, (0, 0, 0, padding)).unflatten(-2, (num_groups, MAX_PREFIX))
-        inside = prefix_states(added, log_kept)  # (..., J / 64, 64, E, F)
-        of_groups = log_kept[..., -1, :].exp()[..., None] * inside[..., -1, :, :] + added[..., -1, :, :]
-        before = prefix_states(of_groups, log_kept.sum(dim=-2))
-        since = (log_kept.cumsum(dim=-2) - log_kept).exp()[..., None]
-        return torch.addcmul(inside, since, before[..., None, :, :]).flatten(-4, -3)[..., :num_chunks, :, :]
-    end = log_kept.cumsum(dim=-2)
-    fading = (end - log_kept)[..., :, None, :] - end[..., None, :, :]  # (..., J, J, E)
-    is_earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=added.device).tril(-1)
-    fading = fading.masked_fill(~is_earlier[..., None], -math.inf).exp()
-    return (fading.movedim(-1, -3) @ added.transpose(-3, -2)).transpose(-3, -2)
+    num_chunks = added.shape[-3] if torch.compiler.is_compiling() else MAX_PREFIX
+    states, state = [], None
+    for added, log_kept in zip(added.split(num_chunks, dim=-3), log_kept.split(num_chunks, dim=-2), strict=True):
+        start = log_kept.cumsum(dim=-2) - log_kept
+        fading = start[..., :, None, :] - start[..., None, :, :]  # (..., J, J, E)
+        is_earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=added.device).tril(-1)
+        fading = fading.masked_fill(~is_earlier[..., None], -math.inf).exp()
+        before = (fading.movedim(-1, -3) @ added.transpose(-3, -2)).transpose(-3, -2)
+        if state is not None:
+            before = torch.addcmul(before, start.exp()[..., None], state[..., None, :, :])
+        states.append(before)
+        state = log_kept[..., -1, :].exp()[..., None] * (before[..., -1, :, :] + added[..., -1, :, :])
+    return torch.cat(states, dim=-3) if len(states) > 1 else before
 
 
 def read_chunks(

@@ -100,7 +100,7 @@ def test_prefix_states_equal_the_recurrence(num_chunks):
     expected = []
     for j in range(num_chunks):
         expected.append(state)
-        state = log_kept[:, j].exp()[..., None] * state + added[:, j]
+        state = log_kept[:, j].exp()[..., None] * (state + added[:, j])
     torch.testing.assert_close(prefix_states(added, log_kept), torch.stack(expected, dim=1))
 
 
