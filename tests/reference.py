@@ -68,7 +68,7 @@ def user_embeddings(model, input_ids, attention_mask):
             for n, layer in enumerate(model.layers):
                 attention = layer.attention
                 reader = stream[t] if n == 0 else attention.norm(h)
-                q, g = attention.query_gate(reader).chunk(2)
+                q, g = attention.query(reader), attention.gate(reader)
                 heads = []
                 for head in range(H):
                     logits, values = [], []

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from .cpu_top_k import top_k_rows
@@ -35,7 +36,6 @@ def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) ->
     Returns:
         Scores and slots, best first, each of shape `(..., G, R)`.
     """
-    num_heads, _, num_subkeys, _ = sub_keys.shape
     with torch.no_grad():
         queries = query.reshape(-1, *query.shape[-3:])  # (T, G, 2, key_size)
         if torch.compiler.is_compiling():  # a graph for every length has no loop over parts of it
@@ -47,11 +47,20 @@ def retrieve_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) ->
     scores, slots = (x.view(*query.shape[:-2], top_k) for x in (scores, slots))
     if not torch.is_grad_enabled():
         return scores, slots
+    if torch.compiler.is_compiling():
+        return _score_slots(query, sub_keys, bias, slots), slots
+    # The sub-keys of each query are read again in the backward pass: they are the largest tensors of a retrieval.
+    return checkpoint(_score_slots, query, sub_keys, bias, slots, use_reentrant=False), slots
+
+
+def _score_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, slots: Tensor) -> Tensor:
+    """(..., G, 2, key_size) and slots (..., G, R) -> (..., G, R)"""
+    num_heads, _, num_subkeys, _ = sub_keys.shape
     indices = torch.stack([slots // num_subkeys, slots % num_subkeys], dim=-2)  # (..., G, 2, R)
     rows = indices + num_subkeys * torch.arange(2 * num_heads, device=slots.device).view(num_heads, 2, 1)
     keys = F.embedding(rows, sub_keys.flatten(0, 2))  # (..., G, 2, R, key_size)
     halves = (keys * query[..., None, :]).sum(dim=-1) + bias.flatten()[rows]
-    return halves.sum(dim=-2), slots
+    return halves.sum(dim=-2)
 
 
 def _search_slots(query: Tensor, sub_keys: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -109,21 +109,22 @@ class ElasticInterestExperts(nn.Module):
 
 
 class ElasticAttention(GradientCheckpointingLayer):
-    """h + W_o(silu(g) * read(q)) with q, g = W_qg r: r is the stream in the first layer, and norm(h) after it."""
+    """h + W_o(silu(W_g r) * read(W_q r)): r is the stream in the first layer, and norm(h) after it."""
 
     def __init__(self, config: ElasticConfig, is_first: bool):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.norm = None if is_first else nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.query_gate = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def query_and_gate(self, hidden_states: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, D) twice -> (B, H, L, K) and (B, L, D)"""
         reader = stream if self.norm is None else self.norm(hidden_states)
-        query, gate = self.query_gate(reader.to(hidden_states.dtype)).chunk(2, dim=-1)
-        return query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2), gate
+        reader = reader.to(hidden_states.dtype)
+        return self.query(reader).unflatten(-1, (self.num_heads, -1)).transpose(1, 2), self.gate(reader)
 
     def forward(self, hidden_states: Tensor, stream: Tensor, read: Callable, *interests: Tensor) -> Tensor:
         """(B, L, D) twice -> (B, L, D); `read` is [`read_chunks`] or [`dispatch`], which reads the `interests`."""

@@ -35,9 +35,7 @@ def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
     read = []
     attention = base.layers[0].attention
     attention.output.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0][:, 0]))
-    attention.query_gate.register_forward_hook(
-        lambda module, inputs, output: torch.cat([output[..., :24], torch.full_like(output[..., 24:], 100)], -1)
-    )  # silu(100) = 100
+    attention.gate.register_forward_hook(lambda module, inputs, output: torch.full_like(output, 100))  # silu(100) = 100
     with torch.no_grad():
         base(input_ids, attention_mask, last_position_only=True)
     torch.testing.assert_close(read[0] / 100, expected[:, 0])
