@@ -1,5 +1,7 @@
 """Every hyperparameter of ELASTIC."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 
 from .configuration_recommender import RecommenderConfig
@@ -26,8 +28,9 @@ class ElasticConfig(RecommenderConfig):
             Dropout probability of the embeddings and of each residual branch.
         conv_kernel_size (`int`, defaults to 3):
             Items that the short causal depthwise convolution of the stream sees.
-        num_memory_subkeys (`int`, defaults to 128):
-            Sub-keys S per half of the interest memory, which then has S * S slots; 0 for no memory.
+        num_memory_subkeys (`int`, *optional*):
+            Sub-keys S per half of the interest memory, which then has S * S slots; 0 for no memory. Defaults to the
+            smallest power of two with a slot for every item of the catalogue, 128 at most.
         num_memory_heads (`int`, defaults to 4):
             Independent queries to the memory, each with its own sub-keys.
         memory_top_k (`int`, defaults to 4):
@@ -45,10 +48,16 @@ class ElasticConfig(RecommenderConfig):
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.2
     conv_kernel_size: int = 3
-    num_memory_subkeys: int = 128
+    num_memory_subkeys: int | None = None
     num_memory_heads: int = 4
     memory_top_k: int = 4
     layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        if self.num_memory_subkeys is None:
+            num_items = max(self.vocab_size - self.num_special_tokens, 4)
+            self.num_memory_subkeys = min(2 ** math.ceil(math.log2(num_items) / 2), 128)
+        super().__post_init__(**kwargs)
 
     def validate_causal(self):
         """ELASTIC predicts the next item at every position."""

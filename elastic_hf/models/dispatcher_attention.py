@@ -183,16 +183,16 @@ def prefix_states(added: Tensor, log_kept: Tensor) -> Tensor:
     """
     num_chunks = added.shape[-3] if torch.compiler.is_compiling() else MAX_PREFIX
     states, state = [], None
-    for added, log_kept in zip(added.split(num_chunks, dim=-3), log_kept.split(num_chunks, dim=-2), strict=True):
-        start = log_kept.cumsum(dim=-2) - log_kept
+    for some, kept in zip(added.split(num_chunks, dim=-3), log_kept.split(num_chunks, dim=-2), strict=True):
+        start = kept.cumsum(dim=-2) - kept
         fading = start[..., :, None, :] - start[..., None, :, :]  # (..., J, J, E)
-        is_earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=added.device).tril(-1)
+        is_earlier = torch.ones(fading.shape[-3:-1], dtype=torch.bool, device=some.device).tril(-1)
         fading = fading.masked_fill(~is_earlier[..., None], -math.inf).exp()
-        before = (fading.movedim(-1, -3) @ added.transpose(-3, -2)).transpose(-3, -2)
+        before = (fading.movedim(-1, -3) @ some.transpose(-3, -2)).transpose(-3, -2)
         if state is not None:
             before = torch.addcmul(before, start.exp()[..., None], state[..., None, :, :])
         states.append(before)
-        state = log_kept[..., -1, :].exp()[..., None] * (before[..., -1, :, :] + added[..., -1, :, :])
+        state = kept[..., -1, :].exp()[..., None] * (before[..., -1, :, :] + some[..., -1, :, :])
     return torch.cat(states, dim=-3) if len(states) > 1 else before
 
 

@@ -15,7 +15,7 @@ from elastic_hf import ElasticConfig
         ("vocab_size", 3, "vocab_size must exceed num_special_tokens"),
         ("mask_token_id", 3, "mask_token_id must be between 0 and num_special_tokens - 1"),
         ("num_memory_heads", 5, "multiple of 2 \\* num_memory_heads, found 64 and 5"),
-        ("memory_top_k", 128**2 + 1, "memory_top_k asks for 16385 slots"),
+        ("memory_top_k", 32**2 + 1, "memory_top_k asks for 1025 slots"),
         ("is_causal", False, "is_causal"),
         ("training_objective", "next", "training_objective must be one of"),
         ("training_objective", "masked_item", "needs is_causal=False"),
@@ -25,6 +25,14 @@ from elastic_hf import ElasticConfig
 def test_a_wrong_field_is_named(field, value, message):
     with pytest.raises(StrictDataclassError, match=message):
         ElasticConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("num_items", "num_subkeys"), [(1, 2), (4, 2), (5, 4), (56, 8), (1024, 32), (1025, 64), (10**4, 128), (10**7, 128)]
+)
+def test_the_memory_follows_the_catalogue(num_items, num_subkeys):
+    assert ElasticConfig(vocab_size=num_items + 3).num_memory_subkeys == num_subkeys
+    assert ElasticConfig(vocab_size=num_items + 3, num_memory_subkeys=0).num_memory_subkeys == 0
 
 
 def test_the_papers_form_is_another_model():

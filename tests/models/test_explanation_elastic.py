@@ -35,7 +35,8 @@ def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
     read = []
     attention = base.layers[0].attention
     attention.output.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0][:, 0]))
-    attention.gate.register_forward_hook(lambda module, inputs, output: torch.full_like(output, 100))  # silu(100) = 100
+    # silu(100) = 100
+    attention.gate.register_forward_hook(lambda module, inputs, output: torch.full_like(output, 100))
     with torch.no_grad():
         base(input_ids, attention_mask, last_position_only=True)
     torch.testing.assert_close(read[0] / 100, expected[:, 0])
