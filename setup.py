@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["elastic_hf", "elastic_hf.*"]),
-    package_data={"elastic_hf": ["model_card_template.md"]},
+    package_data={"elastic_hf.sharing": ["model_card_template.md"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10",

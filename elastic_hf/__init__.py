@@ -36,11 +36,11 @@ __all__ = [
 IMPORTED_LATER = {
     "ElasticItemTokenizer": ".models.item_tokenizer",
     "ItemIndex": ".item_index",
-    "SequentialRecommendationCollator": ".data_collator",
+    "SequentialRecommendationCollator": ".data.collator",
     "SequentialRecommendationPipeline": ".models.pipeline",
-    "SequentialRecommendationTrainer": ".trainer",
-    "load_histories": ".interactions",
-    "publish": ".hub",
+    "SequentialRecommendationTrainer": ".training.trainer",
+    "load_histories": ".data.interactions",
+    "publish": ".sharing.hub",
 }
 
 

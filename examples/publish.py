@@ -15,7 +15,7 @@ import sys
 
 import huggingface_hub
 
-from elastic_hf.hub import PublishError, files_to_publish, publish
+from elastic_hf.sharing.hub import PublishError, files_to_publish, publish
 
 
 def main() -> int:

@@ -44,15 +44,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
 from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
-from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
-from elastic_hf.hub import publish
-from elastic_hf.interactions import load_histories
-from elastic_hf.metrics import popularity_bias
+from elastic_hf.data.collator import SequentialRecommendationCollator, split_into_windows
+from elastic_hf.data.interactions import load_histories
 from elastic_hf.models.configuration_recommender import RecommenderConfig
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.plots import plot_expert_horizons, plot_training_curve
-from elastic_hf.trainer import SequentialRecommendationTrainer
-from reporting import git_commit, processor, write_json
+from elastic_hf.results import git_commit, processor, write_json
+from elastic_hf.sharing.hub import publish
+from elastic_hf.training.metrics import popularity_bias
+from elastic_hf.training.trainer import SequentialRecommendationTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("document", render_results.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_what_the_results_say(document):
-    assert render_results.render(document) == document.read_text(), "run python examples/render_results.py"
+    assert render_results.render(document) == document.read_text(), "run python examples/benchmarks/render_results.py"
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_nothing_to_draw_is_refused(tmp_path):
 
 
 def test_the_package_does_not_need_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import elastic_hf, elastic_hf.model_card"
+    code = "import sys; sys.modules['matplotlib'] = None; import elastic_hf, elastic_hf.sharing.model_card"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -2,7 +2,7 @@
 """
 From interactions to a published model and back, through a Hub of its own on this machine: no account, no network.
 
-    python examples/hub_roundtrip.py
+    python tests/sharing/hub_roundtrip.py
 
 It trains a tiny model, publishes it in a private repository, loads it in fresh processes with this package and without
 it, compares their logits bit for bit, runs the pipeline, changes bytes on the Hub, shows who refuses them, and kills
@@ -21,8 +21,8 @@ import polars as pl
 from safetensors.torch import load_file, save_file
 
 
-EXAMPLES = Path(__file__).resolve().parent
-ROOT = EXAMPLES.parent
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 sys.path.append(str(ROOT / "tests"))
 from hub_server import HubServer  # noqa: E402
 

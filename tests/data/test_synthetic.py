@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from elastic_hf.synthetic import make_interactions
+from elastic_hf.data.synthetic import make_interactions
 
 
 SMALL = {"num_users": 30, "num_items": 1000, "history_length": (20, 60)}
@@ -145,7 +145,7 @@ def test_the_far_past_tells_what_comes_next(histories):
 
 
 def test_load_histories_keeps_everything():
-    from elastic_hf.interactions import load_histories
+    from elastic_hf.data.interactions import load_histories
 
     loaded = load_histories("synthetic", k_core=5)
     assert loaded.counts["num_users"] == 700

@@ -21,7 +21,7 @@ from elastic_hf import (
     publish,
 )
 from elastic_hf.baselines import PopularityConfig, PopularityForSequentialRecommendation
-from elastic_hf.hub import HANDLER_FILE, PublishError
+from elastic_hf.sharing.hub import HANDLER_FILE, PublishError
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]

@@ -1,15 +1,15 @@
 """Measure what the documents state. One sub-command for each subject; each writes a JSON file.
 
-python examples/run_benchmark.py inference    # histories to user embeddings, by length, beside other models
-python examples/run_benchmark.py training     # a training step, by length, beside other models
-python examples/run_benchmark.py memory       # peak memory of both
-python examples/run_benchmark.py profile      # which operators the time of both goes into
-python examples/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
-python examples/run_benchmark.py catalogue    # training and recommending with up to a million items
-python examples/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
-python examples/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
-python examples/run_benchmark.py data         # 20 million interactions from a file to split histories
-python examples/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
+python examples/benchmarks/run_benchmark.py inference    # histories to user embeddings, by length, beside other models
+python examples/benchmarks/run_benchmark.py training     # a training step, by length, beside other models
+python examples/benchmarks/run_benchmark.py memory       # peak memory of both
+python examples/benchmarks/run_benchmark.py profile      # which operators the time of both goes into
+python examples/benchmarks/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
+python examples/benchmarks/run_benchmark.py catalogue    # training and recommending with up to a million items
+python examples/benchmarks/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
+python examples/benchmarks/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
+python examples/benchmarks/run_benchmark.py data         # 20 million interactions from a file to split histories
+python examples/benchmarks/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 
 Both models of every ratio are measured in the same process, taking turns; seconds are the median of the repetitions.
 Leave the machine alone meanwhile. The first three need torch and transformers alone (and `PYTHONPATH=.` where this
@@ -25,16 +25,18 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from reporting import git_commit, processor, write_json
+from elastic_hf.results import git_commit, processor, write_json
 
 
 RESULTS = Path(__file__).parent / "results"
+EXAMPLES = Path(__file__).parents[1]
 
 
 def in_fresh_process(function, *args):
@@ -240,6 +242,7 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
     import onnxruntime
     import torch
 
+    sys.path.append(str(EXAMPLES))
     from export_onnx import History, Step, export, make_inputs
 
     model = make_model("elastic", 0, args.num_items).eval().requires_grad_(False)
@@ -434,7 +437,7 @@ def make_files(folder: str, formats: list[str], num_rows: int, num_users: int, n
 
 
 def measure_load(path: str, cache_dir: str) -> dict:
-    from elastic_hf.interactions import load_histories
+    from elastic_hf.data.interactions import load_histories
 
     start, cpu_start = time.perf_counter(), time.process_time()
     _, _, counts = load_histories(path, cache_dir=cache_dir)
@@ -552,7 +555,7 @@ def add_benchmark(subjects, subject: str, run, text: str, **defaults) -> None:
         several = {"nargs": "*", "type": type(default[0])} if isinstance(default, list) else {"type": type(default)}
         choices = CHOICES.get(name)
         parser.add_argument(f"--{name}", default=default, choices=choices, help=HELP.get(name), **several)
-    parser.add_argument("--output", type=Path, help="JSON file; examples/results/benchmark-<subject>.json by default.")
+    parser.add_argument("--output", type=Path, help="JSON file; results/benchmark-<subject>.json here by default.")
 
 
 def output_file(subject: str, device: str, dtype: str) -> Path:

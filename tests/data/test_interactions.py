@@ -16,11 +16,11 @@ import datasets
 import polars as pl
 import pytest
 
-from elastic_hf import interactions
-from elastic_hf.interactions import load_histories
+from elastic_hf.data import interactions
+from elastic_hf.data.interactions import load_histories
 
 
-ROOT = Path(__file__).parent.parent
+SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "run_benchmark.py"
 
 # Three users, interleaved and not in time order; user 2 has two interactions at time 5.
 ROWS = [
@@ -598,8 +598,8 @@ def test_failure_while_writing_leaves_nothing(tmp_path, load, monkeypatch):
 def test_benchmark(tmp_path):
     output = tmp_path / "benchmark-data.json"
     settings = ["--num_rows", "3000", "--num_users", "50", "--num_items", "100", "--formats", "parquet"]
-    command = [sys.executable, str(ROOT / "examples" / "run_benchmark.py"), "data", *settings, "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, str(SCRIPT), "data", *settings, "--output", str(output)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])})
     measured = json.loads(output.read_text())["parquet"]
     assert measured["num_interactions"] + measured["num_filtered"] + measured["num_duplicates"] == 3000
     assert measured["peak_memory_gb"] > 0

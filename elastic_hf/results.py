@@ -19,7 +19,7 @@ def processor() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of these scripts, `-dirty` if a file was changed since; None outside a repository."""
+    """The commit of this package, `-dirty` if a file was changed since; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from .models.configuration_recommender import TRAINING_OBJECTIVES
+from ..models.configuration_recommender import TRAINING_OBJECTIVES
 
 
 @dataclass

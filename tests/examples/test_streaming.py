@@ -13,7 +13,7 @@ from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, Elasti
 from factories import NUM_TOKENS, elastic_model
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NUM_ITEMS = 20
 
 

@@ -10,7 +10,7 @@ import run_benchmark
 from test_imports import OTHERS
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 ALL = [name for name in run_benchmark.MODELS if not name.endswith("compiled")]
 CHECKPOINTED = [name for name in ALL if name.endswith("checkpointed")]
 SMALL = {
@@ -103,9 +103,9 @@ def test_models_are_measured_with_torch_and_transformers_alone(subject, tmp_path
 import runpy, sys
 sys.modules.update(dict.fromkeys({OTHERS!r}))
 sys.argv = {["run_benchmark.py", *arguments(subject, tmp_path / "results.json")]!r}
-runpy.run_path({str(ROOT / "examples" / "run_benchmark.py")!r}, run_name="__main__")
+runpy.run_path({str(ROOT / "examples" / "benchmarks" / "run_benchmark.py")!r}, run_name="__main__")
 """
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "results.json").read_text())["rows"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import elastic_hf
-from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer, handler
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
 from elastic_hf.models.pipeline import SequentialRecommendationPipeline
+from elastic_hf.sharing import handler
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 from elastic_hf import SequentialRecommendationTrainer, load_histories
-from elastic_hf.hub import files_to_publish
-from elastic_hf.model_card import render_model_card
+from elastic_hf.sharing.hub import files_to_publish
+from elastic_hf.sharing.model_card import render_model_card
 
 
-FOLDER = Path(__file__).parent.parent / "examples" / "elastic-tiny"
+FOLDER = Path(__file__).parents[2] / "examples" / "elastic-tiny"
 
 
 def test_it_gives_the_figures_of_its_results(tmp_path):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from elastic_hf.metrics import popularity_bias, ranking_metrics
+from elastic_hf.training.metrics import popularity_bias, ranking_metrics
 
 
 NUM_ITEMS = 31

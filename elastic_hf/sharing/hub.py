@@ -12,9 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 
+from ..models.configuration_elastic import ElasticConfig
+from ..models.modeling_elastic import ElasticForSequentialRecommendation
 from .model_card import render_model_card
-from .models.configuration_elastic import ElasticConfig
-from .models.modeling_elastic import ElasticForSequentialRecommendation
 
 
 # All that is ever published of a folder.
@@ -29,7 +29,7 @@ OPTIONAL_FILES = (
     "requirements.txt",
 )
 # The code that a repository of ELASTIC holds.
-CODE_FOLDER = Path(__file__).with_name("models")
+CODE_FOLDER = Path(__file__).parents[1] / "models"
 # What the code in a repository is loaded as by those who do not have this package.
 REMOTE_CLASSES = {"AutoConfig": ElasticConfig, "AutoModel": ElasticForSequentialRecommendation}
 # Serves the model on Inference Endpoints.

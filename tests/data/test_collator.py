@@ -3,7 +3,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from elastic_hf.data_collator import SequentialRecommendationCollator, split_into_windows
+from elastic_hf.data.collator import SequentialRecommendationCollator, split_into_windows
 
 
 LONG, SHORT = [3, 4, 5, 6, 7, 8, 9], [13, 14, 15]

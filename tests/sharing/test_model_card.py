@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 import render_cards
-from elastic_hf.model_card import DATA_SOURCES, MODEL_TYPES, DataSource, make_model_card, render_model_card
+from elastic_hf.sharing.model_card import DATA_SOURCES, MODEL_TYPES, DataSource, make_model_card, render_model_card
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 METRICS = [
     f"{name}@{k}{suffix}" for suffix in ("", "_seen_kept") for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)
 ]
@@ -306,7 +306,7 @@ def test_only_checkpoints_with_results_have_cards():
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda path: path.stem)
 def test_committed_cards_are_what_the_results_say(file):
     card = render_cards.render(file.stem)
-    assert str(card) == file.read_text(), "run python examples/render_cards.py"
+    assert str(card) == file.read_text(), "run python examples/benchmarks/render_cards.py"
     check_metadata(card)
     check_text(card)
     links = re.findall(r"\]\((?!https://)(.*?)\)", card.text)
@@ -336,4 +336,4 @@ def test_the_template_ships_with_the_package(tmp_path):
     shutil.copytree(ROOT / "elastic_hf", tmp_path / "elastic_hf", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "built" / "elastic_hf" / "model_card_template.md").exists()
+    assert (tmp_path / "built" / "elastic_hf" / "sharing" / "model_card_template.md").exists()

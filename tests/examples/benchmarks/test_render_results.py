@@ -11,7 +11,7 @@ LENGTHS = {"inference": [50, 200, 500, 2048, 4096, 8192, 32768], "training": [20
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A function that writes results in which SASRec takes `factor` times what ELASTIC takes."""
-    monkeypatch.setattr(render_results, "EXAMPLES", tmp_path)
+    monkeypatch.setattr(render_results, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
 
     def write(factor, variant=""):

@@ -1,6 +1,6 @@
-"""Writes model_cards/ from the files in examples/results: a card, and its pictures, for each published checkpoint.
+"""Writes model_cards/ from the files in results/: a card, and its pictures, for each published checkpoint.
 
-python examples/render_cards.py
+python examples/benchmarks/render_cards.py
 
 A checkpoint whose run has no results file yet has no card.
 """
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from elastic_hf.model_card import make_model_card
 from elastic_hf.plots import plot_expert_horizons, plot_training_curve
+from elastic_hf.sharing.model_card import make_model_card
 from render_results import read_results
 
 
-CARDS = Path(__file__).parent.parent / "model_cards"
+CARDS = Path(__file__).parents[2] / "model_cards"
 NAMESPACE = "elastic-hf"
 
 # The results file of the run behind each checkpoint.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .metrics import CUTOFFS
+from ..training.metrics import CUTOFFS
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -91,8 +91,8 @@ DATA_SOURCES = {
     ),
     "synthetic": DataSource(
         "elastic_hf's synthetic histories",
-        "Made by the generator in `elastic_hf.synthetic`: items and users are invented, and the far past matters by "
-        "construction. Accuracy on them says nothing about real users.",
+        "Made by the generator in `elastic_hf.data.synthetic`: items and users are invented, and the far past matters "
+        "by construction. Accuracy on them says nothing about real users.",
         "MIT, as the package.",
     ),
 }
@@ -226,7 +226,7 @@ def render_model_card(folder: str | os.PathLike, repo_id: str, known: dict | Non
       and the card says how to load it with `trust_remote_code`;
     - `training_curve.png` and `expert_horizons.png`, where they are there;
     - `results/*.json`: results of other seeds and of baselines to compare with, on the same data, split and length,
-      and `benchmark-inference.json` of `examples/run_benchmark.py`.
+      and `benchmark-inference.json` of `examples/benchmarks/run_benchmark.py`.
 
     Args:
         folder (`str` or `os.PathLike`): The model folder.
@@ -288,7 +288,7 @@ def make_model_card(
         results (`dict`): The results of the run that made the model, as in `all_results.json`.
         others (`dict[str, dict]`, *optional*):
             Results of other seeds and of baselines by the names of their files.
-        benchmark (`dict`, *optional*): The results of `examples/run_benchmark.py inference`.
+        benchmark (`dict`, *optional*): The results of `examples/benchmarks/run_benchmark.py inference`.
         pictures (`dict[str, str]`, *optional*): Relative links to the pictures, by their names in `PICTURES`.
         has_code (`bool`, *optional*, defaults to `False`): Whether the model's code lies beside it.
         model_name (`str`, *optional*): Title of the card; defaults to the last part of `repo_id`.

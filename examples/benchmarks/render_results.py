@@ -1,6 +1,6 @@
-"""Write the tables of the documents, and the figures, from the files in examples/results.
+"""Write the tables of the documents, and the figures, from the files in examples/benchmarks/results.
 
-python examples/render_results.py
+python examples/benchmarks/render_results.py
 """
 
 import itertools
@@ -11,21 +11,22 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from elastic_hf.model_card import mean_and_deviation, table
+from elastic_hf.sharing.model_card import mean_and_deviation, table
 
 
-EXAMPLES = Path(__file__).parent
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
 DOCUMENTS = (
-    EXAMPLES.parent / "README.md",
-    EXAMPLES / "README.md",
-    EXAMPLES / "results.md",
-    EXAMPLES / "benchmarks.md",
+    FOLDER.parents[1] / "README.md",
+    FOLDER.parent / "README.md",
+    FOLDER / "results.md",
+    FOLDER / "benchmarks.md",
 )
 
 
 def read_results(pattern: str) -> dict[str, dict]:
     """The results files that match, by name."""
-    return {path.name: json.loads(path.read_text()) for path in sorted((EXAMPLES / "results").glob(pattern))}
+    return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
 
 
 def runs(pattern: str = "*.json") -> list[dict]:
@@ -478,7 +479,7 @@ def plot(subject: str) -> None:
             axis.plot([*of_model], [value / unit for value in of_model.values()], style, marker=".", label=model)
         axis.set(xscale="log", yscale="log", xlabel="items in the history", ylabel=f"{label} per user, {name}")
         axis.legend()
-    figure.savefig(EXAMPLES / "results" / f"benchmark-{subject}.png", dpi=120)
+    figure.savefig(RESULTS / f"benchmark-{subject}.png", dpi=120)
     plt.close(figure)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
 import run_seqrec
-from elastic_hf.model_card import render_model_card
+from elastic_hf.sharing.model_card import render_model_card
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]
@@ -216,7 +216,7 @@ def test_a_recipe_names_its_dataset_and_a_model_that_exists(recipe):
     arguments = run_seqrec.read_arguments([str(recipe), "--seed", "7", "--bf16", "false"])
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
     assert recipe.stem == f"{data_args.dataset_name}-{model_args.model_type}"
-    assert training_args.seed == 7 and training_args.results_dir == "examples/results"
+    assert training_args.seed == 7 and training_args.results_dir == "examples/benchmarks/results"
     config = AutoConfig.for_model(model_args.model_type)
     if model_args.config_overrides:
         config.update_from_string(model_args.config_overrides)

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModel, EarlyStoppingCallback, TrainingA
 
 import elastic_hf
 from adapters import LowRankAdapter
-from elastic_hf.data_collator import SequentialRecommendationCollator
+from elastic_hf.data.collator import SequentialRecommendationCollator
 from elastic_hf.models import catalogue
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
-from elastic_hf.trainer import SequentialRecommendationTrainer
+from elastic_hf.training.trainer import SequentialRecommendationTrainer
 
 
 NUM_ITEMS, NUM_USERS, MAX_LENGTH = 61, 97, 20

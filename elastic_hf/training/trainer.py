@@ -20,11 +20,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
-from .data_collator import SequentialRecommendationCollator
-from .hub import publish
+from ..data.collator import SequentialRecommendationCollator
+from ..models.catalogue import CatalogueQuery
+from ..sharing.hub import publish
+from ..sharing.model_card import render_model_card
 from .metrics import CUTOFFS, ranking_metrics
-from .model_card import render_model_card
-from .models.catalogue import CatalogueQuery
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""From a folder of results to a card and to the Hub."""
