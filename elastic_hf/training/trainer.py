@@ -27,6 +27,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from ..data.collator import SequentialRecommendationCollator
 from ..models.catalogue import CatalogueQuery
+from ..results import CUTOFFS
 from ..sharing.hub import publish
 from ..sharing.model_card import render_model_card
 from .arguments import METRIC_SCHEDULES, check_arguments
@@ -39,7 +40,7 @@ from .checkpoints import (
     remove_old_checkpoints,
     write_record,
 )
-from .metrics import CUTOFFS, ranking_metrics
+from .metrics import ranking_metrics
 from .output_folder import lock_output_dir
 from .progress import EvaluationLines, ProgressBar
 from .rows import check_evaluation_rows, history_lengths, leave_out_short_histories
