@@ -22,48 +22,64 @@ RECORD = "checkpoint.json"
 
 
 @dataclass
-class CheckpointRecord:
+class RunTotals:
     """
-    What a checkpoint says of itself, in the last file that is written.
+    What a training has taken from its first step on, over all parts of a resumed run.
 
     Attributes:
-        files (`dict[str, int]`): The other files of the checkpoint, and their sizes in bytes.
-        seconds (`float`): Time that the training has taken until here, over all parts of a resumed run.
+        seconds (`float`): Time until here.
         logged_loss (`float`): Sum of the losses of all steps up to `last_logged_step`.
         unlogged_loss (`float`): Sum of the losses of the steps since then.
         last_logged_step (`int`): The last step whose loss was logged.
     """
 
-    files: dict[str, int]
     seconds: float
     logged_loss: float
     unlogged_loss: float
     last_logged_step: int
 
 
-def write_record(checkpoint: Path, **totals: float) -> None:
+@dataclass
+class CheckpointRecord:
+    """
+    What a checkpoint says of itself, in the file that is written last.
+
+    Attributes:
+        files (`dict[str, int]`): The other files of the checkpoint, and their sizes in bytes.
+        totals ([`RunTotals`], *optional*): Of the training; unknown after resuming from a checkpoint without a record.
+    """
+
+    files: dict[str, int]
+    totals: RunTotals | None
+
+
+def write_record(checkpoint: Path, totals: RunTotals | None) -> None:
     """Write the record of a checkpoint that has all other files."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    write_json(checkpoint / RECORD, asdict(CheckpointRecord(sizes, **totals)))
+    write_json(checkpoint / RECORD, asdict(CheckpointRecord(sizes, totals)))
 
 
 def read_record(checkpoint: str | os.PathLike) -> CheckpointRecord | None:
-    """Return the record of a whole checkpoint, or `None` for one that another trainer wrote."""
+    """Return the record of a checkpoint, or `None` where there is none, as in those of the stock [`Trainer`]."""
     file = Path(checkpoint, RECORD)
-    return CheckpointRecord(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    totals = record["totals"]
+    return CheckpointRecord(record["files"], None if totals is None else RunTotals(**totals))
 
 
 def find_damage(checkpoint: str | os.PathLike) -> str | None:
     """Return what is wrong with the files of a checkpoint, or `None` if it is whole.
 
-    Each file must have the size that the record states. Without a record, in a checkpoint of the stock [`Trainer`],
-    it must have the trainer's state, which is written last.
+    Each file must have the size that the record states. A checkpoint without a record must have the trainer's state,
+    which the stock [`Trainer`] writes last.
     """
     try:
         record = read_record(checkpoint)
         json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
     for name, size in record.files.items() if record else ():
         file = Path(checkpoint, name)

@@ -9,6 +9,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
+# The file that is locked. It stays: where it is, a run has been.
+LOCK = ".lock"
+
+
 def make_folder(folder: str | os.PathLike, field: str) -> None:
     """Make a folder that can be written to, or raise a `ValueError` that names the `field` it comes from."""
     try:
@@ -27,7 +31,7 @@ def lock_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
     Raises:
         ValueError: If another run holds the lock.
     """
-    lock = FileLock(Path(output_dir, ".lock"), timeout=0, is_singleton=True)
+    lock = FileLock(Path(output_dir, LOCK), timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:

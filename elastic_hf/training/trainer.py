@@ -27,12 +27,13 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from ..data.collator import SequentialRecommendationCollator
 from ..models.catalogue import CatalogueQuery
-from ..results import CUTOFFS
+from ..results import CUTOFFS, written_whole
 from ..sharing.hub import publish
 from ..sharing.model_card import render_model_card
 from .arguments import METRIC_SCHEDULES, check_arguments
 from .checkpoints import (
     INCOMPLETE,
+    RunTotals,
     find_checkpoint,
     find_damage,
     put_in_place,
@@ -135,6 +136,8 @@ class SequentialRecommendationTrainer(Trainer):
         self.add_callback(_CountFromFirstStep(self))
         self._resumed_from: str | None = None
         self._is_writing_checkpoint = False
+        # Time that the training took before this process resumed it; None where that is not known.
+        self.seconds_before: float | None = 0.0
 
     def _compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         ranks, top_ids = prediction.predictions
@@ -229,22 +232,33 @@ class SequentialRecommendationTrainer(Trainer):
 
     def _count_from_first_step(self) -> None:
         """Let the losses and seconds of a resumed run go on where the checkpoint has them."""
-        self._start_time = time.time()
-        record = read_record(self._resumed_from) if self._resumed_from is not None else None
-        self.seconds_before = record.seconds if record is not None else 0.0
-        if record is not None:
-            self._initial_global_step = 0
-            self._total_loss_scalar = record.logged_loss
-            self._tr_loss.fill_(record.unlogged_loss)
-            self._globalstep_last_logged = record.last_logged_step
+        self._start_time, self.seconds_before = time.time(), 0.0
+        if self._resumed_from is None:
+            return
+        record = read_record(self._resumed_from)
+        if record is None or record.totals is None:
+            self.seconds_before = None
+            return
+        self.seconds_before = record.totals.seconds
+        self._initial_global_step = 0
+        self._total_loss_scalar = record.totals.logged_loss
+        self._tr_loss.fill_(record.totals.unlogged_loss)
+        self._globalstep_last_logged = record.totals.last_logged_step
+
+    def _count_totals(self) -> RunTotals | None:
+        unlogged_loss = self.accelerator.gather(self._tr_loss).mean().item()
+        if self.seconds_before is None:
+            return None
+        seconds = self.seconds_before + time.time() - self._start_time
+        return RunTotals(seconds, self._total_loss_scalar, unlogged_loss, self._globalstep_last_logged)
 
     def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
         self._check_weights()
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             remove_old_checkpoints(Path(self._get_output_dir(trial)), 1, {Path(best)})
-        output = super()._finalize_training(trial, num_train_samples, start_time - self.seconds_before)
-        if self._resumed_from is not None and read_record(self._resumed_from) is None:
+        output = super()._finalize_training(trial, num_train_samples, start_time - (self.seconds_before or 0.0))
+        if self.seconds_before is None:
             for name in ("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"):
                 output.metrics.pop(name, None)
         return output
@@ -275,12 +289,7 @@ class SequentialRecommendationTrainer(Trainer):
         self._check_weights()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        totals = {
-            "seconds": self.seconds_before + time.time() - self._start_time,
-            "logged_loss": self._total_loss_scalar,
-            "unlogged_loss": self.accelerator.gather(self._tr_loss).mean().item(),
-            "last_logged_step": self._globalstep_last_logged,
-        }
+        totals = self._count_totals()
         if self.args.should_save:
             shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -295,7 +304,7 @@ class SequentialRecommendationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(run_dir / INCOMPLETE / name / TRAINER_STATE_NAME)
-            write_record(run_dir / INCOMPLETE / name, **totals)
+            write_record(run_dir / INCOMPLETE / name, totals)
             put_in_place(run_dir / INCOMPLETE / name)
             if self.args.save_total_limit:
                 keep = {run_dir / name, Path(self.state.best_model_checkpoint or run_dir / name)}
@@ -404,7 +413,8 @@ class SequentialRecommendationTrainer(Trainer):
             base_model=finetuned_from,
             datasets=dataset_tags,
         )
-        card.save(os.path.join(self.args.output_dir, "README.md"))
+        with written_whole(Path(self.args.output_dir, "README.md")) as file:
+            file.write(str(card).encode())
 
     def training_settings(self) -> dict:
         """The settings of the training that results and model cards name; a batch is that of all processes."""
