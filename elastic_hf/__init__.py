@@ -39,7 +39,7 @@ IMPORTED_LATER = {
     "SequentialRecommendationCollator": ".data.collator",
     "SequentialRecommendationPipeline": ".models.pipeline",
     "SequentialRecommendationTrainer": ".training.trainer",
-    "load_histories": ".data.interactions",
+    "load_histories": ".data.histories",
     "publish": ".sharing.hub",
 }
 

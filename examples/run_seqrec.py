@@ -44,8 +44,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
 from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
-from elastic_hf.data.collator import SequentialRecommendationCollator, split_into_windows
-from elastic_hf.data.interactions import load_histories
+from elastic_hf.data.collator import SequentialRecommendationCollator
+from elastic_hf.data.histories import load_histories
+from elastic_hf.data.windows import split_into_windows
 from elastic_hf.models.configuration_recommender import RecommenderConfig
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.plots import plot_expert_horizons, plot_training_curve

@@ -1,21 +1,20 @@
-"""Token id histories of different lengths -> windows -> left-padded batches with aligned labels."""
+"""Token id histories of different lengths -> left-padded batches with aligned labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 
-from ..models.configuration_recommender import TRAINING_OBJECTIVES
+
+# The values of `training_objective` in the models' configurations.
+OBJECTIVES = ("next_item", "masked_item", "prefix")
 
 
 @dataclass
 class SequentialRecommendationCollator:
     """
-    Pads histories on the left to the longest of the batch and aligns the labels: `labels[t]` is what position t has to
+    Pad histories on the left to the longest of the batch and align the labels: `labels[t]` is what position t has to
     predict, -100 where there is nothing to predict.
 
     A row is a dictionary with `input_ids`, the user's history as token ids, oldest first and untruncated. Training
@@ -51,8 +50,8 @@ class SequentialRecommendationCollator:
     mask_probability: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.objective not in TRAINING_OBJECTIVES:
-            raise ValueError(f"objective must be one of {TRAINING_OBJECTIVES}, found {self.objective!r}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, found {self.objective!r}")
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1 item, found {self.max_length}")
         if not 0 < self.mask_probability <= 1:
@@ -104,7 +103,7 @@ class SequentialRecommendationCollator:
         }
 
     def _pad_left(self, histories: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens and which of them are items, both of shape `(batch_size, longest)`."""
+        """Return the tokens and which of them are items, both of shape `(batch_size, longest)`."""
         lengths = np.array([len(history) for history in histories])
         is_item = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
         tokens = np.full(is_item.shape, self.pad_token_id, dtype=np.int64)
@@ -125,41 +124,3 @@ class SequentialRecommendationCollator:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         return np.random.default_rng([int(torch.randint(2**62, ())), rank])
-
-
-def split_into_windows(histories: Dataset, max_length: int) -> Dataset:
-    """
-    Cuts histories that are longer than a model's input into windows, so that each item but the first is a target once.
-
-    A history of n items gives `ceil((n - 1) / max_length)` rows of at most `max_length + 1` items, oldest first. Each
-    begins with the last item of the one before it; only the oldest may be shorter than the others.
-
-    Args:
-        histories (`datasets.Dataset`): Training rows with `input_ids`; other columns are repeated for each window.
-        max_length (`int`): Number of items a model sees.
-
-    Returns:
-        `datasets.Dataset`: The windows, with the columns of `histories`.
-    """
-    return (
-        histories.with_format("arrow")
-        .map(_split_batch, fn_kwargs={"max_length": max_length}, batched=True, desc="Cutting long histories")
-        .with_format(histories.format["type"])
-    )
-
-
-def _split_batch(table: pa.Table, max_length: int) -> pa.Table:
-    histories = table["input_ids"].combine_chunks()
-    lengths = pc.list_value_length(histories).to_numpy()
-    num_windows = np.maximum(1, -(-(lengths - 1) // max_length))
-    rows = np.repeat(np.arange(len(lengths)), num_windows)
-    windows_after = np.repeat(np.cumsum(num_windows), num_windows) - 1 - np.arange(len(rows))
-    ends = lengths[rows] - windows_after * max_length
-    starts = np.maximum(0, ends - max_length - 1)
-
-    offsets = np.concatenate([[0], np.cumsum(ends - starts)])
-    first_items = np.cumsum(lengths) - lengths
-    items = np.repeat(first_items[rows] + starts - offsets[:-1], ends - starts) + np.arange(offsets[-1])
-    windows = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), histories.flatten().take(pa.array(items)))
-    column = table.column_names.index("input_ids")
-    return table.take(pa.array(rows)).set_column(column, "input_ids", windows)

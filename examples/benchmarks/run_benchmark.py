@@ -437,7 +437,7 @@ def make_files(folder: str, formats: list[str], num_rows: int, num_users: int, n
 
 
 def measure_load(path: str, cache_dir: str) -> dict:
-    from elastic_hf.data.interactions import load_histories
+    from elastic_hf.data.histories import load_histories
 
     start, cpu_start = time.perf_counter(), time.process_time()
     _, _, counts = load_histories(path, cache_dir=cache_dir)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
-from elastic_hf.data.collator import SequentialRecommendationCollator, split_into_windows
+from elastic_hf.data.collator import OBJECTIVES, SequentialRecommendationCollator
+from elastic_hf.models.configuration_recommender import TRAINING_OBJECTIVES
 
 
 LONG, SHORT = [3, 4, 5, 6, 7, 8, 9], [13, 14, 15]
@@ -126,15 +126,5 @@ def test_bad_rows_are_named(features, message):
         collator()(features)
 
 
-@pytest.mark.parametrize("num_items", [1, 2, 5, 6, 7, 11, 12, 23])
-def test_windows_make_every_item_but_the_first_a_target_once(num_items):
-    histories = [list(range(100, 103)), list(range(3, 3 + num_items)), list(range(50, 59))]
-    dataset = Dataset.from_dict({"user_id": [7, 8, 9], "input_ids": histories}).select([1, 2])
-    windows = split_into_windows(dataset, max_length=5)
-    assert windows.column_names == ["user_id", "input_ids"]
-    for user_id, history in zip([8, 9], histories[1:], strict=True):
-        mine = windows.filter(lambda row, user_id=user_id: row["user_id"] == user_id)["input_ids"]
-        assert all(2 <= len(window) <= 6 for window in mine) or num_items == 1
-        assert [item for window in mine for item in window[1:]] == history[1:]
-        assert mine[0][0] == history[0]
-        assert all(len(window) == 6 for window in mine[1:])
+def test_the_objectives_are_those_of_the_models():
+    assert OBJECTIVES == TRAINING_OBJECTIVES

@@ -145,7 +145,7 @@ def test_the_far_past_tells_what_comes_next(histories):
 
 
 def test_load_histories_keeps_everything():
-    from elastic_hf.data.interactions import load_histories
+    from elastic_hf.data.histories import load_histories
 
     loaded = load_histories("synthetic", k_core=5)
     assert loaded.counts["num_users"] == 700

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,13 @@ def test_results_of_a_gpu_have_files_of_their_own():
         for variant in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16"))
     ]
     assert names == [f"benchmark-inference{suffix}.json" for suffix in ("", "-cuda", "-cuda-bfloat16")]
+
+
+def test_a_file_is_measured(tmp_path):
+    output = tmp_path / "benchmark-data.json"
+    settings = ["--num_rows", "3000", "--num_users", "50", "--num_items", "100", "--formats", "parquet"]
+    command = [sys.executable, run_benchmark.__file__, "data", *settings, "--output", str(output)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    measured = json.loads(output.read_text())["parquet"]
+    assert measured["num_interactions"] + measured["num_filtered"] + measured["num_duplicates"] == 3000
+    assert measured["peak_memory_gb"] > 0

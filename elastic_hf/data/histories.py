@@ -1,0 +1,427 @@
+"""From rows (user, item, time) to checked, time-ordered histories, split for training, validation and test.
+
+rows (user, item, time) -> sorted, without duplicates -> k-core -> one history per user -> train, validation, test
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, List, Value
+
+from .cache import move_to_content_name, temporary_folder
+from .encoding import drop_unused, encode_ids
+from .sources import read_source, read_titles
+
+
+logger = logging.getLogger(__name__)
+
+MIN_INTERACTIONS = 3  # one each for training, validation and test
+USERS_PER_BATCH = 1_000  # rows of one Arrow record batch
+
+
+class Histories(NamedTuple):
+    """
+    What [`load_histories`] returns.
+
+    Attributes:
+        histories (`DatasetDict`):
+            Splits `train`, `validation` and `test`, memory-mapped, one row per user: `user_id`, `item_ids` (oldest
+            first), `timestamps` (Unix seconds, as long as `item_ids`; only where the source has time) and, in
+            `validation` and `test`, `target`: the item to predict after `item_ids`.
+        items (`Dataset`):
+            One row per item, sorted by `item_id`: `item_id`, `title` (null where unknown) and `count` (interactions in
+            the `train` split).
+        counts (`dict[str, int]`):
+            `num_users`, `num_items`, `num_interactions` (after all filters), `num_duplicates` (exact duplicates
+            dropped) and `num_filtered` (interactions removed by the k-core filter).
+    """
+
+    histories: DatasetDict
+    items: Dataset
+    counts: dict[str, int]
+
+
+@dataclass
+class Interactions:
+    """
+    Rows as codes.
+
+    Attributes:
+        user_ids, item_ids (`pyarrow.Array`): The distinct ids, sorted.
+        users, items (`np.ndarray` of shape `(num_rows,)`): The index of each row's user and item among them.
+        timestamps (`np.ndarray` of shape `(num_rows,)`, *optional*): Unix seconds.
+    """
+
+    user_ids: pa.Array
+    item_ids: pa.Array
+    users: np.ndarray
+    items: np.ndarray
+    timestamps: np.ndarray | None
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Keep some rows, given by their indices or by a mask, in that order."""
+        self.users = self.users[rows]
+        self.items = self.items[rows]
+        if self.timestamps is not None:
+            self.timestamps = self.timestamps[rows]
+
+
+# The users in a split, and how many interactions of each come before the target.
+Prefixes = tuple[np.ndarray, np.ndarray]
+
+
+def load_histories(
+    source: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    user_column: str | None = None,
+    item_column: str | None = None,
+    timestamp_column: str | None = None,
+    title_column: str | None = None,
+    items_file: str | os.PathLike | None = None,
+    dataset_config_name: str | None = None,
+    dataset_split: str = "train",
+    k_core: int = 5,
+    split: str = "leave_one_out",
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    cache_dir: str | os.PathLike | None = None,
+) -> Histories:
+    """
+    Read interactions, check them and return every user's history, split for training, validation and test.
+
+    The rules, in the order in which they apply:
+
+    1. Rows with a null user, item or timestamp, or with a negative or non-finite timestamp, are errors.
+    2. A user's rows are ordered by time; rows with equal timestamps, and all rows of a source without time, keep the
+       order in which the source has them.
+    3. Rows equal in user, item and timestamp are one interaction: the first is kept, the others are counted in
+       `counts["num_duplicates"]` and reported as a warning. A source without time keeps its repeats.
+    4. Users and items with fewer than `k_core` interactions are removed, again and again until none is left.
+    5. A user with fewer than three interactions is then an error.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            One of
+
+            - a built-in dataset: `"synthetic"`, or `"ml-100k"`, `"ml-1m"`, `"ml-20m"`, `"ml-25m"` or
+              `"ml-latest-small"`, downloaded from GroupLens;
+            - a `.csv`, `.tsv`, `.parquet`, `.jsonl` or `.json` (one object per line) file, or a `.txt` file of
+              `user item` lines in time order, without header or time;
+            - a folder of such files, all of one kind, which are read in the order of their names;
+            - a folder with raw MovieLens files: `u.data` and `u.item`, `ratings.dat` and `movies.dat`, or
+              `ratings.csv` and `movies.csv`;
+            - a dataset on the Hub, as `"org/name"`.
+        data_dir (`str` or `os.PathLike`, *optional*):
+            A folder with the raw files of the MovieLens dataset that `source` names; nothing is downloaded then.
+        user_column, item_column, timestamp_column (`str`, *optional*):
+            Columns of the source; `user_id`, `item_id` and `timestamp` if not given. Ids are integers or strings and
+            stay so. In text files they are integers if all of a column are written as such (`007` is not). Timestamps
+            are Unix seconds, integers or floats. Dates, datetimes and ISO 8601 strings become Unix seconds, in UTC
+            where they name no zone, and integers where no row has a fraction of a second.
+        title_column (`str`, *optional*):
+            Column of the source with the items' titles; an item's first title counts.
+        items_file (`str` or `os.PathLike`, *optional*):
+            A file with titles: `u.item`, `movies.dat`, `movies.csv`, or any `.csv`, `.tsv`, `.parquet` or `.jsonl`
+            file with the columns `item_id` and `title`. It replaces the titles that come with a source.
+        dataset_config_name (`str`, *optional*):
+            The configuration of a Hub dataset.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            The split of a Hub dataset that holds the interactions.
+        k_core (`int`, *optional*, defaults to 5):
+            The least number of interactions of every user and item; 0 filters nothing.
+        split (`str`, *optional*, defaults to `"leave_one_out"`):
+            `"leave_one_out"`: a user's last item is the test target, the second last the validation target, and the
+            items before both are for training. `"temporal"`: two cutoffs in time, the same for all users. Interactions
+            before the first are for training; a user with an interaction between the cutoffs is in `validation`, one
+            with an interaction at or after the second in `test`. The target is the user's first item there, and the
+            history all items before it. Users without history before the cutoff are left out of a split and reported.
+        validation_fraction, test_fraction (`float`, *optional*, default to 0.1):
+            Shares of the interactions, the latest for test, that set the cutoffs of the temporal split.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Where downloads and the result's Arrow files are kept; a folder in the cache of `datasets` if not given.
+
+    Returns:
+        [`Histories`]: the histories, the items and the counts.
+
+    Raises:
+        ValueError: if an argument or the source's content is not as described; the message names the file and the
+            line, row or column.
+        OSError: if a download fails.
+    """
+    _check_arguments(split, k_core, validation_fraction, test_fraction, title_column, items_file)
+    if cache_dir is None:
+        cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "elastic_hf"
+    cache_dir = Path(cache_dir)
+    source = os.fspath(source)
+    overrides = {"user": user_column, "item": item_column, "timestamp": timestamp_column, "title": title_column}
+    overrides = {field: name for field, name in overrides.items() if name is not None}
+
+    table, titles = read_source(source, data_dir, overrides, dataset_config_name, dataset_split, cache_dir)
+    if items_file is not None:
+        titles = read_titles(Path(items_file))
+    if split == "temporal" and "timestamp" not in table.column_names:
+        raise ValueError(f"split='temporal' needs timestamps, {source} has none")
+    interactions = _encode(table)
+    if title_column is not None:
+        titles = _first_titles(table["title"], interactions)
+    del table
+
+    _sort_by_time(interactions)
+    num_duplicates = _drop_duplicates(interactions, source)
+    num_filtered = _filter_k_core(interactions, k_core, source)
+    lengths = _history_lengths(interactions, k_core, source)
+    if split == "leave_one_out":
+        prefixes = _leave_one_out_prefixes(lengths)
+    else:
+        prefixes = _temporal_prefixes(interactions, lengths, validation_fraction, test_fraction)
+
+    with temporary_folder(cache_dir) as temporary:
+        _write_items(temporary, interactions, lengths, prefixes["train"], titles)
+        _write_splits(temporary, interactions, lengths, prefixes)
+        # Loading a source again then finds the caches of `map`, too.
+        folder = move_to_content_name(temporary, cache_dir, "histories")
+    return Histories(
+        DatasetDict({name: Dataset.from_file(str(folder / f"{name}.arrow"), split=name) for name in prefixes}),
+        items=Dataset.from_file(str(folder / "items.arrow")),
+        counts={
+            "num_users": len(interactions.user_ids),
+            "num_items": len(interactions.item_ids),
+            "num_interactions": interactions.users.size,
+            "num_duplicates": num_duplicates,
+            "num_filtered": num_filtered,
+        },
+    )
+
+
+def _check_arguments(
+    split: str,
+    k_core: int,
+    validation_fraction: float,
+    test_fraction: float,
+    title_column: str | None,
+    items_file: str | os.PathLike | None,
+) -> None:
+    if split not in ("leave_one_out", "temporal"):
+        raise ValueError(f"split must be 'leave_one_out' or 'temporal', found {split!r}")
+    if not isinstance(k_core, int) or k_core < 0:
+        raise ValueError(f"k_core must be an integer of at least 0, found {k_core!r}")
+    if split == "temporal" and not (
+        validation_fraction > 0 and test_fraction > 0 and validation_fraction + test_fraction < 1
+    ):
+        raise ValueError(
+            "validation_fraction and test_fraction must be positive and sum to less than 1, "
+            f"found {validation_fraction} and {test_fraction}"
+        )
+    if title_column is not None and items_file is not None:
+        raise ValueError("title_column and items_file both give titles: set only one of them")
+
+
+def _encode(table: pa.Table) -> Interactions:
+    user_ids, users = encode_ids(table["user"])
+    item_ids, items = encode_ids(table["item"])
+    timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
+    return Interactions(user_ids, item_ids, users, items, timestamps)
+
+
+def _sort_by_time(interactions: Interactions) -> None:
+    """Sort by user, then by time; what is equal, or has no time, stays in the order of the source."""
+    if interactions.timestamps is None:
+        interactions.keep(np.argsort(interactions.users, kind="stable"))
+    else:
+        interactions.keep(np.lexsort((interactions.timestamps, interactions.users)))
+
+
+def _drop_duplicates(interactions: Interactions, source: str) -> int:
+    """Drop rows that equal an earlier one, and return how many they were; without time none are."""
+    if interactions.timestamps is None:
+        return 0
+    is_first = _is_first_of_its_kind(interactions.users, interactions.items, interactions.timestamps)
+    num_duplicates = int(is_first.size - np.count_nonzero(is_first))
+    if num_duplicates:
+        logger.warning(f"{source}: dropped {num_duplicates:,} rows that repeat another's user, item and timestamp")
+        interactions.keep(is_first)
+    return num_duplicates
+
+
+def _is_first_of_its_kind(users: np.ndarray, items: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+    """Return False for rows that equal an earlier one; rows are sorted by user and time."""
+    first = np.ones(users.size, bool)
+    tied = (users[1:] == users[:-1]) & (timestamps[1:] == timestamps[:-1])
+    in_tie = np.zeros(users.size, bool)
+    in_tie[1:] = tied
+    in_tie[:-1] |= tied
+    rows = np.flatnonzero(in_tie)
+    tie = np.cumsum(np.concatenate([[True], ~tied]))[rows]
+    # (tie, item) as one integer: the stable sort puts equal rows side by side, the earliest first
+    key = tie * (int(items.max()) + 1) + items[rows]
+    order = np.argsort(key, kind="stable")
+    first[rows[order[1:][key[order[1:]] == key[order[:-1]]]]] = False
+    return first
+
+
+def _filter_k_core(interactions: Interactions, k_core: int, source: str) -> int:
+    """Remove users and items with too few interactions, and return how many interactions that removes."""
+    num_interactions = interactions.users.size
+    if k_core:
+        interactions.keep(_k_core(interactions.users, interactions.items, k_core))
+    if not interactions.users.size:
+        raise ValueError(f"{source}: none of {num_interactions:,} interactions is left with k_core={k_core}")
+    interactions.user_ids, interactions.users = drop_unused(interactions.user_ids, interactions.users)
+    interactions.item_ids, interactions.items = drop_unused(interactions.item_ids, interactions.items)
+    return num_interactions - interactions.users.size
+
+
+def _k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
+    """Return the indices of the rows that are left when no user and no item has fewer than `k` of them."""
+    rows = np.arange(users.size)
+    while True:
+        row_users, row_items = users[rows], items[rows]
+        kept = (np.bincount(row_users)[row_users] >= k) & (np.bincount(row_items)[row_items] >= k)
+        if kept.all():
+            return rows
+        rows = rows[kept]
+
+
+def _history_lengths(interactions: Interactions, k_core: int, source: str) -> np.ndarray:
+    """Return the number of interactions of each user, of which there must be enough for all splits."""
+    lengths = np.bincount(interactions.users)
+    num_short = int(np.count_nonzero(lengths < MIN_INTERACTIONS))
+    if num_short:
+        raise ValueError(
+            f"{source}: {num_short:,} of {lengths.size:,} users have fewer than {MIN_INTERACTIONS} interactions with "
+            f"k_core={k_core}: set k_core to {MIN_INTERACTIONS} or more to leave such users out"
+        )
+    return lengths
+
+
+def _leave_one_out_prefixes(lengths: np.ndarray) -> dict[str, Prefixes]:
+    """Return for each split all users, and the interactions before their last one or two."""
+    rows = np.arange(lengths.size)
+    return {"train": (rows, lengths - 2), "validation": (rows, lengths - 2), "test": (rows, lengths - 1)}
+
+
+def _temporal_prefixes(
+    interactions: Interactions, lengths: np.ndarray, validation_fraction: float, test_fraction: float
+) -> dict[str, Prefixes]:
+    """Return for each split the users in it and how many of each one's interactions come before the target."""
+    users, timestamps = interactions.users, interactions.timestamps
+    cutoffs = np.quantile(timestamps, [1 - validation_fraction - test_fraction, 1 - test_fraction], method="higher")
+    before_validation, before_test = (
+        np.bincount(users[timestamps < cutoff], minlength=lengths.size) for cutoff in cutoffs
+    )
+    in_split = {
+        "train": (before_validation, before_validation > 0),
+        "validation": (before_validation, before_test > before_validation),
+        "test": (before_test, lengths > before_test),
+    }
+    prefixes = {}
+    for name, (before, candidates) in in_split.items():
+        rows = np.flatnonzero(candidates & (before > 0))
+        if not rows.size:
+            raise ValueError(
+                f"the temporal split leaves {name} without users: change validation_fraction and test_fraction"
+            )
+        num_new = int(np.count_nonzero(candidates)) - rows.size
+        if num_new:
+            logger.warning(f"{name} leaves out {num_new:,} users who have no history before the cutoff")
+        prefixes[name] = (rows, before[rows])
+    return prefixes
+
+
+def _write_splits(
+    folder: Path, interactions: Interactions, lengths: np.ndarray, prefixes: dict[str, Prefixes]
+) -> None:
+    """Write one Arrow file for each split."""
+    user_type, item_type = Value(str(interactions.user_ids.type)), Value(str(interactions.item_ids.type))
+    starts = np.cumsum(lengths) - lengths
+    for name, (rows, prefix_lengths) in prefixes.items():
+        features = {"user_id": user_type, "item_ids": List(item_type)}
+        if interactions.timestamps is not None:
+            is_integer = interactions.timestamps.dtype == np.int64
+            features["timestamps"] = List(Value("int64" if is_integer else "float64"))
+        if name != "train":
+            features["target"] = item_type
+        batches = _history_batches(interactions, starts, rows, prefix_lengths, with_target=name != "train")
+        _write_arrow(folder / f"{name}.arrow", Features(features), batches)
+
+
+def _history_batches(
+    interactions: Interactions, starts: np.ndarray, rows: np.ndarray, prefix_lengths: np.ndarray, with_target: bool
+) -> Iterator[dict[str, pa.Array]]:
+    """Yield for the users `rows` the first `prefix_lengths` of their interactions, and the item that comes next."""
+    items, item_ids = interactions.items, interactions.item_ids
+    for first in range(0, rows.size, USERS_PER_BATCH):
+        batch_rows = rows[first : first + USERS_PER_BATCH]
+        lengths = prefix_lengths[first : first + USERS_PER_BATCH]
+        indices = _flat_indices(starts[batch_rows], lengths)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        batch = {
+            "user_id": interactions.user_ids.take(pa.array(batch_rows)),
+            "item_ids": pa.ListArray.from_arrays(offsets, item_ids.take(pa.array(items[indices]))),
+        }
+        if interactions.timestamps is not None:
+            batch["timestamps"] = pa.ListArray.from_arrays(offsets, pa.array(interactions.timestamps[indices]))
+        if with_target:
+            batch["target"] = item_ids.take(pa.array(items[starts[batch_rows] + lengths]))
+        yield batch
+
+
+def _write_items(
+    folder: Path, interactions: Interactions, lengths: np.ndarray, train: Prefixes, titles: pa.Table | None
+) -> None:
+    """Write the Arrow file of the items: their ids, their titles and how often they are in the training split."""
+    item_ids = interactions.item_ids
+    rows, train_lengths = train
+    starts = np.cumsum(lengths) - lengths
+    train_items = interactions.items[_flat_indices(starts[rows], train_lengths)]
+    counts = np.bincount(train_items, minlength=len(item_ids))
+    columns = {"item_id": item_ids, "title": _align_titles(item_ids, titles), "count": pa.array(counts)}
+    features = {"item_id": Value(str(item_ids.type)), "title": Value("string"), "count": Value("int64")}
+    _write_arrow(folder / "items.arrow", Features(features), [columns])
+
+
+def _write_arrow(path: Path, features: Features, batches: Iterable[dict[str, pa.Array]]) -> None:
+    schema = features.arrow_schema
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(pa.record_batch(batch, schema=schema))
+
+
+def _flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return `starts[0], starts[0] + 1, ...`, `lengths[0]` of them, then the same for `starts[1]` and so on."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
+
+
+def _first_titles(titles: pa.ChunkedArray, interactions: Interactions) -> pa.Table:
+    """Return the first title of each item that has one; `interactions` are in the order of the source."""
+    item_ids, items = interactions.item_ids, interactions.items
+    rows = np.flatnonzero(titles.is_valid())
+    first = np.full(len(item_ids), -1)
+    first[items[rows[::-1]]] = rows[::-1]  # of several values for one index the last one stays, here the earliest row
+    known = first >= 0
+    return pa.table({"item_id": item_ids.filter(pa.array(known)), "title": titles.take(pa.array(first[known]))})
+
+
+def _align_titles(item_ids: pa.Array, titles: pa.Table | None) -> pa.Array:
+    """Return the title of each item, null where there is none."""
+    if titles is None:
+        return pa.nulls(len(item_ids), pa.string())
+    try:
+        ids = titles["item_id"].cast(pa.string()).cast(item_ids.type)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"the titles' item ids are not of the interactions' type {item_ids.type}: {error}") from error
+    rows = pc.index_in(item_ids, ids)
+    if rows.null_count:
+        logger.warning(f"{rows.null_count:,} of {len(item_ids):,} items have no title")
+    found = titles["title"].cast(pa.string()).take(rows)
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found

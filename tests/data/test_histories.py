@@ -1,0 +1,264 @@
+import logging
+import os
+import random
+from collections import Counter, defaultdict
+
+import pytest
+
+from elastic_hf.data import histories as module
+from interactions import ROWS, frame, split_rows, write
+
+
+def reference(rows, k_core):
+    """The rules of load_histories, in loops: user -> [(item, time), ...], and the numbers of rows dropped."""
+    distinct = list(dict.fromkeys(rows))
+    kept = distinct
+    while True:
+        users, items = Counter(row[0] for row in kept), Counter(row[1] for row in kept)
+        strong = [row for row in kept if users[row[0]] >= k_core and items[row[1]] >= k_core]
+        if strong == kept:
+            break
+        kept = strong
+    histories = defaultdict(list)
+    for user, item, time in kept:
+        histories[user].append((item, time))
+    for history in histories.values():
+        history.sort(key=lambda pair: pair[1])  # stable
+    return dict(sorted(histories.items())), len(rows) - len(distinct), len(distinct) - len(kept)
+
+
+def random_rows(seed, make_user=int, make_item=int, make_time=int):
+    rng = random.Random(seed)
+    return [
+        (make_user(rng.randrange(25)), make_item(int(rng.paretovariate(0.7)) % 40), make_time(rng.randrange(60)))
+        for _ in range(600)
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".json", ".jsonl"])
+def test_leave_one_out_by_hand(tmp_path, load, suffix):
+    result = load(write(tmp_path / f"rows{suffix}", frame()))
+    assert split_rows(result, "train") == [
+        {"user_id": 1, "item_ids": [10, 30], "timestamps": [1, 4]},
+        {"user_id": 2, "item_ids": [20], "timestamps": [2]},
+        {"user_id": 3, "item_ids": [10], "timestamps": [6]},
+    ]
+    assert split_rows(result, "validation") == [
+        {"user_id": 1, "item_ids": [10, 30], "timestamps": [1, 4], "target": 10},
+        {"user_id": 2, "item_ids": [20], "timestamps": [2], "target": 30},
+        {"user_id": 3, "item_ids": [10], "timestamps": [6], "target": 20},
+    ]
+    assert split_rows(result, "test") == [
+        {"user_id": 1, "item_ids": [10, 30, 10], "timestamps": [1, 4, 8], "target": 20},
+        {"user_id": 2, "item_ids": [20, 30], "timestamps": [2, 5], "target": 10},
+        {"user_id": 3, "item_ids": [10, 20], "timestamps": [6, 7], "target": 30},
+    ]
+    # of 10 rows four are in train: items 10 (twice), 20 and 30
+    assert result.items.to_list() == [
+        {"item_id": 10, "title": None, "count": 2},
+        {"item_id": 20, "title": None, "count": 1},
+        {"item_id": 30, "title": None, "count": 1},
+    ]
+    assert result.counts == {
+        "num_users": 3,
+        "num_items": 3,
+        "num_interactions": 10,
+        "num_duplicates": 0,
+        "num_filtered": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "makers",
+    [
+        {},
+        {"make_item": lambda item: f"item {item} ü", "make_time": lambda time: time / 4},
+        {"make_user": lambda user: f"u{user}"},
+    ],
+    ids=["integers", "string items and fractions of a second", "string users"],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("users_per_batch", [7, 1000])
+def test_equal_to_loops(tmp_path, load, monkeypatch, makers, suffix, users_per_batch):
+    monkeypatch.setattr(module, "USERS_PER_BATCH", users_per_batch)
+    rows = random_rows(0, **makers)
+    result = load(write(tmp_path / f"rows{suffix}", frame(rows)), k_core=6)
+    histories, num_duplicates, num_filtered = reference(rows, 6)
+    assert num_duplicates and num_filtered
+    assert split_rows(result, "test") == [
+        {
+            "user_id": user,
+            "item_ids": [item for item, _ in history[:-1]],
+            "timestamps": [time for _, time in history[:-1]],
+            "target": history[-1][0],
+        }
+        for user, history in histories.items()
+    ]
+    train = [item for history in histories.values() for item, _ in history[:-2]]
+    assert [item for ids in result.histories["train"]["item_ids"] for item in ids] == train
+    everything = {item for history in histories.values() for item, _ in history}
+    assert result.items["item_id"][:] == sorted(everything)
+    assert dict(zip(result.items["item_id"], result.items["count"], strict=True)) == {
+        item: Counter(train)[item] for item in everything
+    }
+    assert result.counts == {
+        "num_users": len(histories),
+        "num_items": len(everything),
+        "num_interactions": sum(map(len, histories.values())),
+        "num_duplicates": num_duplicates,
+        "num_filtered": num_filtered,
+    }
+
+
+def test_temporal_split_by_hand(tmp_path, load, caplog):
+    times = {"a": [0, 1, 2, 6, 8], "b": [3, 4, 5], "c": [7, 9, 9.5]}
+    rows = [(user, f"{user}{time}", time) for user, user_times in times.items() for time in map(float, user_times)]
+    path = write(tmp_path / "rows.parquet", frame(rows))
+    result = load(path, split="temporal", validation_fraction=2 / 11, test_fraction=3 / 11)
+    # the sorted times are 0 1 2 3 4 5 6 7 8 9 9.5: the quantiles 6/11 and 8/11 of 0..10, rounded up, are 6 and 8
+    assert split_rows(result, "train") == [
+        {"user_id": "a", "item_ids": ["a0.0", "a1.0", "a2.0"], "timestamps": [0, 1, 2]},
+        {"user_id": "b", "item_ids": ["b3.0", "b4.0", "b5.0"], "timestamps": [3, 4, 5]},
+    ]
+    assert split_rows(result, "validation") == [
+        {"user_id": "a", "item_ids": ["a0.0", "a1.0", "a2.0"], "timestamps": [0, 1, 2], "target": "a6.0"}
+    ]
+    assert split_rows(result, "test") == [
+        {"user_id": "a", "item_ids": ["a0.0", "a1.0", "a2.0", "a6.0"], "timestamps": [0, 1, 2, 6], "target": "a8.0"},
+        {"user_id": "c", "item_ids": ["c7.0"], "timestamps": [7], "target": "c9.0"},
+    ]
+    assert "validation leaves out 1 users" in caplog.text
+
+
+def test_temporal_split_tells_the_windows_apart(tmp_path, load):
+    # the quantiles 0.4 and 0.7 of the times 0..10 are 4 and 7: b has nothing between them and a nothing after
+    rows = [("a", time, time) for time in (0, 1, 4, 5, 6)] + [("b", time, time) for time in (2, 3, 7, 8, 9, 10)]
+    path = write(tmp_path / "rows.parquet", frame(rows))
+    result = load(path, split="temporal", validation_fraction=0.3, test_fraction=0.3)
+    assert result.histories["train"]["user_id"][:] == ["a", "b"]
+    assert [(row["user_id"], row["target"]) for row in split_rows(result, "validation")] == [("a", 4)]
+    assert [(row["user_id"], row["target"]) for row in split_rows(result, "test")] == [("b", 7)]
+
+
+def test_temporal_split_never_trains_on_the_future(tmp_path, load):
+    path = write(tmp_path / "rows.parquet", frame(random_rows(1)))
+    result = load(path, split="temporal", validation_fraction=0.2, test_fraction=0.2)
+    train_end = max(time for times in result.histories["train"]["timestamps"] for time in times)
+    full = {user: dict(enumerate(history)) for user, history in reference(random_rows(1), 0)[0].items()}
+    for name in ("validation", "test"):
+        for row in split_rows(result, name):
+            item, time = full[row["user_id"]][len(row["item_ids"])]
+            assert row["target"] == item and time > train_end
+
+
+def test_source_without_time_keeps_order_and_repeats(tmp_path, load):
+    path = tmp_path / "rows.txt"
+    path.write_text("7 1\n3 2\n7 1\n7 5\n3 2\n7 4\n3 9\n")
+    result = load(path)
+    assert split_rows(result, "test") == [
+        {"user_id": 3, "item_ids": [2, 2], "target": 9},
+        {"user_id": 7, "item_ids": [1, 1, 5], "target": 4},
+    ]
+    assert result.counts["num_duplicates"] == 0
+    with pytest.raises(ValueError, match="needs timestamps"):
+        load(path, split="temporal")
+
+
+def test_duplicates_are_counted_and_reported(tmp_path, load, caplog):
+    # a repeat with another item in between at the same time, and the same item at another time
+    rows = [(1, 10, 5), (1, 20, 5), (1, 10, 5), (1, 10, 6), (1, 20, 7)]
+    with caplog.at_level(logging.WARNING):
+        result = load(write(tmp_path / "rows.csv", frame(rows)))
+    assert split_rows(result, "test")[0]["item_ids"] == [10, 20, 10]
+    assert result.counts["num_duplicates"] == 1
+    assert "dropped 1 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"split": "random"}, "split must be .* found 'random'"),
+        ({"k_core": -1}, "k_core must be .* found -1"),
+        ({"split": "temporal", "test_fraction": 0}, "validation_fraction and test_fraction"),
+        ({"split": "temporal", "test_fraction": 0.95}, "validation_fraction and test_fraction"),
+        ({"title_column": "title", "items_file": "items.csv"}, "only one of them"),
+        ({"timestamp_column": "when"}, "column 'when' is missing"),
+        ({"data_dir": "."}, "data_dir is for MovieLens"),
+        ({"items_file": "missing.csv"}, "missing.csv is not a file"),
+    ],
+)
+def test_bad_arguments(tmp_path, load, kwargs, message):
+    path = write(tmp_path / "rows.csv", frame())
+    with pytest.raises(ValueError, match=message):
+        load(path, **kwargs)
+
+
+def test_too_few_interactions_are_left(tmp_path, load):
+    path = write(tmp_path / "rows.csv", frame([*ROWS, (4, 10, 1), (4, 20, 2), (5, 10, 1)]))
+    with pytest.raises(ValueError, match="2 of 5 users have fewer than 3 .* set k_core to 3"):
+        load(path)
+    assert load(path, k_core=3).counts["num_users"] == 3
+    with pytest.raises(ValueError, match="none of 13 interactions is left with k_core=20"):
+        load(path, k_core=20)
+
+
+def add_length(row):
+    return {"length": len(row["item_ids"])}
+
+
+def test_memory_mapped_and_mapped_by_two_processes(tmp_path, load):
+    result = load(write(tmp_path / "rows.parquet", frame(random_rows(2))), k_core=3)
+    assert all(dataset.cache_files for dataset in [*result.histories.values(), result.items])
+    mapped = result.histories.map(add_length, num_proc=2)
+    for name, dataset in mapped.items():
+        assert dataset["length"][:] == [len(items) for items in result.histories[name]["item_ids"]]
+
+
+def test_loading_twice_is_the_same_and_takes_no_more_disk(tmp_path, load):
+    path = write(tmp_path / "rows.csv", frame())
+    first, second = load(path), load(path)
+    assert first.counts == second.counts and first.items.to_list() == second.items.to_list()
+    for name, dataset in first.histories.items():
+        assert split_rows(first, name) == split_rows(second, name)
+        assert dataset._fingerprint == second.histories[name]._fingerprint  # what `map` looks its caches up by
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    load(path, split="temporal", validation_fraction=0.3, test_fraction=0.3)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert [row["target"] for row in split_rows(first, "test")] == [20, 10, 30]
+
+
+def test_failure_while_writing_leaves_nothing(tmp_path, load, monkeypatch):
+    path = write(tmp_path / "rows.csv", frame())
+    first = load(path)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "_write_arrow", fail)
+    with pytest.raises(OSError, match="disk full"):
+        load(path, split="temporal", validation_fraction=0.3, test_fraction=0.3)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert [row["target"] for row in split_rows(first, "test")] == [20, 10, 30]
+
+
+# the real files
+
+
+DATA = os.environ.get("ELASTIC_HF_DATA")
+
+
+@pytest.mark.data
+@pytest.mark.skipif(DATA is None, reason="the environment variable ELASTIC_HF_DATA names no folder with the data")
+def test_counts_of_the_real_files(load):
+    ml_1m = load(
+        f"{DATA}/ml-1m/interactions.parquet",
+        timestamp_column="order",
+        items_file=f"{DATA}/ml-1m/movies.dat",
+        k_core=5,
+    )
+    assert list(ml_1m.counts.values()) == [6_040, 3_416, 999_611, 0, 0]
+    assert None not in ml_1m.items["title"][:]
+    ml_100k = load("ml-100k", data_dir=f"{DATA}/ml-100k")
+    assert list(ml_100k.counts.values()) == [943, 1_682, 100_000, 0, 0]
+    beauty = load(f"{DATA}/amazon/beauty.txt")
+    assert list(beauty.counts.values()) == [40_226, 54_542, 353_962, 0, 0]

@@ -1,0 +1,18 @@
+import pytest
+from datasets import Dataset
+
+from elastic_hf.data.windows import split_into_windows
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 5, 6, 7, 11, 12, 23])
+def test_windows_make_every_item_but_the_first_a_target_once(num_items):
+    histories = [list(range(100, 103)), list(range(3, 3 + num_items)), list(range(50, 59))]
+    dataset = Dataset.from_dict({"user_id": [7, 8, 9], "input_ids": histories}).select([1, 2])
+    windows = split_into_windows(dataset, max_length=5)
+    assert windows.column_names == ["user_id", "input_ids"]
+    for user_id, history in zip([8, 9], histories[1:], strict=True):
+        mine = windows.filter(lambda row, user_id=user_id: row["user_id"] == user_id)["input_ids"]
+        assert all(2 <= len(window) <= 6 for window in mine) or num_items == 1
+        assert [item for window in mine for item in window[1:]] == history[1:]
+        assert mine[0][0] == history[0]
+        assert all(len(window) == 6 for window in mine[1:])
