@@ -1,4 +1,4 @@
-"""What every results file says about where it was measured, and how it is written."""
+"""What every results file holds: metrics at these cutoffs, and where they were measured; and how it is written."""
 
 import json
 import os
@@ -7,8 +7,11 @@ import subprocess
 from pathlib import Path
 
 
+CUTOFFS = (1, 5, 10, 20)
+
+
 def processor() -> str:
-    """The processor's model name and the widest instructions that PyTorch uses on it, such as `AMD EPYC (AVX512)`."""
+    """Return the processor's model name and PyTorch's widest instructions on it, such as `AMD EPYC (AVX512)`."""
     import torch
 
     cpu_info = Path("/proc/cpuinfo")
@@ -19,17 +22,21 @@ def processor() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this package, `-dirty` if a file was changed since; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the commit of this package, `-dirty` if a file was changed since; None outside its repository."""
+
+    def git(*arguments: str) -> str:
+        command, folder = ["git", *arguments], Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in another repository
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
 
 
 def write_json(file: Path, results: dict) -> None:
-    """Writes the whole file, or leaves an older one as it was."""
+    """Write the whole file, or leave an older one as it was."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=2) + "\n")

@@ -22,9 +22,10 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from ..data.collator import SequentialRecommendationCollator
 from ..models.catalogue import CatalogueQuery
+from ..results import CUTOFFS
 from ..sharing.hub import publish
 from ..sharing.model_card import render_model_card
-from .metrics import CUTOFFS, ranking_metrics
+from .metrics import ranking_metrics
 
 
 logger = logging.getLogger(__name__)
