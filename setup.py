@@ -5,10 +5,10 @@ from setuptools import find_packages, setup
 
 
 here = Path(__file__).parent
-init = (here / "elastic_hf" / "__init__.py").read_text(encoding="utf-8")
-version = re.search(r'__version__ = "(.+)"', init).group(1)
+source = (here / "elastic_hf" / "version.py").read_text(encoding="utf-8")
+version = re.search(r'__version__ = "(.+)"', source).group(1)
 
-examples = ["matplotlib>=3.8", "pyyaml>=6", "tensorboard>=2.16"]
+examples = ["matplotlib>=3.8", "tensorboard>=2.16"]
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
@@ -23,7 +23,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["elastic_hf", "elastic_hf.*"]),
-    package_data={"elastic_hf": ["py.typed"], "elastic_hf.sharing": ["model_card_template.md"]},
+    package_data={
+        "elastic_hf": ["py.typed"],
+        "elastic_hf.sharing": ["data_sources.yaml", "templates/*"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10",
@@ -33,6 +36,7 @@ setup(
         "numpy>=2.0",
         "polars>=1.30",
         "pyarrow>=20",
+        "pyyaml>=6",
         "safetensors>=0.6",
         "tokenizers>=0.22",
         "torch>=2.8",

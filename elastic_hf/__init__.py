@@ -14,11 +14,12 @@ from . import baselines
 from .models.cache_elastic import ElasticCache
 from .models.configuration_elastic import ElasticConfig
 from .models.modeling_elastic import ElasticForSequentialRecommendation, ElasticModel
+from .registry import MODELS
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 __all__ = [
+    "__version__",
     "ElasticCache",
     "ElasticConfig",
     "ElasticForSequentialRecommendation",
@@ -54,8 +55,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *IMPORTED_LATER})
 
 
-AutoConfig.register(ElasticConfig.model_type, ElasticConfig, exist_ok=True)
-AutoModel.register(ElasticConfig, ElasticForSequentialRecommendation, exist_ok=True)
+for model_type, model_class in MODELS.items():
+    AutoConfig.register(model_type, model_class.config_class, exist_ok=True)
+    AutoModel.register(model_class.config_class, model_class, exist_ok=True)
 if find_spec("pyarrow") is not None:
     from transformers import AutoTokenizer
     from transformers.pipelines import PIPELINE_REGISTRY
@@ -63,8 +65,8 @@ if find_spec("pyarrow") is not None:
     from .models.item_tokenizer import ElasticItemTokenizer
     from .models.pipeline import SequentialRecommendationPipeline
 
-    for config_class in (ElasticConfig, *(config_class for config_class, _ in baselines.BASELINES)):
-        AutoTokenizer.register(config_class, tokenizer_class=ElasticItemTokenizer, exist_ok=True)
+    for model_class in MODELS.values():
+        AutoTokenizer.register(model_class.config_class, tokenizer_class=ElasticItemTokenizer, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         "sequential-recommendation", pipeline_class=SequentialRecommendationPipeline, pt_model=AutoModel, type="text"
     )

@@ -1,14 +1,20 @@
-"""What every results file says about where it was measured, and how it is written."""
+"""What every results file holds: metrics at these cutoffs, and where they were measured; and how it is written."""
 
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+
+CUTOFFS = (1, 5, 10, 20)
 
 
 def processor() -> str:
-    """The processor's model name and the widest instructions that PyTorch uses on it, such as `AMD EPYC (AVX512)`."""
+    """Return the processor's model name and PyTorch's widest instructions on it, such as `AMD EPYC (AVX512)`."""
     import torch
 
     cpu_info = Path("/proc/cpuinfo")
@@ -19,18 +25,38 @@ def processor() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this package, `-dirty` if a file was changed since; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the commit of this package, `-dirty` if a file was changed since; None outside its repository."""
+
+    def git(*arguments: str) -> str:
+        command, folder = ["git", *arguments], Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in another repository
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[BinaryIO]:
+    """Open a file to write to that takes the place of `file` when it is whole, and leaves it as it was otherwise."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    with open(temporary, "wb") as stream:
+        yield stream
+    os.replace(temporary, file)
 
 
 def write_json(file: Path, results: dict) -> None:
-    """Writes the whole file, or leaves an older one as it was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, file)
+    """Write the whole file, or leave an older one as it was.
+
+    Raises:
+        ValueError: If a number is not finite, which JSON has no word for.
+    """
+    try:
+        text = json.dumps(results, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{file} must hold finite numbers: {error}") from error
+    with written_whole(file) as stream:
+        stream.write(f"{text}\n".encode())

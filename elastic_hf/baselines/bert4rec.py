@@ -94,6 +94,19 @@ class BERT4RecForSequentialRecommendation(BaselineForSequentialRecommendation, B
     """BERT4Rec with its scores over the catalogue, its training losses and `recommend`."""
 
     base_model_class = BERT4RecModel
+    paper = "Sun et al. 2019"
+    description = (
+        "BERT4Rec reads the history with bidirectional self-attention and is trained to fill in masked items; "
+        "a mask at the end asks for the next one."
+    )
+    citation = r"""
+    @inproceedings{sun2019bert4rec,
+      title = {{BERT4Rec}: Sequential Recommendation with Bidirectional Encoder Representations from Transformer},
+      author = {Sun, Fei and Liu, Jun and Wu, Jian and Pei, Changhua and Lin, Xiao and Ou, Wenwu and Jiang, Peng},
+      booktitle = {CIKM},
+      year = {2019},
+    }
+    """
 
 
 __all__ = ["BERT4RecConfig", "BERT4RecForSequentialRecommendation", "BERT4RecModel"]

@@ -293,6 +293,22 @@ class ElasticPaperForSequentialRecommendation(BaselineForSequentialRecommendatio
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     base_model_class = ElasticPaperModel
+    paper = "Deng et al. 2024, ELASTIC as published: bidirectional layers over all positions"
+    description = (
+        "ELASTIC in the form of its paper compresses a history of any length into a fixed number of interest "
+        "experts, and every position reads them, in each of several layers. This is an implementation "
+        "independent of the paper's authors, who published no code."
+    )
+    citation = r"""
+    @misc{deng2024elastic,
+      title = {{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression},
+      author = {Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun and
+        Xu, Peixing and Zhou, Guorui},
+      year = {2024},
+      eprint = {2408.09380},
+      archivePrefix = {arXiv},
+    }
+    """
 
     @torch.no_grad()
     def get_retrieved_slots(

@@ -122,6 +122,18 @@ class GRU4RecForSequentialRecommendation(BaselineForSequentialRecommendation, GR
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     base_model_class = GRU4RecModel
+    paper = "Hidasi et al. 2016, with the tied embeddings of Hidasi and Karatzoglou 2018"
+    description = (
+        "GRU4Rec reads the history with a gated recurrent network and predicts the next item at each position."
+    )
+    citation = r"""
+    @inproceedings{hidasi2016session,
+      title = {Session-based Recommendations with Recurrent Neural Networks},
+      author = {Hidasi, Bal{\'a}zs and Karatzoglou, Alexandros and Baltrunas, Linas and Tikk, Domonkos},
+      booktitle = {ICLR},
+      year = {2016},
+    }
+    """
 
 
 __all__ = ["GRU4RecConfig", "GRU4RecForSequentialRecommendation", "GRU4RecModel"]

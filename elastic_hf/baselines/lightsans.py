@@ -208,6 +208,17 @@ class LightSANsForSequentialRecommendation(BaselineForSequentialRecommendation, 
     """LightSANs with its scores over the catalogue, its training losses and `recommend`."""
 
     base_model_class = LightSANsModel
+    paper = "Fan et al. 2021, with padding kept out of its pooling"
+    description = "LightSANs lets items attend to a few latent interests of the history instead of to each other."
+    citation = r"""
+    @inproceedings{fan2021lighter,
+      title = {Lighter and Better: Low-Rank Decomposed Self-Attention Networks for Next-Item Recommendation},
+      author = {Fan, Xinyan and Liu, Zheng and Lian, Jianxun and Zhao, Wayne Xin and Xie, Xing and Wen, Ji-Rong},
+      booktitle = {SIGIR},
+      year = {2021},
+      doi = {10.1145/3404835.3462978},
+    }
+    """
 
 
 __all__ = ["LightSANsConfig", "LightSANsForSequentialRecommendation", "LightSANsModel"]

@@ -186,6 +186,21 @@ class LinRecForSequentialRecommendation(BaselineForSequentialRecommendation, Lin
     """LinRec with its scores over the catalogue, its training losses and `recommend`."""
 
     base_model_class = LinRecModel
+    paper = "Liu et al. 2023; `is_causal=False` is the paper's attention, the default its causal form"
+    description = (
+        "LinRec replaces the softmax of self-attention by normalised features, so that its cost is linear in "
+        "the length of the history."
+    )
+    citation = r"""
+    @inproceedings{liu2023linrec,
+      title = {{LinRec}: Linear Attention Mechanism for Long-term Sequential Recommender Systems},
+      author = {Liu, Langming and Cai, Liu and Zhang, Chi and Zhao, Xiangyu and Gao, Jingtong and Wang, Wanyu and
+        Lv, Yifu and Fan, Wenqi and Wang, Yiqi and He, Ming and Liu, Zitao and Li, Qing},
+      booktitle = {SIGIR},
+      year = {2023},
+      doi = {10.1145/3539618.3591717},
+    }
+    """
 
 
 __all__ = ["LinRecConfig", "LinRecForSequentialRecommendation", "LinRecModel"]

@@ -73,6 +73,8 @@ class PopularityForSequentialRecommendation(BaselineForSequentialRecommendation,
 
     _tied_weights_keys = {}
     base_model_class = PopularityModel
+    paper = "counts of the training histories"
+    description = "It recommends to everybody the items that occur most often in the training histories."
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head  # the inherited one has none for a model without input embeddings

@@ -108,6 +108,16 @@ class SASRecForSequentialRecommendation(BaselineForSequentialRecommendation, SAS
     """SASRec with its scores over the catalogue, its training losses and `recommend`."""
 
     base_model_class = SASRecModel
+    paper = 'Kang and McAuley 2018; softmax attention, `attn_implementation="sdpa"` or `"eager"`'
+    description = "SASRec reads the history with causal self-attention and predicts the next item at each position."
+    citation = r"""
+    @inproceedings{kang2018self,
+      title = {Self-Attentive Sequential Recommendation},
+      author = {Kang, Wang-Cheng and McAuley, Julian},
+      booktitle = {ICDM},
+      year = {2018},
+    }
+    """
 
 
 __all__ = ["SASRecConfig", "SASRecForSequentialRecommendation", "SASRecModel"]

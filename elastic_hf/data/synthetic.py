@@ -21,6 +21,7 @@ import polars as pl
 INTERESTS = ("Jazz", "Folk", "Choral", "Tango", "Fiddle")
 FORMS = ("Waltz", "March", "Ballad", "Nocturne", "Rondo")
 STYLES = ("Harbour", "Winter")
+NUM_POOLS = len(INTERESTS) * len(FORMS) * len(STYLES)
 CURRENT_INTERESTS = 3
 # Shortest and longest, in items.
 SESSION_LENGTH = (4, 8)
@@ -39,7 +40,7 @@ FIRST_TIMESTAMP = 1_600_000_000
 def make_interactions(
     num_users: int = 700, num_items: int = 1500, history_length: tuple[int, int] = (300, 600), seed: int = 0
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Generates interactions; the same arguments give the same tables.
+    """Generate interactions; the same arguments give the same tables.
 
     Args:
         num_users (`int`, *optional*, defaults to 700): Number of users.
@@ -58,12 +59,10 @@ def make_interactions(
         ValueError: If an argument is out of range, or if the catalogue is too small for histories without repeats.
     """
     shortest, longest = history_length
-    num_topics = len(INTERESTS) * len(FORMS)
-    num_pools = num_topics * len(STYLES)
     if num_users < 1:
         raise ValueError(f"num_users must be at least 1, found {num_users}")
-    if num_items < num_pools:
-        raise ValueError(f"num_items must be at least {num_pools}, found {num_items}")
+    if num_items < NUM_POOLS:
+        raise ValueError(f"num_items must be at least {NUM_POOLS}, found {num_items}")
     if not 1 <= shortest <= longest:
         raise ValueError(f"history_length must be positive and (shortest, longest), found {history_length}")
 
@@ -71,45 +70,12 @@ def make_interactions(
     rng = np.random.default_rng(seed)
     # Twice the steps: a step whose pool is used up is left out.
     num_steps = 2 * longest
-    num_sessions = num_steps // SESSION_LENGTH[0] + 1
-    session_lengths = rng.integers(*SESSION_LENGTH, size=(num_users, num_sessions), endpoint=True)
-    is_start = np.zeros((num_users, session_lengths.sum(axis=1).max()), dtype=bool)
-    np.put_along_axis(is_start, np.cumsum(session_lengths, axis=1) - session_lengths, True, axis=1)
-    is_start = is_start[:, :num_steps]  # (U, T)
-    sessions = np.cumsum(is_start, axis=1) - 1  # (U, T)
-
-    # each session's interest: one of the current neighbours in the user's rotation
-    user_interests = rng.permuted(np.tile(np.arange(len(INTERESTS)), (num_users, 1)), axis=1)
-    rotation = np.cumsum(rng.random(session_lengths.shape) < ROTATION_PROBABILITY, axis=1)
-    rotation += rng.integers(CURRENT_INTERESTS, size=session_lengths.shape)
-    session_interests = np.take_along_axis(user_interests, rotation % len(INTERESTS), axis=1)  # (U, N)
-
-    # each step's form, and the style that goes with it
-    jumps = is_start | (rng.random((num_users, num_steps)) < JUMP_PROBABILITY)
-    walk = rng.random(jumps.shape) >= STAY_PROBABILITY
-    forms = np.cumsum(np.where(jumps, rng.integers(len(FORMS), size=jumps.shape), walk), axis=1) % len(FORMS)
-    topics = np.take_along_axis(session_interests, sessions, axis=1) * len(FORMS) + forms
-    style_popularity = rng.permuted(np.tile(_log_zipf(len(STYLES), STYLE_EXPONENT), (num_topics, 1)), axis=1)
-    noise = rng.gumbel(size=(num_users, num_topics, len(STYLES)))
-    user_styles = np.argmax(noise + style_popularity, axis=2)  # (U, topics)
-    styles = np.take_along_axis(user_styles, topics, axis=1)
-    other_styles = (styles + rng.integers(1, len(STYLES), size=styles.shape)) % len(STYLES)
-    styles = np.where(rng.random(styles.shape) < LOYALTY, styles, other_styles)
-
-    # each user's order within every pool
-    pool_size = -(-num_items // num_pools)
-    log_weights = np.repeat(_log_zipf(pool_size, ITEM_EXPONENT), num_pools)
-    log_weights[num_items:] = -np.inf
-    noise = rng.gumbel(size=(num_users, pool_size, num_pools))
-    preferences = np.argsort(-noise - log_weights.reshape(pool_size, num_pools), axis=1)  # (U, pool_size, pools)
-
-    # minutes between the items of a session, hours to days between sessions
-    pauses = rng.uniform(60, 600, size=is_start.shape) + is_start * rng.exponential(3 * DAY, size=is_start.shape)
-    pauses = (pauses + is_start * DAY / 8).astype(np.int64)
-    timestamps = FIRST_TIMESTAMP + rng.integers(180 * DAY, size=(num_users, 1)) + np.cumsum(pauses, axis=1)
-
+    num_sessions, is_start = _draw_sessions(rng, num_users, num_steps)
+    topics = _draw_topics(rng, num_sessions, is_start)
+    pools = topics * len(STYLES) + _draw_styles(rng, topics)  # (U, T)
+    preferences = _draw_preferences(rng, num_users, num_items)
+    timestamps = _draw_timestamps(rng, is_start)
     lengths = rng.integers(shortest, longest, size=num_users, endpoint=True)
-    pools = topics * len(STYLES) + styles
     steps = (
         pl.DataFrame(
             {
@@ -117,7 +83,7 @@ def make_interactions(
                 "length": np.repeat(lengths, num_steps),
                 "timestamp": timestamps.ravel(),
                 "pool": pools.ravel(),
-                "pool_size": np.bincount(np.arange(num_items) % num_pools)[pools].ravel(),
+                "pool_size": np.bincount(np.arange(num_items) % NUM_POOLS)[pools].ravel(),
             }
         )
         .with_columns(visit=pl.int_range(pl.len()).over("user", "pool"))
@@ -137,15 +103,67 @@ def make_interactions(
     interactions = pl.DataFrame(
         {
             "user_id": user + 1,
-            "item_id": item_ids[preferences[user, visit, pool] * num_pools + pool],
+            "item_id": item_ids[preferences[user, visit, pool] * NUM_POOLS + pool],
             "timestamp": steps["timestamp"],
         }
     )
     kinds = [f"{style} {interest} {form}" for interest in INTERESTS for form in FORMS for style in STYLES]
-    titles = [f"{kinds[item % num_pools]} No. {item // num_pools + 1}" for item in range(num_items)]
+    titles = [f"{kinds[item % NUM_POOLS]} No. {item // NUM_POOLS + 1}" for item in range(num_items)]
     return interactions, pl.DataFrame({"item_id": item_ids, "title": titles}).sort("item_id")
 
 
+def _draw_sessions(rng: np.random.Generator, num_users: int, num_steps: int) -> tuple[int, np.ndarray]:
+    """Return how many sessions a user has at most, and which steps begin one: (U, T)."""
+    num_sessions = num_steps // SESSION_LENGTH[0] + 1
+    lengths = rng.integers(*SESSION_LENGTH, size=(num_users, num_sessions), endpoint=True)
+    is_start = np.zeros((num_users, lengths.sum(axis=1).max()), dtype=bool)
+    np.put_along_axis(is_start, np.cumsum(lengths, axis=1) - lengths, True, axis=1)
+    return num_sessions, is_start[:, :num_steps]
+
+
+def _draw_topics(rng: np.random.Generator, num_sessions: int, is_start: np.ndarray) -> np.ndarray:
+    """Return the interest and form of each step as one number: (U, T)."""
+    num_users = len(is_start)
+    # each session's interest: one of the current neighbours in the user's rotation
+    user_interests = rng.permuted(np.tile(np.arange(len(INTERESTS)), (num_users, 1)), axis=1)
+    rotation = np.cumsum(rng.random((num_users, num_sessions)) < ROTATION_PROBABILITY, axis=1)
+    rotation += rng.integers(CURRENT_INTERESTS, size=rotation.shape)
+    session_interests = np.take_along_axis(user_interests, rotation % len(INTERESTS), axis=1)  # (U, N)
+    interests = np.take_along_axis(session_interests, np.cumsum(is_start, axis=1) - 1, axis=1)
+
+    jumps = is_start | (rng.random(is_start.shape) < JUMP_PROBABILITY)
+    walk = rng.random(jumps.shape) >= STAY_PROBABILITY
+    forms = np.cumsum(np.where(jumps, rng.integers(len(FORMS), size=jumps.shape), walk), axis=1) % len(FORMS)
+    return interests * len(FORMS) + forms
+
+
+def _draw_styles(rng: np.random.Generator, topics: np.ndarray) -> np.ndarray:
+    """Return the style that goes with each step's topic, mostly the user's own: (U, T) -> (U, T)."""
+    num_topics = len(INTERESTS) * len(FORMS)
+    style_popularity = rng.permuted(np.tile(_log_zipf(len(STYLES), STYLE_EXPONENT), (num_topics, 1)), axis=1)
+    noise = rng.gumbel(size=(len(topics), num_topics, len(STYLES)))
+    user_styles = np.argmax(noise + style_popularity, axis=2)  # (U, topics)
+    styles = np.take_along_axis(user_styles, topics, axis=1)
+    other_styles = (styles + rng.integers(1, len(STYLES), size=styles.shape)) % len(STYLES)
+    return np.where(rng.random(styles.shape) < LOYALTY, styles, other_styles)
+
+
+def _draw_preferences(rng: np.random.Generator, num_users: int, num_items: int) -> np.ndarray:
+    """Return each user's order within every pool: (U, pool_size, NUM_POOLS)."""
+    pool_size = -(-num_items // NUM_POOLS)
+    log_weights = np.repeat(_log_zipf(pool_size, ITEM_EXPONENT), NUM_POOLS)
+    log_weights[num_items:] = -np.inf
+    noise = rng.gumbel(size=(num_users, pool_size, NUM_POOLS))
+    return np.argsort(-noise - log_weights.reshape(pool_size, NUM_POOLS), axis=1)
+
+
+def _draw_timestamps(rng: np.random.Generator, is_start: np.ndarray) -> np.ndarray:
+    """Return each step's Unix seconds: minutes pass between items, hours to days between sessions."""
+    pauses = rng.uniform(60, 600, size=is_start.shape) + is_start * rng.exponential(3 * DAY, size=is_start.shape)
+    pauses = (pauses + is_start * DAY / 8).astype(np.int64)
+    return FIRST_TIMESTAMP + rng.integers(180 * DAY, size=(len(is_start), 1)) + np.cumsum(pauses, axis=1)
+
+
 def _log_zipf(num_ranks: int, exponent: float) -> np.ndarray:
-    """Logarithms of unnormalised weights; adding Gumbel noise and sorting draws from them without replacement."""
+    """Return log weights, not normalised; adding Gumbel noise and sorting draws from them without replacement."""
     return -exponent * np.log(np.arange(1, num_ranks + 1))

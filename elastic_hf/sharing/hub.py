@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models.configuration_elastic import ElasticConfig
 from ..models.modeling_elastic import ElasticForSequentialRecommendation
+from ..version import __version__
 from .model_card import render_model_card
 
 
@@ -32,8 +33,9 @@ OPTIONAL_FILES = (
 CODE_FOLDER = Path(__file__).parents[1] / "models"
 # What the code in a repository is loaded as by those who do not have this package.
 REMOTE_CLASSES = {"AutoConfig": ElasticConfig, "AutoModel": ElasticForSequentialRecommendation}
-# Serves the model on Inference Endpoints.
-HANDLER_FILE = Path(__file__).with_name("handler.py")
+# Serves the model on Inference Endpoints: a file that is copied, never imported, and what it needs.
+HANDLER_FILE = Path(__file__).parent / "templates" / "handler.py"
+REQUIREMENTS = f"elastic_hf=={__version__}\n"
 
 
 class PublishError(RuntimeError):
@@ -87,11 +89,8 @@ def files_to_publish(
             name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in REMOTE_CLASSES.items()
         }
         contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    if HANDLER_FILE.exists():
-        from .handler import REQUIREMENTS  # here, since the handler imports this package as a user does
-
-        contents.setdefault("handler.py", HANDLER_FILE)
-        contents.setdefault("requirements.txt", REQUIREMENTS.encode())
+    contents.setdefault("handler.py", HANDLER_FILE)
+    contents.setdefault("requirements.txt", REQUIREMENTS.encode())
     return [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
 
 

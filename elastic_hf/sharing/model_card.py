@@ -1,17 +1,20 @@
 """Model cards that state what a run's own files say, and nothing else: what is unknown is left out."""
 
+import inspect
 import json
 import os
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..training.metrics import CUTOFFS
+from ..registry import MODELS
+from ..results import CUTOFFS
 
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 TAGS = ("sequential-recommendation", "recommender-system", "elastic_hf")
 
@@ -20,10 +23,6 @@ PICTURES = {
     "training_curve": "Training loss and validation NDCG@10 by epoch",
     "expert_horizons": "Half-life of each interest expert, in items, by layer and head",
 }
-
-
-def _bibtex(kind: str, key: str, **fields: str) -> str:
-    return f"@{kind}{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
 
 
 class DataSource(NamedTuple):
@@ -43,162 +42,9 @@ class DataSource(NamedTuple):
     citation: str = ""
 
 
-_MOVIELENS_TERMS = (
-    "for research, under [GroupLens' terms](https://grouplens.org/datasets/movielens/): no redistribution and no "
-    "commercial use without permission, and publications cite the paper below. GroupLens does not endorse this model."
-)
-_MOVIELENS_CITATION = _bibtex(
-    "article",
-    "harper2015movielens",
-    title="The {MovieLens} Datasets: History and Context",
-    author="Harper, F. Maxwell and Konstan, Joseph A.",
-    journal="ACM Transactions on Interactive Intelligent Systems",
-    volume="5",
-    number="4",
-    year="2015",
-    doi="10.1145/2827872",
-)
-_ORDER_OF_RATING = "They stand in the order of rating, many of one sitting, which is not the order of watching."
-
 DATA_SOURCES = {
-    "ml-100k": DataSource(
-        "MovieLens-100k",
-        f"Film ratings of 1997 and 1998 from the MovieLens site, each taken as an interaction. {_ORDER_OF_RATING}",
-        _MOVIELENS_TERMS,
-        _MOVIELENS_CITATION,
-    ),
-    "ml-1m": DataSource(
-        "MovieLens-1M",
-        "Film ratings of users who joined the MovieLens site in 2000, each taken as an interaction. "
-        + _ORDER_OF_RATING,
-        _MOVIELENS_TERMS,
-        _MOVIELENS_CITATION,
-    ),
-    "beauty": DataSource(
-        "Amazon Beauty",
-        "Product reviews on Amazon from before August 2014, each taken as an interaction, as the authors of BERT4Rec "
-        "distribute them. What was bought or looked at without a review is not in the data.",
-        "research data whose collectors ask for the citation below; a licence is not known.",
-        _bibtex(
-            "inproceedings",
-            "mcauley2015image",
-            title="Image-Based Recommendations on Styles and Substitutes",
-            author="McAuley, Julian and Targett, Christopher and Shi, Qinfeng and van den Hengel, Anton",
-            booktitle="SIGIR",
-            year="2015",
-            doi="10.1145/2766462.2767755",
-        ),
-    ),
-    "synthetic": DataSource(
-        "elastic_hf's synthetic histories",
-        "Made by the generator in `elastic_hf.data.synthetic`: items and users are invented, and the far past matters "
-        "by construction. Accuracy on them says nothing about real users.",
-        "MIT, as the package.",
-    ),
-}
-
-
-class ModelType(NamedTuple):
-    """What a card says about a model type: its name, how it works, and the paper in BibTeX."""
-
-    name: str
-    description: str
-    citation: str = ""
-
-
-_ELASTIC_CITATION = _bibtex(
-    "misc",
-    "deng2024elastic",
-    title="{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression",
-    author="Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun "
-    "and Xu, Peixing and Zhou, Guorui",
-    year="2024",
-    eprint="2408.09380",
-    archivePrefix="arXiv",
-)
-
-MODEL_TYPES = {
-    "elastic": ModelType(
-        "ELASTIC",
-        "ELASTIC compresses a history of any length into a fixed number of interest experts by linear dispatcher "
-        "attention. This is an implementation independent of the paper's authors, who published no code.",
-        _ELASTIC_CITATION,
-    ),
-    "elastic_paper": ModelType(
-        "ELASTIC as in the paper",
-        "ELASTIC in the form of its paper compresses a history of any length into a fixed number of interest experts, "
-        "and every position reads them, in each of several layers. This is an implementation independent of the "
-        "paper's authors, who published no code.",
-        _ELASTIC_CITATION,
-    ),
-    "sasrec": ModelType(
-        "SASRec",
-        "SASRec reads the history with causal self-attention and predicts the next item at each position.",
-        _bibtex(
-            "inproceedings",
-            "kang2018self",
-            title="Self-Attentive Sequential Recommendation",
-            author="Kang, Wang-Cheng and McAuley, Julian",
-            booktitle="ICDM",
-            year="2018",
-        ),
-    ),
-    "bert4rec": ModelType(
-        "BERT4Rec",
-        "BERT4Rec reads the history with bidirectional self-attention and is trained to fill in masked items; a mask "
-        "at the end asks for the next one.",
-        _bibtex(
-            "inproceedings",
-            "sun2019bert4rec",
-            title="{BERT4Rec}: Sequential Recommendation with Bidirectional Encoder Representations from Transformer",
-            author="Sun, Fei and Liu, Jun and Wu, Jian and Pei, Changhua and Lin, Xiao and Ou, Wenwu and Jiang, Peng",
-            booktitle="CIKM",
-            year="2019",
-        ),
-    ),
-    "gru4rec": ModelType(
-        "GRU4Rec",
-        "GRU4Rec reads the history with a gated recurrent network and predicts the next item at each position.",
-        _bibtex(
-            "inproceedings",
-            "hidasi2016session",
-            title="Session-based Recommendations with Recurrent Neural Networks",
-            author="Hidasi, Bal{\\'a}zs and Karatzoglou, Alexandros and Baltrunas, Linas and Tikk, Domonkos",
-            booktitle="ICLR",
-            year="2016",
-        ),
-    ),
-    "linrec": ModelType(
-        "LinRec",
-        "LinRec replaces the softmax of self-attention by normalised features, so that its cost is linear in the "
-        "length of the history.",
-        _bibtex(
-            "inproceedings",
-            "liu2023linrec",
-            title="{LinRec}: Linear Attention Mechanism for Long-term Sequential Recommender Systems",
-            author="Liu, Langming and Cai, Liu and Zhang, Chi and Zhao, Xiangyu and Gao, Jingtong and Wang, Wanyu and "
-            "Lv, Yifu and Fan, Wenqi and Wang, Yiqi and He, Ming and Liu, Zitao and Li, Qing",
-            booktitle="SIGIR",
-            year="2023",
-            doi="10.1145/3539618.3591717",
-        ),
-    ),
-    "lightsans": ModelType(
-        "LightSANs",
-        "LightSANs lets items attend to a few latent interests of the history instead of to each other.",
-        _bibtex(
-            "inproceedings",
-            "fan2021lighter",
-            title="Lighter and Better: Low-Rank Decomposed Self-Attention Networks for Next-Item Recommendation",
-            author="Fan, Xinyan and Liu, Zheng and Lian, Jianxun and Zhao, Wayne Xin and Xie, Xing and Wen, Ji-Rong",
-            booktitle="SIGIR",
-            year="2021",
-            doi="10.1145/3404835.3462978",
-        ),
-    ),
-    "popularity": ModelType(
-        "Popularity", "It recommends to everybody the items that occur most often in the training histories."
-    ),
+    name: DataSource(**texts)
+    for name, texts in yaml.safe_load(Path(__file__).with_name("data_sources.yaml").read_text("utf-8")).items()
 }
 
 # The first of these that was measured is what a card reports.
@@ -330,10 +176,10 @@ def make_model_card(
         metrics=["hr", "ndcg", "mrr"] if evaluation else None,
         eval_results=eval_results or None,
     )
-    model_type = MODEL_TYPES.get(results["model_type"])
+    # The code of ELASTIC, which repositories hold a copy of, leaves what is said about it to the card.
+    about = MODELS.get({"elastic": "elastic_paper"}.get(results["model_type"], results["model_type"]))
     models = _group_by_model(results, others)
-    citations = [source.citation for source in (model_type, data_source) if source and source.citation]
-    citations.append(_package_citation(results.get("elastic_hf_version")))
+    citations = [inspect.cleandoc(source.citation) for source in (about, data_source) if source and source.citation]
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
@@ -342,7 +188,7 @@ def make_model_card(
         has_code=has_code,
         results=results,
         config=results.get("config", {}),
-        model_type=model_type,
+        model_description=about and about.description,
         data_source=data_source,
         evaluation=evaluation,
         evaluated_on=EVALUATIONS.get(evaluation),
@@ -359,17 +205,6 @@ def make_model_card(
         benchmark=benchmark,
         pictures=[(PICTURES[picture], link) for picture, link in (pictures or {}).items()],
         citations=citations,
-    )
-
-
-def _package_citation(version: str | None) -> str:
-    return _bibtex(
-        "software",
-        "elastic_hf",
-        title="{elastic_hf}: long-history sequential recommendation for the Hugging Face ecosystem",
-        author="{The elastic_hf authors}",
-        year="2026",
-        **({} if version is None else {"version": version}),
     )
 
 
@@ -528,10 +363,10 @@ def _latency_table(benchmark: dict | None) -> str | None:
     """Milliseconds per user by length of the history, one column for each model of the benchmark."""
     if benchmark is None:
         return None
-    sides = list(dict.fromkeys(side for row in benchmark["rows"] for side in row["seconds"]))
+    models = list(dict.fromkeys(model for row in benchmark["rows"] for model in row["seconds"]))
     rows = []
     for row in benchmark["rows"]:
-        times = [row["seconds"].get(side) for side in sides]
+        times = [row["seconds"].get(model) for model in models]
         milliseconds = ["" if time is None else f"{1000 * time / row['batch_size']:.2f}" for time in times]
         rows.append([f"{row['length']:,}", str(row["batch_size"]), *milliseconds])
-    return table(["history (items)", "batch", *sides], rows)
+    return table(["history (items)", "batch", *models], rows)

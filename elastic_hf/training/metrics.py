@@ -2,8 +2,7 @@
 
 import numpy as np
 
-
-CUTOFFS = (1, 5, 10, 20)
+from ..results import CUTOFFS
 
 
 def ranking_metrics(ranks: np.ndarray, top_ids: np.ndarray, num_items: int) -> dict[str, float]:

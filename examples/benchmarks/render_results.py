@@ -10,6 +10,7 @@ import shlex
 import statistics
 from pathlib import Path
 
+from elastic_hf.baselines import BASELINES
 from elastic_hf.sharing.model_card import mean_and_deviation, table
 
 
@@ -551,6 +552,12 @@ def recommendations() -> str:
     return "```text\n" + "\n".join(parts) + "\n```"
 
 
+def baselines() -> str:
+    """The published models beside ELASTIC."""
+    rows = [[f"`{model.config_class.model_type}`", model.paper, model.description] for model in BASELINES]
+    return table(["`--model_type`", "paper", "how it works"], rows)
+
+
 TABLES = {
     function.__name__: function
     for function in (
@@ -582,6 +589,7 @@ TABLES = {
         front_page,
         highlights,
         training_cost,
+        baselines,
     )
 }
 

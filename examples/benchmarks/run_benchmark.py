@@ -545,9 +545,127 @@ HELP = {
     "num_slow": "Histories that take the slow path as well.",
 }
 CHOICES = {"models": tuple(MODELS), "dtype": ("float32", "bfloat16"), "formats": ("parquet", "csv")}
+# Each sub-command: the function, what it measures, and the options with their defaults.
+OF_MODELS = {"models": list(MODELS), "longest_naive": 8_192, "num_items": 10_000, "dtype": "float32"}
+REPEATED = {"repetitions": 15, "warmup": 2}
+BENCHMARKS = {
+    "inference": (
+        benchmark_models,
+        "seconds from histories to user embeddings, by length, beside other models",
+        {
+            "lengths": [50, 100, 200, 500, *LONG, 8_192, 32_768],
+            "batch_sizes": [64, 64, 64, 32, 8, 4, 1, 1, 1],
+            "compiled_lengths": [200, 2_048],
+            **OF_MODELS,
+            **REPEATED,
+        },
+    ),
+    "training": (
+        benchmark_models,
+        "seconds of a training step, by length, beside other models",
+        {
+            "lengths": [50, 100, 200, 500, *LONG],
+            "batch_sizes": [4],
+            "compiled_lengths": [200, 2_048],
+            **OF_MODELS,
+            **REPEATED,
+        },
+    ),
+    "memory": (
+        benchmark_models,
+        "peak memory of both, by length, beside other models",
+        {
+            "lengths": [200, 500, *LONG],
+            "batch_sizes": [4, 4, 4, 4, 2],
+            "compiled_lengths": [2_048],
+            "default_lengths": [2_048, 16_384],
+            **OF_MODELS,
+        },
+    ),
+    "profile": (
+        benchmark_profile,
+        "the operators that the time goes into",
+        {
+            "models": ["elastic", "sasrec, sdpa"],
+            "length": 2_048,
+            "batch_size": 4,
+            "num_items": 10_000,
+            "num_operators": 12,
+            "repetitions": 7,
+            "warmup": 2,
+        },
+    ),
+    "streaming": (
+        benchmark_streaming,
+        "seconds of one more item, by the length of the history",
+        {
+            "lengths": [100, 1_000, 10_000, 100_000],
+            "num_items": 10_000,
+            "repetitions": 200,
+            "warmup": 20,
+        },
+    ),
+    "catalogue": (
+        benchmark_catalogue,
+        "training and recommending, by the number of items",
+        {
+            "num_items": [10_000, 100_000, 1_000_000],
+            "length": 200,
+            "batch_size": 64,
+            "num_users": 256,
+            "repetitions": 9,
+            "warmup": 1,
+        },
+    ),
+    "memory-bank": (
+        benchmark_memory_bank,
+        "the cost of the interest memory, by its number of slots",
+        {
+            "num_subkeys": [0, 32, 128, 512],
+            "length": 2_048,
+            "batch_size": 4,
+            "num_items": 10_000,
+            "repetitions": 7,
+            "warmup": 2,
+        },
+    ),
+    "onnx": (
+        benchmark_onnx,
+        "ONNX Runtime beside PyTorch",
+        {
+            "lengths": [50, 200, 2_048],
+            "batch_size": 1,
+            "num_items": 10_000,
+            "repetitions": 50,
+            "warmup": 5,
+        },
+    ),
+    "data": (
+        benchmark_data,
+        "seconds and peak memory from a file of interactions to split histories",
+        {
+            "num_rows": 20_000_000,
+            "num_users": 150_000,
+            "num_items": 60_000,
+            "formats": ["parquet", "csv"],
+            "seed": 0,
+        },
+    ),
+    "tokenizer": (
+        benchmark_tokenizer,
+        "items per second from item ids to token ids",
+        {
+            "num_rows": 20_000_000,
+            "history_length": 200,
+            "num_items": 60_000,
+            "num_slow": 2_000,
+            "seed": 0,
+        },
+    ),
+}
 
 
-def add_benchmark(subjects, subject: str, run, text: str, **defaults) -> None:
+def add_benchmark(subjects, subject: str, run, text: str, defaults: dict) -> None:
     """Add a sub-command: a list among the defaults is an option that takes several values."""
     parser = subjects.add_parser(subject, help=text)
     parser.set_defaults(run=run, subject=subject, dtype="float32")
@@ -567,122 +685,8 @@ def output_file(subject: str, device: str, dtype: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     subjects = parser.add_subparsers(required=True)
-
-    of_models = {"models": list(MODELS), "longest_naive": 8_192, "num_items": 10_000, "dtype": "float32"}
-    repeated = {"repetitions": 15, "warmup": 2}
-    add_benchmark(
-        subjects,
-        "inference",
-        benchmark_models,
-        "seconds from histories to user embeddings, by length, beside other models",
-        lengths=[50, 100, 200, 500, *LONG, 8_192, 32_768],
-        batch_sizes=[64, 64, 64, 32, 8, 4, 1, 1, 1],
-        compiled_lengths=[200, 2_048],
-        **of_models,
-        **repeated,
-    )
-    add_benchmark(
-        subjects,
-        "training",
-        benchmark_models,
-        "seconds of a training step, by length, beside other models",
-        lengths=[50, 100, 200, 500, *LONG],
-        batch_sizes=[4],
-        compiled_lengths=[200, 2_048],
-        **of_models,
-        **repeated,
-    )
-    add_benchmark(
-        subjects,
-        "memory",
-        benchmark_models,
-        "peak memory of both, by length, beside other models",
-        lengths=[200, 500, *LONG],
-        batch_sizes=[4, 4, 4, 4, 2],
-        compiled_lengths=[2_048],
-        default_lengths=[2_048, 16_384],
-        **of_models,
-    )
-    add_benchmark(
-        subjects,
-        "profile",
-        benchmark_profile,
-        "the operators that the time goes into",
-        models=["elastic", "sasrec, sdpa"],
-        length=2_048,
-        batch_size=4,
-        num_items=10_000,
-        num_operators=12,
-        repetitions=7,
-        warmup=2,
-    )
-    add_benchmark(
-        subjects,
-        "streaming",
-        benchmark_streaming,
-        "seconds of one more item, by the length of the history",
-        lengths=[100, 1_000, 10_000, 100_000],
-        num_items=10_000,
-        repetitions=200,
-        warmup=20,
-    )
-    add_benchmark(
-        subjects,
-        "catalogue",
-        benchmark_catalogue,
-        "training and recommending, by the number of items",
-        num_items=[10_000, 100_000, 1_000_000],
-        length=200,
-        batch_size=64,
-        num_users=256,
-        repetitions=9,
-        warmup=1,
-    )
-    add_benchmark(
-        subjects,
-        "memory-bank",
-        benchmark_memory_bank,
-        "the cost of the interest memory, by its number of slots",
-        num_subkeys=[0, 32, 128, 512],
-        length=2_048,
-        batch_size=4,
-        num_items=10_000,
-        repetitions=7,
-        warmup=2,
-    )
-    add_benchmark(
-        subjects,
-        "onnx",
-        benchmark_onnx,
-        "ONNX Runtime beside PyTorch",
-        lengths=[50, 200, 2_048],
-        batch_size=1,
-        num_items=10_000,
-        repetitions=50,
-        warmup=5,
-    )
-    add_benchmark(
-        subjects,
-        "data",
-        benchmark_data,
-        "seconds and peak memory from a file of interactions to split histories",
-        num_rows=20_000_000,
-        num_users=150_000,
-        num_items=60_000,
-        formats=["parquet", "csv"],
-        seed=0,
-    )
-    add_benchmark(
-        subjects,
-        "tokenizer",
-        benchmark_tokenizer,
-        "items per second from item ids to token ids",
-        num_rows=20_000_000,
-        history_length=200,
-        num_items=60_000,
-        num_slow=2_000,
-        seed=0,
-    )
+    for subject, (run, text, defaults) in BENCHMARKS.items():
+        add_benchmark(subjects, subject, run, text, defaults)
 
     args = parser.parse_args()
     if args.output is None:

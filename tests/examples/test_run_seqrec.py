@@ -284,7 +284,7 @@ def test_a_run_that_is_pushed_ends_with_its_results(shop, tmp_path, hub):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "sasrec5"}, "model_type must be one of elastic, .*popularity, found 'sasrec5'"),
+        ({"model_type": "sasrec5"}, "model_type must be one of elastic, .*sasrec, found 'sasrec5'"),
         ({"do_eval": True}, "set model_name_or_path"),
         ({"hub_token": "hf_secret"}, "hub_token would be written into the results"),
         ({"config_overrides": "hidden_sise=16"}, "hidden_sise"),

@@ -11,7 +11,7 @@ import torch
 import elastic_hf
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
 from elastic_hf.models.pipeline import SequentialRecommendationPipeline
-from elastic_hf.sharing import handler
+from elastic_hf.sharing.hub import HANDLER_FILE, REQUIREMENTS
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def repository(tmp_path_factory):
     torch.manual_seed(0)
     model = ElasticForSequentialRecommendation(ElasticConfig(vocab_size=len(tokenizer), num_memory_subkeys=5))
     SequentialRecommendationPipeline(model, tokenizer, device="cpu").save_pretrained(folder)
-    shutil.copy(handler.__file__, folder / "handler.py")
+    shutil.copy(HANDLER_FILE, folder / "handler.py")
     return folder
 
 
@@ -74,4 +74,4 @@ def test_bad_requests_are_refused(endpoint, request_data, message):
 
 
 def test_requirements_pin_this_version():
-    assert handler.REQUIREMENTS == f"elastic_hf=={elastic_hf.__version__}\n"
+    assert REQUIREMENTS == f"elastic_hf=={elastic_hf.__version__}\n"

@@ -21,7 +21,7 @@ from elastic_hf import (
     publish,
 )
 from elastic_hf.baselines import PopularityConfig, PopularityForSequentialRecommendation
-from elastic_hf.sharing.hub import HANDLER_FILE, PublishError
+from elastic_hf.sharing.hub import PublishError
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]
@@ -29,7 +29,7 @@ SCRIPT = ROOT / "examples" / "publish.py"
 NUM_ITEMS = 31
 REPO = "ada/shop"
 CODE = {file.name for file in (ROOT / "elastic_hf" / "models").glob("*.py")} - {"__init__.py"}
-HANDLER = {"handler.py", "requirements.txt"} if HANDLER_FILE.exists() else set()
+HANDLER = {"handler.py", "requirements.txt"}
 MODEL = {"README.md", "config.json", "items.parquet", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RESULTS = {"expert_horizons.png", "results/shop-elastic-42.json", "training_curve.png"}
 CARD = "---\nlicense: mit\n---\n# Shop\n"

@@ -1,3 +1,4 @@
+import inspect
 import json
 import re
 import shutil
@@ -9,7 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 import render_cards
-from elastic_hf.sharing.model_card import DATA_SOURCES, MODEL_TYPES, DataSource, make_model_card, render_model_card
+from elastic_hf.registry import MODELS
+from elastic_hf.sharing.model_card import DATA_SOURCES, DataSource, make_model_card, render_model_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -200,12 +202,14 @@ def test_the_caller_describes_other_data():
     assert ": all rights reserved." in told and "@misc{shop}" in told
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_every_model_type_says_what_it_is(model_type):
     card = make_model_card("org/x", make_results(model_type=model_type))
     check_text(card)
-    model = MODEL_TYPES[model_type]
-    assert model.description in card.text and model.citation in card.text and model_type in card.data.tags
+    about = MODELS["elastic_paper" if model_type == "elastic" else model_type]
+    assert inspect.cleandoc(about.citation) in card.text and model_type in card.data.tags
+    description = "ELASTIC compresses a history" if model_type == "elastic" else about.description
+    assert card.text.count(description) == 1
     assert ("interest memory of 36 vectors" in card.text) == (model_type == "elastic")
     assert ("not the paper's" in card.text) == (model_type in ("elastic", "linrec"))
     bidirectional = make_model_card("org/x", make_results(model_type=model_type, config={"is_causal": False}))
@@ -330,10 +334,12 @@ def test_render_cards_writes_cards_and_draws_their_pictures(tmp_path, monkeypatc
     assert "| sasrec |" in text and "gru4rec" not in text
 
 
-def test_the_template_ships_with_the_package(tmp_path):
+def test_templates_and_data_ship_with_the_package(tmp_path):
     for name in ("setup.py", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "elastic_hf", tmp_path / "elastic_hf", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "built" / "elastic_hf" / "sharing" / "model_card_template.md").exists()
+    built = tmp_path / "built" / "elastic_hf" / "sharing"
+    for name in ("data_sources.yaml", "templates/handler.py", "templates/model_card.md"):
+        assert (built / name).read_bytes() == (ROOT / "elastic_hf" / "sharing" / name).read_bytes()

@@ -148,7 +148,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, strategy, overrides):
 
     whole = trainer("whole")
     whole.train()
-    first, *_, last = sorted((tmp_path / "whole").iterdir(), key=lambda folder: int(folder.name.split("-")[1]))
+    first, *_, last = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.copytree(first, tmp_path / "resumed" / first.name)
     resumed = trainer("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / first.name))

@@ -12,12 +12,8 @@ from typing import Any
 
 from transformers import pipeline
 
-import elastic_hf
+import elastic_hf  # noqa: F401
 from elastic_hf.models.pipeline import PARAMETERS
-
-
-# The content of the repository's requirements.txt.
-REQUIREMENTS = f"elastic_hf=={elastic_hf.__version__}\n"
 
 
 class EndpointHandler:
