@@ -55,7 +55,7 @@ def run_document(tmp_path):
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=1_200,
+            timeout=1_800,
         )
         assert process.returncode == 0, process.stderr
         return json.loads((tmp_path / "out").read_text())
