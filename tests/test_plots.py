@@ -107,6 +107,7 @@ def test_long_titles_are_wrapped_and_nothing_is_cut_off(figures, tmp_path):
     assert [" ".join(label.get_text().split()) for label in labels] == titles
     assert max(label.get_text().count("\n") for label in labels) >= 2
     assert " ".join(figure.get_suptitle().split()) == f"What carried {title}" and "\n" in figure.get_suptitle()
+    figure.draw_without_rendering()  # at the figure's own resolution again
     boxes = [label.get_window_extent() for label in labels]
     for higher, lower in zip(boxes, boxes[1:], strict=False):
         assert higher.y0 > lower.y1
