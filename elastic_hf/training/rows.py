@@ -32,7 +32,7 @@ def leave_out_short_histories(train_dataset: Any) -> Any:
         raise ValueError(
             f"train_dataset must have histories of at least 2 items, found {num_short:,} rows, all shorter"
         )
-    logger.warning(f"{num_short:,} histories of one item have nothing to predict and are left out of the training")
+    logger.warning(f"{num_short:,} histories of fewer than 2 items have nothing to predict: they are left out of the training")
     return train_dataset.select(long_enough)
 
 

@@ -266,19 +266,20 @@ class SequentialRecommendationTrainer(Trainer):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
-            self._raise_diverged(f"the loss must be finite, found {loss.item()}", self.state.global_step + 1)
+            self._raise_diverged(f"the loss at step {self.state.global_step + 1:,} must be finite, found {loss:g}")
         return loss
 
     def _check_weights(self) -> None:
         for name, parameter in self.model.named_parameters():
             values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if not values.isfinite().all():
-                self._raise_diverged(f"the weights must be finite, found others in {name}", self.state.global_step)
+                self._raise_diverged(f"the weights after step {self.state.global_step:,} must be finite, found {name}")
 
-    def _raise_diverged(self, finding: str, step: int) -> None:
+    def _raise_diverged(self, finding: str) -> None:
+        learning_rate = self._get_learning_rate()
         raise FloatingPointError(
-            f"{finding} at step {step:,}: the training has diverged. The learning rate there is "
-            f"{self._get_learning_rate():.4g}, at most {self.args.learning_rate:g}; a lower one helps"
+            f"{finding}: the training has diverged with learning_rate {self.args.learning_rate:g} ({learning_rate:.3g} "
+            "at this step); try a lower one"
         )
 
     def _get_output_dir(self, trial) -> str:

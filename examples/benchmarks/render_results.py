@@ -138,6 +138,7 @@ CHOICE = {
     "s8-shared": "one set of experts that all layers read, 16,384 slots in the memory",
     "s8-memory4k": "the model: 4,096 slots, as many as the catalogue asks for",
     "s8-no-memory": "no memory",
+    "s8-memory262k": "262,144 slots",
     "s8-memory-heads2": "two heads of the memory instead of four",
     "s8-shared-experts32": "32 experts a head instead of 16",
     "s8-layers3": "three layers instead of two, learning rate 5e-3",
