@@ -29,10 +29,8 @@ def leave_out_short_histories(train_dataset: Any) -> Any:
     if num_short == 0:
         return train_dataset
     if len(long_enough) == 0:
-        raise ValueError(
-            f"train_dataset must have histories of at least 2 items, found {num_short:,} rows, all shorter"
-        )
-    logger.warning(f"{num_short:,} histories of fewer than 2 items have nothing to predict: they are left out of the training")
+        raise ValueError(f"train_dataset must have histories of at least 2 items, found {num_short:,} of fewer")
+    logger.warning(f"{num_short:,} training histories of fewer than 2 items, with nothing to predict, are left out")
     return train_dataset.select(long_enough)
 
 

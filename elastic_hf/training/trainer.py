@@ -1,11 +1,8 @@
 """A thin [`Trainer`]: ranks instead of logits in evaluation, batches of similar lengths, honest model cards."""
 
 import logging
-import os
 import shutil
-import time
 from concurrent.futures import Future
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +12,10 @@ import torch
 import transformers
 from huggingface_hub import CommitInfo
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, get_scheduler
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutput
+from transformers import EvalPrediction, get_scheduler
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from ..data.collator import SequentialRecommendationCollator
@@ -31,62 +24,30 @@ from ..results import CUTOFFS, written_whole
 from ..sharing.hub import publish
 from ..sharing.model_card import render_model_card
 from .arguments import METRIC_SCHEDULES, check_arguments
-from .checkpoints import (
-    INCOMPLETE,
-    RunTotals,
-    find_checkpoint,
-    find_damage,
-    put_in_place,
-    read_record,
-    remove_old_checkpoints,
-    write_record,
-)
+from .batches import LengthGroupedEpochSampler
 from .metrics import ranking_metrics
-from .output_folder import lock_output_dir
 from .progress import EvaluationLines, ProgressBar
+from .resumable_trainer import ResumableTrainer
 from .rows import check_evaluation_rows, history_lengths, leave_out_short_histories
 
 
 logger = logging.getLogger(__name__)
 
 
-class LengthGroupedEpochSampler(LengthGroupedSampler):
+class SequentialRecommendationTrainer(ResumableTrainer):
     """
-    A [`LengthGroupedSampler`] whose order depends on the seed and the epoch alone. The stock one draws from the global
-    generator, which processes consume at different rates and which a run resumed within an epoch has moved on.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-class SequentialRecommendationTrainer(Trainer):
-    """
-    [`Trainer`] for sequential recommenders. It differs from the stock one in this:
+    [`ResumableTrainer`] for sequential recommenders. It differs from it, and so from the stock [`Trainer`], in this:
 
     - Datasets have rows of `input_ids` (a user's whole history of token ids, oldest first) and, for evaluation, a
-      `target` (the token id of the item to rank). Other columns are ignored. Training histories of one item are left
-      out, with a warning.
+      `target` (the token id of the item to rank). Other columns are ignored. Training histories of fewer than 2 items
+      are left out, with a warning.
     - Evaluation ranks each target in the full catalogue, chunk by chunk, and gathers ranks and the 20 best unseen
       items, never logits. The metrics are those of [`ranking_metrics`], for example `eval_ndcg@10`; there is no
       `eval_loss`. `predict` returns `predictions = (ranks, top_ids)` in the order of the dataset: ranks of shape
       `(num_users, 2)` (seen items excluded, seen items kept) and top_ids of shape `(num_users, 20)`, -1 where nothing
       is left to recommend. Seen means the whole history, also what the model's window cuts off. No user is dropped,
       whatever `dataloader_drop_last` says.
-    - A training prints one line per evaluation, and stops with an error at the first loss that is not finite.
-    - A checkpoint is whole or absent: it is written aside and then renamed. `train(resume_from_checkpoint=True)` goes
-      on from the newest whole one, to the same weights as if the run had not been interrupted. The loss and the
-      seconds that it returns are those of the whole run, and the counters of callbacks, such as that of early
-      stopping, go on. Two trainings cannot share an `output_dir`.
+    - A training prints one line per evaluation.
     - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
     - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
     - Weight decay applies to the weights of linear layers only: not to embeddings, the head, norms and biases.
@@ -106,16 +67,17 @@ class SequentialRecommendationTrainer(Trainer):
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs) -> None:
+        train_dataset = kwargs["train_dataset"] = leave_out_short_histories(kwargs.get("train_dataset"))
+        eval_dataset = kwargs.get("eval_dataset")
         if args is not None:
-            check_arguments(args, kwargs.get("eval_dataset"), has_ranking_metrics="compute_metrics" not in kwargs)
+            check_arguments(args, train_dataset, eval_dataset, has_ranking_metrics="compute_metrics" not in kwargs)
             if args.eval_strategy != IntervalStrategy.NO:
-                check_evaluation_rows(kwargs.get("eval_dataset"))
+                check_evaluation_rows(eval_dataset)
         tokenizer = kwargs.get("processing_class")
         has_model = model is not None or kwargs.get("model_init") is not None
         if data_collator is None and not (has_model and tokenizer is not None):
             raise ValueError("without a data_collator both model (or model_init) and processing_class must be given")
         kwargs.setdefault("compute_metrics", self._compute_ranking_metrics)
-        kwargs["train_dataset"] = leave_out_short_histories(kwargs.get("train_dataset"))
         super().__init__(model, args, data_collator, **kwargs)
         config = self.model.config
         if tokenizer is not None and len(tokenizer) != config.vocab_size:
@@ -133,11 +95,6 @@ class SequentialRecommendationTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.add_callback(ProgressBar)
         self.add_callback(EvaluationLines)
-        self.add_callback(_CountFromFirstStep(self))
-        self._resumed_from: str | None = None
-        self._is_writing_checkpoint = False
-        # Time that the training took before this process resumed it; None where that is not known.
-        self.seconds_before: float | None = 0.0
 
     def _compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         ranks, top_ids = prediction.predictions
@@ -162,162 +119,13 @@ class SequentialRecommendationTrainer(Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        # Only the training may drop its last batch: metrics are those of all users.
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop_last
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """
-        Train the model, as [`Trainer.train`] does.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                The checkpoint to go on from; `True` for the newest whole one in `args.output_dir`.
-            args, kwargs: All other arguments of [`Trainer.train`].
-
-        Returns:
-            [`~trainer_utils.TrainOutput`]: The steps, loss and metrics of the whole run. The metrics have neither
-            loss nor seconds where these are not known, after resuming from a checkpoint of the stock [`Trainer`].
-
-        Raises:
-            ValueError: If the checkpoint is not whole, `True` finds none, or another run trains in `args.output_dir`.
-            FloatingPointError: If a loss or a weight is not finite.
-        """
-        with lock_output_dir(self.args.output_dir) if self.args.should_save else nullcontext():
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = find_checkpoint(self.args.output_dir)
-                if resume_from_checkpoint is None:
-                    raise ValueError(f"resume_from_checkpoint needs a whole checkpoint in {self.args.output_dir}")
-            self._resumed_from = resume_from_checkpoint or None
-            if self._resumed_from is not None and (damage := find_damage(self._resumed_from)) is not None:
-                raise ValueError(f"resume_from_checkpoint must be a whole checkpoint, found {damage}")
-            return super().train(self._resumed_from, *args, **kwargs)
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ) -> tuple[int, int]:
-        trained = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is None:
-            return trained
-        self._find_best_checkpoint(Path(resume_from_checkpoint).parent)
-        was_stopped = any(
-            callback.early_stopping_patience_counter >= callback.early_stopping_patience
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
-        )
-        return (num_train_epochs, 0) if was_stopped else trained
-
-    def _find_best_checkpoint(self, run_dir: Path) -> None:
-        """Look for the best checkpoint beside the one resumed from, and start the choice anew if it is not whole."""
-        state = self.state
-        for checkpoint in (run_dir / f"checkpoint-{state.best_global_step}", state.best_model_checkpoint):
-            if checkpoint is not None and find_damage(checkpoint) is None:
-                state.best_model_checkpoint = str(checkpoint)
-                return
-        state.best_model_checkpoint = state.best_metric = state.best_global_step = None
-
-    def _load_callback_state(self) -> None:
-        super()._load_callback_state()
-        # What callbacks have counted belongs to the run; their arguments are those given now.
-        for callback in self.callback_handler.callbacks:
-            saved = self.state.stateful_callbacks.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and isinstance(saved, dict):
-                for name, value in saved["attributes"].items():
-                    setattr(callback, name, value)
-
-    def _count_from_first_step(self) -> None:
-        """Let the losses and seconds of a resumed run go on where the checkpoint has them."""
-        self._start_time, self.seconds_before = time.time(), 0.0
-        if self._resumed_from is None:
-            return
-        record = read_record(self._resumed_from)
-        if record is None or record.totals is None:
-            self.seconds_before = None
-            return
-        self.seconds_before = record.totals.seconds
-        self._initial_global_step = 0
-        self._total_loss_scalar = record.totals.logged_loss
-        self._tr_loss.fill_(record.totals.unlogged_loss)
-        self._globalstep_last_logged = record.totals.last_logged_step
-
-    def _count_totals(self) -> RunTotals | None:
-        unlogged_loss = self.accelerator.gather(self._tr_loss).mean().item()
-        if self.seconds_before is None:
-            return None
-        seconds = self.seconds_before + time.time() - self._start_time
-        return RunTotals(seconds, self._total_loss_scalar, unlogged_loss, self._globalstep_last_logged)
-
-    def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
-        self._check_weights()
-        best = self.state.best_model_checkpoint
-        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            remove_old_checkpoints(Path(self._get_output_dir(trial)), 1, {Path(best)})
-        output = super()._finalize_training(trial, num_train_samples, start_time - (self.seconds_before or 0.0))
-        if self.seconds_before is None:
-            for name in ("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"):
-                output.metrics.pop(name, None)
-        return output
-
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not loss.isfinite():
-            self._raise_diverged(f"the loss at step {self.state.global_step + 1:,} must be finite, found {loss:g}")
-        return loss
-
-    def _check_weights(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if not values.isfinite().all():
-                self._raise_diverged(f"the weights after step {self.state.global_step:,} must be finite, found {name}")
-
-    def _raise_diverged(self, finding: str) -> None:
-        learning_rate = self._get_learning_rate()
-        raise FloatingPointError(
-            f"{finding}: the training has diverged with learning_rate {self.args.learning_rate:g} ({learning_rate:.3g} "
-            "at this step); try a lower one"
-        )
-
-    def _get_output_dir(self, trial) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, INCOMPLETE) if self._is_writing_checkpoint else run_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        self._check_weights()
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        totals = self._count_totals()
-        if self.args.should_save:
-            shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._is_writing_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_writing_checkpoint = False
-        best = f"checkpoint-{self.state.best_global_step}"
-        if best == name or (run_dir / best).is_dir():
-            self.state.best_model_checkpoint = str(run_dir / best)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(run_dir / INCOMPLETE / name / TRAINER_STATE_NAME)
-            write_record(run_dir / INCOMPLETE / name, totals)
-            put_in_place(run_dir / INCOMPLETE / name)
-            if self.args.save_total_limit:
-                keep = {run_dir / name, Path(self.state.best_model_checkpoint or run_dir / name)}
-                remove_old_checkpoints(run_dir, self.args.save_total_limit, keep)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_dir / name))
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None and self.args.lr_scheduler_type in METRIC_SCHEDULES:
@@ -330,6 +138,11 @@ class SequentialRecommendationTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _prepare_for_training(self, *args, **kwargs):
         # Accelerate takes a model that was evaluated before for one that is ready to be trained and would not wrap it
@@ -491,11 +304,9 @@ class SequentialRecommendationTrainer(Trainer):
         push = partial(self._publish, self.args.output_dir, commit_message, token, revision)
         return push() if blocking else hf_api().run_as_future(push)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def _push_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock one pushes pickles, and a configuration without the code that it names.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self._is_writing_checkpoint:
             return
         is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if is_busy and not self.args.hub_always_push:
@@ -527,14 +338,6 @@ class SequentialRecommendationTrainer(Trainer):
         if self.args.load_best_model_at_end and self.state.best_global_step:
             logs = [log for log in logs if log["step"] == self.state.best_global_step]
         return logs[-1] if logs else None
-
-
-class _CountFromFirstStep(TrainerCallback):
-    def __init__(self, trainer: SequentialRecommendationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer._count_from_first_step()
 
 
 def _warn_of_failure(push: Future) -> None:
