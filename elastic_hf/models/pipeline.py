@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Pipeline, PreTrainedModel
+from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
-from .item_tokenizer import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
-from .modeling_recommender import SequentialRecommenderMixin
+from .item_tokenizer import NUM_SPECIAL_TOKENS
 
 
 logger = logging.getLogger(__name__)
 
-PARAMETERS = ("top_k", "exclude_seen", "candidates", "unknown", "fallback")
 MAX_NAMES = 10  # items that one error or warning names
 
 
@@ -66,16 +64,20 @@ class SequentialRecommendationPipeline(Pipeline):
     ```
     """
 
+    parameter_names = ("top_k", "exclude_seen", "candidates", "unknown", "fallback")
+
     _load_tokenizer = True
     _load_processor = False
     _load_image_processor = False
     _load_video_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, model: PreTrainedModel, tokenizer: ElasticItemTokenizer | None = None, **kwargs) -> None:
-        if not isinstance(model, SequentialRecommenderMixin):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs) -> None:
+        # Told by what they offer and not by class: Transformers loads a repository's files several times, each time as
+        # other modules.
+        if not hasattr(model, "recommend"):
             raise ValueError(f"model must be a sequential recommender of elastic_hf, found {type(model).__name__}")
-        if not isinstance(tokenizer, ElasticItemTokenizer):
+        if not hasattr(tokenizer, "items"):
             raise ValueError(f"tokenizer must be an ElasticItemTokenizer, found {type(tokenizer).__name__}")
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(
@@ -95,8 +97,8 @@ class SequentialRecommendationPipeline(Pipeline):
 
     def _sanitize_parameters(self, **parameters) -> tuple[dict, dict, dict]:
         for name in parameters:
-            if name not in PARAMETERS:
-                raise ValueError(f"parameters must be among {', '.join(PARAMETERS)}, found {name!r}")
+            if name not in self.parameter_names:
+                raise ValueError(f"parameters must be among {', '.join(self.parameter_names)}, found {name!r}")
         checked = {name: value for name, value in parameters.items() if name != "candidates"}
         top_k, exclude_seen = parameters.get("top_k", 10), parameters.get("exclude_seen", True)
         if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1:

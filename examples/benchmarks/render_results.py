@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 from elastic_hf.baselines import BASELINES
-from elastic_hf.sharing.model_card import mean_and_deviation, table
+from elastic_hf.sharing.tables import mean_and_deviation, table
 
 
 FOLDER = Path(__file__).parent
