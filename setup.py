@@ -11,6 +11,9 @@ version = re.search(r'__version__ = "(.+)"', source).group(1)
 examples = ["matplotlib>=3.8", "tensorboard>=2.16"]
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
+docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
+test = [*examples, *faiss, *onnx, "ipykernel>=7", "nbclient>=0.10", "pytest>=8", "pytest-xdist>=3.6"]
+test += ["ruff>=0.12", "setuptools>=77"]
 
 setup(
     name="elastic_hf",
@@ -20,11 +23,15 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["elastic_hf", "elastic_hf.*"]),
-    package_data={"elastic_hf.sharing": ["data_sources.yaml", "templates/*"]},
+    package_data={
+        "elastic_hf": ["py.typed"],
+        "elastic_hf.sharing": ["data_sources.yaml", "templates/*"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10",
         "datasets>=5.0",
+        "filelock>=3.12",
         "huggingface-hub>=2.0",
         "jinja2>=3.1",
         "numpy>=2.0",
@@ -41,12 +48,16 @@ setup(
         "examples": examples,
         "faiss": faiss,
         "onnx": onnx,
-        "test": [*examples, *faiss, *onnx, "pytest>=8", "ruff>=0.12"],
+        "test": test,
+        "docs": docs,
+        "dev": [*test, *docs, "pre-commit>=4", "ty>=0.0.100"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -4,7 +4,10 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 CUTOFFS = (1, 5, 10, 20)
@@ -35,9 +38,25 @@ def git_commit() -> str | None:
         return None
 
 
-def write_json(file: Path, results: dict) -> None:
-    """Write the whole file, or leave an older one as it was."""
+@contextmanager
+def written_whole(file: Path) -> Iterator[BinaryIO]:
+    """Open a file to write to that takes the place of `file` when it is whole, and leaves it as it was otherwise."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary = file.with_name(f"{file.name}.tmp")
+    with open(temporary, "wb") as stream:
+        yield stream
     os.replace(temporary, file)
+
+
+def write_json(file: Path, results: dict) -> None:
+    """Write the whole file, or leave an older one as it was.
+
+    Raises:
+        ValueError: If a number is not finite, which JSON has no word for.
+    """
+    try:
+        text = json.dumps(results, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{file} must hold finite numbers: {error}") from error
+    with written_whole(file) as stream:
+        stream.write(f"{text}\n".encode())

@@ -9,28 +9,35 @@ Trains a sequential recommender, evaluates it on the full catalogue and recommen
     python examples/run_seqrec.py examples/recipes/ml-1m-sasrec.yaml --seed 43    # some of them changed
     torchrun --nproc_per_node 2 examples/run_seqrec.py
 
-Without `--do_train`, `--do_eval` or `--do_predict` it does all three. An interrupted run goes on from its last
-checkpoint when it is started again. `--help` lists all arguments.
+Without `--do_train`, `--do_eval` or `--do_predict` it does all three. `--help` lists all arguments.
+
+An interrupted run goes on from its newest whole checkpoint when it is started again, and is then the same run: its
+results are those of a run without interruption. A run whose results are written, but not yet its figures and its card,
+makes these. A run that is finished, or still running, is refused.
 """
 
+import io
 import json
 import logging
 import math
+import os
 import platform
 import shlex
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -42,7 +49,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import elastic_hf
 from elastic_hf.baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
@@ -53,15 +59,20 @@ from elastic_hf.models.configuration_recommender import RecommenderConfig
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.plots import plot_expert_horizons, plot_training_curve
 from elastic_hf.registry import MODELS
-from elastic_hf.results import CUTOFFS, git_commit, processor, write_json
+from elastic_hf.results import CUTOFFS, git_commit, processor, write_json, written_whole
 from elastic_hf.sharing.hub import publish
+from elastic_hf.sharing.model_card import render_model_card
+from elastic_hf.training.checkpoints import find_checkpoint
 from elastic_hf.training.metrics import popularity_bias
+from elastic_hf.training.output_folder import LOCK, lock_output_dir, make_folder
+from elastic_hf.training.rows import leave_out_short_histories
 from elastic_hf.training.trainer import SequentialRecommendationTrainer
 
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "all_results.json"
+CARD_FILE = "README.md"
 
 
 @dataclass
@@ -123,7 +134,10 @@ class DataArguments:
 
 @dataclass
 class SeqRecTrainingArguments(TrainingArguments):
-    """[`TrainingArguments`] with the defaults of this script."""
+    """
+    [`TrainingArguments`] with the defaults of this script. Without evaluations, `eval_strategy no`, there is no best
+    checkpoint to load and no early stopping.
+    """
 
     output_dir: str = field(
         default="",
@@ -159,6 +173,8 @@ class SeqRecTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = self.do_eval = self.do_predict = True
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end, self.early_stopping_patience = False, 0
         do_eval = self.do_eval
         super().__post_init__()
         # The evaluation after training is asked for by name; the stock arguments infer it from eval_strategy.
@@ -166,13 +182,20 @@ class SeqRecTrainingArguments(TrainingArguments):
 
 
 def read_arguments(argv: list[str]) -> list[str]:
-    """Return the arguments of a YAML or JSON file, if `argv` begins with one, then those after it."""
+    """Return the arguments of a YAML or JSON file, if `argv` begins with one, then those after it.
+
+    What is null in the file is not set.
+    """
     if not argv or not argv[0].endswith((".json", ".yaml", ".yml")):
         return argv
+    recipe = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8-sig"))
+    if not isinstance(recipe, dict | None):
+        raise ValueError(f"{argv[0]} must hold arguments as `name: value`, found a {type(recipe).__name__}")
     arguments = []
-    for name, value in yaml.safe_load(Path(argv[0]).read_text()).items():
+    for name, value in (recipe or {}).items():
         values = value if isinstance(value, list) else [value]
-        arguments += [f"--{name}", *(part if isinstance(part, str) else json.dumps(part) for part in values)]
+        if value is not None:
+            arguments += [f"--{name}", *(part if isinstance(part, str) else json.dumps(part) for part in values)]
     return arguments + argv[1:]
 
 
@@ -197,34 +220,33 @@ def make_run_name(model_args: ModelArguments, data_args: DataArguments, training
     return "-".join(parts)
 
 
-def prepare_output_dir(training_args: SeqRecTrainingArguments) -> str | None:
-    """Make the output folder, and return the checkpoint in it that the run goes on from, if there is one.
+def read_results(args: SeqRecTrainingArguments, run_name: str, is_run_folder: bool) -> dict[str, Any] | None:
+    """Return the results of a run that ended before all that is made from them was made, if there are such.
 
     Raises:
-        ValueError: If the folder holds a finished run, or cannot be written to.
+        ValueError: If the output folder holds a finished run, or a model that no run in it has left unfinished.
     """
-    output_dir = Path(training_args.output_dir)
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is None and output_dir.is_dir():
-        if training_args.do_train:
-            checkpoint = get_last_checkpoint(output_dir)
-        holds_model = training_args.do_train and checkpoint is None and (output_dir / "model.safetensors").exists()
-        if holds_model or (output_dir / RESULTS_FILE).exists():
-            raise ValueError(
-                f"output_dir {output_dir} already holds a finished run: choose another one, or set "
-                "resume_from_checkpoint to train that run further"
-            )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise ValueError(f"output_dir {output_dir} must be a folder that can be written to: {error}") from error
-    return checkpoint
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint is not None:
+        return None
+    if (output_dir / RESULTS_FILE).exists():
+        results = json.loads((output_dir / RESULTS_FILE).read_text(encoding="utf-8"))
+        made = [*derived_files(args, run_name, results), *([output_dir / CARD_FILE] if args.do_train else [])]
+        if not all(file.exists() for file in made):
+            return results
+    elif is_run_folder or not args.do_train or not (output_dir / "model.safetensors").exists():
+        return None
+    raise ValueError(
+        f"output_dir {output_dir} already holds a finished run: choose another one, or set "
+        "resume_from_checkpoint to train that run further"
+    )
 
 
 def set_up_process(training_args: SeqRecTrainingArguments) -> None:
     """Let the first process alone log, and set the seed."""
     is_main_process = training_args.process_index == 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # titles, where the locale lacks their letters
     logging.basicConfig(format="%(message)s", level=logging.INFO if is_main_process else logging.ERROR)
     if not is_main_process:
         datasets.disable_progress_bars()
@@ -274,11 +296,7 @@ def make_tokenizer(model_args: ModelArguments, data_args: DataArguments, items: 
 
 def make_train_dataset(histories: Dataset, data_args: DataArguments) -> Dataset:
     """Return the rows to train on: histories with something to predict, or all their windows."""
-    lengths = pc.list_value_length(histories.with_format("arrow")[:]["input_ids"]).to_numpy()
-    (trainable,) = np.nonzero(lengths >= 2)
-    if len(trainable) < len(lengths):
-        logger.info(f"{len(lengths) - len(trainable):,} users have one item to train on, nothing to predict")
-        histories = histories.select(trainable)
+    histories = leave_out_short_histories(histories)
     return split_into_windows(histories, data_args.max_length) if data_args.split_into_windows else histories
 
 
@@ -392,24 +410,36 @@ def train(trainer: SequentialRecommendationTrainer, histories: Dataset, checkpoi
     """Train the model, or count the items of the training `histories`, and return what the results say about it."""
     if trainer.model.config.model_type == "popularity":
         trainer.model.count_items(histories)
-        trainer.save_model()
+        save_model(trainer)
         return {}
     train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model()
+    save_model(trainer)
     state = trainer.state
     return {
         "epochs": state.epoch,
         "best_epoch": trainer.best_epoch(),
         "stopped_early": state.global_step < state.max_steps,
         "resumed_from_checkpoint": checkpoint,
-        "train_seconds": train_metrics["train_runtime"],
-        "train_loss": train_metrics["train_loss"],
+        "train_seconds": train_metrics.get("train_runtime"),
+        "train_loss": train_metrics.get("train_loss"),
         "log_history": [
             {key: log[key] for key in ("epoch", "loss", "eval_ndcg@10") if key in log}
             for log in state.log_history
             if "loss" in log or "eval_ndcg@10" in log
         ],
     }
+
+
+def save_model(trainer: SequentialRecommendationTrainer) -> None:
+    """Save the model, and remove what is known of an older one: results without their model are worse than none."""
+    output_dir = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        (output_dir / CARD_FILE).unlink(missing_ok=True)
+        (output_dir / RESULTS_FILE).unlink(missing_ok=True)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        # The model folder holds no pickle; the checkpoints keep theirs.
+        (output_dir / "training_args.bin").unlink(missing_ok=True)
 
 
 def validate(trainer: SequentialRecommendationTrainer) -> dict[str, float]:
@@ -486,22 +516,46 @@ def describe_machine(num_processes: int) -> dict[str, Any]:
     }
 
 
-def write_folder(trainer: SequentialRecommendationTrainer, results: dict[str, Any], run_name: str) -> None:
-    """Write results, figures and model card into the output folder, and publish it where that is asked for."""
-    args, output_dir = trainer.args, Path(trainer.args.output_dir)
-    write_json(output_dir / RESULTS_FILE, results)
+def derived_files(
+    args: SeqRecTrainingArguments, run_name: str, results: dict[str, Any]
+) -> dict[Path, Callable[[BinaryIO], None]]:
+    """Return the files beside the card that are made from the results, and what writes each."""
+    output_dir = Path(args.output_dir)
+    files = {}
     if args.results_dir:
-        write_json(Path(args.results_dir) / f"{run_name}.json", results)
+        whole = (output_dir / RESULTS_FILE).read_bytes
+        files[Path(args.results_dir, f"{run_name}.json")] = lambda stream: stream.write(whole())
+    if args.do_train and results.get("log_history"):
+        files[output_dir / "training_curve.png"] = partial(plot_training_curve, results["log_history"])
+    if args.do_train and "expert_half_lives" in results:
+        files[output_dir / "expert_horizons.png"] = partial(plot_expert_horizons, results["expert_half_lives"])
+    return files
+
+
+def write_card(output_dir: str, repo_id: str) -> None:
+    """Write the card of a folder that has results."""
+    with written_whole(Path(output_dir, CARD_FILE)) as stream:
+        stream.write(str(render_model_card(output_dir, repo_id)).encode())
+
+
+def finish_run(
+    args: SeqRecTrainingArguments, run_name: str, results: dict[str, Any], write_card: Callable[[], None], repo_id: str
+) -> None:
+    """Make what is made from the results, the card last, publish it where that is asked for, and print the results."""
+    output_dir = Path(args.output_dir)
+    for file, write in derived_files(args, run_name, results).items():
+        with written_whole(file) as stream:
+            write(stream)
     if args.do_train:
-        # The model folder holds no pickle; the checkpoints keep theirs.
-        (output_dir / "training_args.bin").unlink(missing_ok=True)
-        if results.get("log_history"):
-            plot_training_curve(results["log_history"], output_dir / "training_curve.png")
-        if "expert_half_lives" in results:
-            plot_expert_horizons(results["expert_half_lives"], output_dir / "expert_horizons.png")
-        trainer.create_model_card()
+        write_card()
     if args.push_to_hub:
-        publish(output_dir, trainer.hub_model_id, revision=args.hub_revision)
+        publish(output_dir, repo_id, revision=args.hub_revision)
+    if args.do_predict:
+        print_test(results)
+    print(f"\nResults: {output_dir / RESULTS_FILE}")
+    if args.do_train and not args.push_to_hub:
+        script = os.path.relpath(Path(__file__).with_name("publish.py"))
+        print(f"Publish: python {script} {shlex.quote(args.output_dir)} <namespace>/{shlex.quote(run_name)}")
 
 
 def print_test(results: dict[str, Any]) -> None:
@@ -524,19 +578,18 @@ def print_test(results: dict[str, Any]) -> None:
     print(f"What came next: {sample['target']}")
 
 
-def main() -> None:
+def run(
+    model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments, run_name: str
+) -> None:
+    """Train, evaluate, and write the results, from the newest whole checkpoint on if there is one."""
     start_time = time.time()
-
-    # 1. Arguments
-    model_args, data_args, training_args = parse_arguments(sys.argv[1:])
-    run_name = make_run_name(model_args, data_args, training_args)
-    training_args.output_dir = training_args.output_dir or f"outputs/{run_name}"
-    checkpoint = prepare_output_dir(training_args)
-    set_up_process(training_args)
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None and training_args.do_train:
+        checkpoint = find_checkpoint(training_args.output_dir)
     if checkpoint is not None:
         logger.info(f"Resuming from {checkpoint}")
 
-    # 2. Interactions -> histories -> token ids
+    # 1. Interactions -> histories -> token ids
     histories, items, counts = read_histories(data_args, training_args)
     tokenizer = make_tokenizer(model_args, data_args, items)
     with training_args.main_process_first(local=False, desc="tokenizing the histories"):
@@ -544,7 +597,7 @@ def main() -> None:
     splits = splits.with_format("numpy")
     train_dataset = make_train_dataset(splits["train"], data_args)
 
-    # 3. Model and trainer
+    # 2. Model and trainer
     config = make_config(model_args, data_args, tokenizer)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, tokenizer)
@@ -552,7 +605,7 @@ def main() -> None:
     trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], data_args, training_args)
     results = describe_run(trainer, counts, data_args)
 
-    # 4. Training and evaluation
+    # 3. Training and evaluation
     if training_args.do_train:
         results |= train(trainer, splits["train"], checkpoint)
     if training_args.do_eval:
@@ -562,16 +615,37 @@ def main() -> None:
     if config.model_type == "elastic":
         results["expert_half_lives"] = expert_half_lives(trainer.model)
 
-    # 5. Results, figures and model card
-    if training_args.process_index == 0:
-        results |= {"total_seconds": round(time.time() - start_time, 1), **describe_machine(training_args.world_size)}
-        write_folder(trainer, results, run_name)
-        if training_args.do_predict:
-            print_test(results)
-        print(f"\nResults: {Path(training_args.output_dir) / RESULTS_FILE}")
+    # 4. Results, figures and model card
+    if trainer.is_world_process_zero():
+        before = trainer.seconds_before
+        results["total_seconds"] = None if before is None else round(before + time.time() - start_time, 1)
+        results |= describe_machine(training_args.world_size)
+        write_json(Path(training_args.output_dir, RESULTS_FILE), results)
+        finish_run(training_args, run_name, results, trainer.create_model_card, trainer.hub_model_id)
 
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+def main() -> None:
+    model_args, data_args, training_args = parse_arguments(sys.argv[1:])
+    run_name = make_run_name(model_args, data_args, training_args)
+    output_dir = training_args.output_dir = training_args.output_dir or f"outputs/{run_name}"
+    is_main_process = training_args.process_index == 0
+    is_run_folder = Path(output_dir, LOCK).exists()
+    make_folder(output_dir, "output_dir")
+    if training_args.results_dir:
+        make_folder(training_args.results_dir, "results_dir")
+    set_up_process(training_args)
+    with lock_output_dir(output_dir) if is_main_process else nullcontext():
+        results = read_results(training_args, run_name, is_run_folder) if is_main_process else None
+        (results,) = broadcast_object_list([results])
+        if results is None:
+            run(model_args, data_args, training_args, run_name)
+        elif is_main_process:
+            logger.info(f"{output_dir} holds results: what is made from them is made again")
+            repo_id = training_args.hub_model_id or output_dir
+            finish_run(training_args, run_name, results, partial(write_card, output_dir, repo_id), repo_id)
 
 
 if __name__ == "__main__":

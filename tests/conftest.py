@@ -1,7 +1,16 @@
+import os
+
 import pytest
+import torch
 from huggingface_hub import constants
 
 from hub_server import HubServer
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and so do the processes that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ class SequentialRecommendationCollator:
     Rows with a `target`, the token id of the item to rank, are evaluation rows. Their batches hold `input_ids`,
     `attention_mask`, `target_ids` (of shape `(batch_size,)`) and `seen_ids` (the whole history, left-padded).
 
-    The random objectives draw from PyTorch's global generator, once per batch: a run resumed at the end of an epoch
-    goes on with the same draws.
+    The random objectives draw from PyTorch's global generator, once per batch. [`SequentialRecommendationTrainer`]
+    seeds it by the epoch and the rows of the batch, so that a resumed run goes on with the same draws.
 
     Args:
         pad_token_id (`int`): Token id of the padding.

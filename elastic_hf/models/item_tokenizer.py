@@ -85,23 +85,31 @@ class ElasticItemTokenizer(TokenizersBackend):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> "ElasticItemTokenizer":
-        """As `PreTrainedTokenizerBase.from_pretrained`; also reads `items.parquet`, where there is one.
+        """Load a tokenizer as `PreTrainedTokenizerBase.from_pretrained` does, with its `items.parquet`.
 
         Raises:
-            ValueError: If `items.parquet` lists other items than the vocabulary.
+            ValueError: If `items.parquet` is missing or damaged, or lists other items than the vocabulary.
         """
         tokenizer = super().from_pretrained(*args, **kwargs)
         items_file = tokenizer.init_kwargs.pop("items_file", None)
-        if items_file is not None:
+        if items_file is None:
+            raise ValueError(
+                f"{tokenizer.name_or_path} must hold {ITEMS_FILE} beside tokenizer.json, found none: without it the "
+                "item ids lose their type, and the titles and counts are gone. Download or copy the folder again, or "
+                "make the tokenizer of its items anew with from_items"
+            )
+        try:
             table = _as_item_table(pq.read_table(items_file))
-            vocabulary = [*SPECIAL_TOKENS, *table["item_id"].cast(pa.string()).to_pylist()]
-            token_ids = tokenizer.convert_tokens_to_ids(vocabulary)
-            if tokenizer.vocab_size != len(vocabulary) or token_ids != list(range(len(vocabulary))):
-                raise ValueError(
-                    f"{items_file} must list the items of tokenizer.json in token order, found other items: "
-                    "the two files come from different tokenizers"
-                )
-            tokenizer._items = table
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{items_file} cannot be read: {error}") from error
+        vocabulary = [*SPECIAL_TOKENS, *table["item_id"].cast(pa.string()).to_pylist()]
+        token_ids = tokenizer.convert_tokens_to_ids(vocabulary)
+        if len(tokenizer) != len(vocabulary) or token_ids != list(range(len(vocabulary))):
+            raise ValueError(
+                f"{items_file} must list the items of tokenizer.json in token order, found other items: "
+                "the two files come from different tokenizers"
+            )
+        tokenizer._items = table
         return tokenizer
 
     @property
@@ -193,11 +201,22 @@ class ElasticItemTokenizer(TokenizersBackend):
                     remove_columns=split.column_names,
                     features=split.features.from_arrow_schema(pa.schema(types)),
                     num_proc=num_proc,
+                    load_from_cache_file=False,  # a damaged file of the cache would be taken for the result
                     desc=f"Tokenizing {name} histories",
                 )
                 .with_format(None)
             )
         return tokenized
+
+    def add_special_tokens(self, special_tokens_dict: dict, *args, **kwargs) -> int:
+        # Checked before the base class writes the tokens down as its own.
+        for tokens in special_tokens_dict.values():
+            _refuse_new_tokens(tokens if isinstance(tokens, list | tuple) else [tokens])
+        return super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+
+    def _add_tokens(self, new_tokens: list, special_tokens: bool = False) -> int:
+        _refuse_new_tokens(new_tokens)
+        return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
     def _save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> tuple[str, ...]:
         file_names = super()._save_pretrained(save_directory, *args, **kwargs)
@@ -253,6 +272,17 @@ def _as_item_table(items: Any) -> pa.Table:
             raise ValueError(f"counts must be at least 0, found {'a null' if counts.null_count else pc.min(counts)}")
         columns["count"] = counts.cast(pa.int64())
     return pa.table(columns)
+
+
+def _refuse_new_tokens(tokens: list) -> None:
+    """Refuse all but the special tokens: the backend cuts an added token out of every item id that contains it."""
+    others = [str(token) for token in tokens if str(token) not in SPECIAL_TOKENS]
+    if others:
+        raise ValueError(
+            f"tokens cannot be added to a catalogue, found {others[0]!r}: grow it with "
+            "ElasticItemTokenizer.from_items(table, model_max_length), where the table holds tokenizer.items and then "
+            "the new items, and call model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _as_strings(ids: Any) -> Any:

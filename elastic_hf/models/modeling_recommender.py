@@ -30,8 +30,9 @@ class SequentialRecommendationOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, returned when `labels` is given):
             Mean training loss per target, in nats.
-        logits (`torch.FloatTensor` of shape `(batch_size, vocab_size)`, returned without `labels` and `query`):
-            Scores of every token as the item after the last position.
+        logits (`torch.FloatTensor` of shape `(batch_size, vocab_size)`, returned without `query`):
+            Scores of every token as the item after the last position. With `labels`, those of the last label, and not
+            in training mode.
         user_embeddings (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, returned without `labels`):
             The vectors that the head turns into scores.
         token_ids (`torch.LongTensor` of shape `(batch_size, top_k)`, returned with a `query` for the `top_k`):
@@ -329,6 +330,7 @@ class SequentialRecommenderMixin:
             read_ids = input_ids.masked_fill(~mask, config.pad_token_id)
             return SequentialRecommendationOutput(
                 loss=self.loss(outputs.last_hidden_state, read_ids, labels, num_items_in_batch),
+                logits=None if self.training else self.lm_head(outputs.last_hidden_state[:, -1]),
                 hidden_states=outputs.get("hidden_states"),
                 attentions=outputs.get("attentions"),
             )

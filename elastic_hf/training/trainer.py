@@ -1,67 +1,55 @@
 """A thin [`Trainer`]: ranks instead of logits in evaluation, batches of similar lengths, honest model cards."""
 
 import logging
-import os
 import shutil
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import CommitInfo
 from torch import nn
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import EvalPrediction, get_scheduler
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from ..data.collator import SequentialRecommendationCollator
 from ..models.catalogue import CatalogueQuery
-from ..results import CUTOFFS
+from ..results import CUTOFFS, written_whole
 from ..sharing.hub import publish
 from ..sharing.model_card import render_model_card
+from .arguments import METRIC_SCHEDULES, check_arguments
+from .batches import LengthGroupedEpochSampler
 from .metrics import ranking_metrics
+from .progress import EvaluationLines, ProgressBar
+from .resumable_trainer import ResumableTrainer
+from .rows import check_evaluation_rows, history_lengths, leave_out_short_histories
 
 
 logger = logging.getLogger(__name__)
 
 
-class LengthGroupedEpochSampler(LengthGroupedSampler):
+class SequentialRecommendationTrainer(ResumableTrainer):
     """
-    A [`LengthGroupedSampler`] whose order depends on the seed and the epoch alone. The stock one draws from the global
-    generator, which processes consume at different rates and which a run resumed within an epoch has moved on.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-class SequentialRecommendationTrainer(Trainer):
-    """
-    [`Trainer`] for sequential recommenders. It differs from the stock one in this:
+    [`ResumableTrainer`] for sequential recommenders. It differs from it, and so from the stock [`Trainer`], in this:
 
     - Datasets have rows of `input_ids` (a user's whole history of token ids, oldest first) and, for evaluation, a
-      `target` (the token id of the item to rank). Other columns are ignored.
+      `target` (the token id of the item to rank). Other columns are ignored. Training histories of fewer than 2 items
+      are left out, with a warning.
     - Evaluation ranks each target in the full catalogue, chunk by chunk, and gathers ranks and the 20 best unseen
       items, never logits. The metrics are those of [`ranking_metrics`], for example `eval_ndcg@10`; there is no
       `eval_loss`. `predict` returns `predictions = (ranks, top_ids)` in the order of the dataset: ranks of shape
       `(num_users, 2)` (seen items excluded, seen items kept) and top_ids of shape `(num_users, 20)`, -1 where nothing
-      is left to recommend. Seen means the whole history, also what the model's window cuts off.
+      is left to recommend. Seen means the whole history, also what the model's window cuts off. No user is dropped,
+      whatever `dataloader_drop_last` says.
+    - A training prints one line per evaluation.
     - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
+    - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
     - Weight decay applies to the weights of linear layers only: not to embeddings, the head, norms and biases.
     - The model card states what was trained and measured, and nothing else.
     - `push_to_hub` publishes what [`publish`] does: the model with its code and its card, nothing pickled. A push that
@@ -73,37 +61,40 @@ class SequentialRecommendationTrainer(Trainer):
         kwargs: All other arguments of [`Trainer`]; `compute_metrics` defaults to [`ranking_metrics`].
 
     Raises:
-        `ValueError`: without a `data_collator`, if `model` or `processing_class` is missing; if `hub_strategy` would
-        push optimizer states; in evaluation, if a row has no `target`.
+        `ValueError`: without a `data_collator`, if `model` (or `model_init`) or `processing_class` is missing; if
+            an argument cannot be honoured (see [`check_arguments`]); if no training history has two items; if an
+            evaluation row has no history or no `target`.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs) -> None:
+        train_dataset = kwargs["train_dataset"] = leave_out_short_histories(kwargs.get("train_dataset"))
+        eval_dataset = kwargs.get("eval_dataset")
+        if args is not None:
+            check_arguments(args, train_dataset, eval_dataset, has_ranking_metrics="compute_metrics" not in kwargs)
+            if args.eval_strategy != IntervalStrategy.NO:
+                check_evaluation_rows(eval_dataset)
         tokenizer = kwargs.get("processing_class")
-        if model is not None and tokenizer is not None and len(tokenizer) != model.config.vocab_size:
-            raise ValueError(
-                f"vocab_size of the model must be that of the tokenizer, {len(tokenizer)}, "
-                f"found {model.config.vocab_size}"
-            )
-        if data_collator is None:
-            if model is None or tokenizer is None:
-                raise ValueError("without a data_collator both model and processing_class must be given")
-            data_collator = SequentialRecommendationCollator(
-                pad_token_id=model.config.pad_token_id,
-                mask_token_id=model.config.mask_token_id,
-                max_length=tokenizer.model_max_length,
-                objective=model.config.training_objective,
-            )
-        if (
-            args is not None
-            and args.push_to_hub
-            and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE)
-        ):
-            raise ValueError(
-                "hub_strategy must be 'end' or 'every_save', since optimizer states are pickled and not published, "
-                f"found {args.hub_strategy.value!r}"
-            )
+        has_model = model is not None or kwargs.get("model_init") is not None
+        if data_collator is None and not (has_model and tokenizer is not None):
+            raise ValueError("without a data_collator both model (or model_init) and processing_class must be given")
         kwargs.setdefault("compute_metrics", self._compute_ranking_metrics)
         super().__init__(model, args, data_collator, **kwargs)
+        config = self.model.config
+        if tokenizer is not None and len(tokenizer) != config.vocab_size:
+            raise ValueError(
+                f"vocab_size of the model must be that of the tokenizer, {len(tokenizer)}, found {config.vocab_size}"
+            )
+        if data_collator is None:
+            self.data_collator = SequentialRecommendationCollator(
+                pad_token_id=config.pad_token_id,
+                mask_token_id=config.mask_token_id,
+                max_length=tokenizer.model_max_length,
+                objective=config.training_objective,
+            )
+        self.callback_handler.callbacks.pop()  # the stock one, added last, prints all metrics of an evaluation
+        if not self.args.disable_tqdm:
+            self.add_callback(ProgressBar)
+        self.add_callback(EvaluationLines)
 
     def _compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         ranks, top_ids = prediction.predictions
@@ -118,17 +109,40 @@ class SequentialRecommendationTrainer(Trainer):
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(train_dataset, datasets.Dataset):
             return super()._get_train_sampler(train_dataset)
-        histories = train_dataset.with_format("arrow")[:]["input_ids"]
-        num_inputs = pc.min_element_wise(
-            pc.subtract(pc.list_value_length(histories), 1), pa.scalar(self.data_collator.max_length, pa.int32())
-        )
+        num_inputs = np.minimum(history_lengths(train_dataset) - 1, self.data_collator.max_length)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedEpochSampler(batch_size, num_inputs.to_pylist(), seed)
+        return LengthGroupedEpochSampler(batch_size, num_inputs.tolist(), seed)
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler | None:
         # Always the order of the dataset: the stock sampler shuffles the predictions with group_by_length.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        # Only the training may drop its last batch: metrics are those of all users.
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        if self.lr_scheduler is None and self.args.lr_scheduler_type in METRIC_SCHEDULES:
+            options = {
+                "mode": "max" if self.args.greater_is_better else "min",
+                **(self.args.lr_scheduler_kwargs or {}),
+            }
+            self.lr_scheduler = get_scheduler(
+                self.args.lr_scheduler_type, optimizer or self.optimizer, scheduler_specific_kwargs=options
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _prepare_for_training(self, *args, **kwargs):
         # Accelerate takes a model that was evaluated before for one that is ready to be trained and would not wrap it
@@ -214,7 +228,8 @@ class SequentialRecommendationTrainer(Trainer):
             base_model=finetuned_from,
             datasets=dataset_tags,
         )
-        card.save(os.path.join(self.args.output_dir, "README.md"))
+        with written_whole(Path(self.args.output_dir, "README.md")) as file:
+            file.write(str(card).encode())
 
     def training_settings(self) -> dict:
         """The settings of the training that results and model cards name; a batch is that of all processes."""
@@ -290,7 +305,7 @@ class SequentialRecommendationTrainer(Trainer):
         push = partial(self._publish, self.args.output_dir, commit_message, token, revision)
         return push() if blocking else hf_api().run_as_future(push)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def _push_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock one pushes pickles, and a configuration without the code that it names.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return

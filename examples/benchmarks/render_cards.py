@@ -1,4 +1,5 @@
-"""Write model_cards/ from the files in results/: a card, and its figures, for each published checkpoint.
+"""Write model_cards/ from the files in results/: a card, and its figures, for each published checkpoint; and the cards of
+the checkpoints in examples/.
 
 python examples/benchmarks/render_cards.py
 
@@ -10,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from elastic_hf.plots import figures_of, plot_results
-from elastic_hf.sharing.model_card import make_model_card
+from elastic_hf.sharing.model_card import make_model_card, render_model_card
 from elastic_hf.sharing.trial import load_pipeline, recommend_example
 from render_results import read_results
 
@@ -65,6 +66,9 @@ def main() -> None:
         run = read_results(CHECKPOINTS[name])[CHECKPOINTS[name]]
         plot_results(run, CARDS / name)
         render(name).save(CARDS / f"{name}.md")
+        folder = EXAMPLES / name
+        if folder.is_dir():
+            render_model_card(folder, f"examples/{name}", license="mit").save(folder / "README.md")
 
 
 if __name__ == "__main__":

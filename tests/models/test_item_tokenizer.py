@@ -225,6 +225,61 @@ def test_tokenize_histories_names_the_bad_split(integer_tokenizer):
         integer_tokenizer.tokenize_histories(DatasetDict(validation=train.select([])))
 
 
+def test_tokenize_histories_does_not_trust_an_earlier_result(integer_tokenizer, tmp_path):
+    histories = split_dataset(INTEGER_IDS)
+    histories.save_to_disk(tmp_path)
+    histories = DatasetDict({name: Dataset.load_from_disk(tmp_path / name) for name in histories})
+    first = integer_tokenizer.tokenize_histories(histories)
+    expected = first["train"]["input_ids"][:]
+    written = [file["filename"] for file in first["train"].cache_files]
+    for file in written:
+        with open(file, "r+b") as stream:
+            stream.truncate(100)
+    assert written and integer_tokenizer.tokenize_histories(histories)["train"]["input_ids"][:] == expected
+
+
+# ---- the catalogue grows
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda tokenizer: tokenizer.add_tokens(["x9"]),
+        lambda tokenizer: tokenizer.add_tokens("7"),  # an item, which the backend would then cut out of "700"
+        lambda tokenizer: tokenizer.add_special_tokens({"cls_token": "[CLS]"}),
+    ],
+    ids=["new item", "known item", "special token"],
+)
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_tokens_are_not_added(integer_tokenizer, tmp_path, add, is_loaded):
+    if is_loaded:
+        integer_tokenizer.save_pretrained(tmp_path)
+        integer_tokenizer = ElasticItemTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokens cannot be added .*from_items.*resize_token_embeddings"):
+        add(integer_tokenizer)
+    assert len(integer_tokenizer) == 3 + len(INTEGER_IDS)
+    assert integer_tokenizer.cls_token is None
+    assert slow(integer_tokenizer, [[700, 7]]) == [[8, 4]]
+
+
+def test_a_tokenizer_saved_with_an_added_token_is_refused(integer_tokenizer, tmp_path):
+    integer_tokenizer.save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["added_tokens"].append({**state["added_tokens"][0], "id": 9, "content": "x9", "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="x9|found other items"):
+        ElasticItemTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_catalogue_grows_from_its_items(integer_tokenizer):
+    new = pa.table({"item_id": [81, 82], "title": ["G", None], "count": [0, 0]})
+    grown = ElasticItemTokenizer.from_items(pa.concat_tables([integer_tokenizer.items, new]), model_max_length=4)
+    histories = [[*INTEGER_IDS, 82], [81, 99]]
+    assert slow(grown, histories) == [[3, 4, 5, 6, 7, 8, 10], [9, 1]]
+    assert grown.encode_histories(pa.array(histories)).to_pylist() == slow(grown, histories)
+    assert grown.convert_ids_to_titles([8, 9, 10]) == ["F", "G", "82"]
+
+
 # ---- titles
 
 
@@ -269,12 +324,19 @@ def test_save_and_load(fixture, request, tmp_path):
     assert "items_file" not in json.loads((tmp_path / "second" / "tokenizer_config.json").read_text())
 
 
-def test_load_without_items_file(integer_tokenizer, tmp_path):
+def test_load_without_items_file_is_refused(integer_tokenizer, tmp_path):
+    """Without it ids would come back as strings, and without titles."""
     integer_tokenizer.save_pretrained(tmp_path)
+    items = (tmp_path / "items.parquet").read_bytes()
+    for damaged in (b"", items[:-20]):
+        (tmp_path / "items.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match="items.parquet cannot be read"):
+            ElasticItemTokenizer.from_pretrained(tmp_path)
     (tmp_path / "items.parquet").unlink()
-    loaded = ElasticItemTokenizer.from_pretrained(tmp_path)
-    assert loaded.convert_ids_to_titles([3, 4, 6]) == ["50", "7", str(2**40)]
-    assert loaded.encode_histories(pa.array([[7, 2**40, 1]])).to_pylist() == [[4, 6, 1]]
+    with pytest.raises(ValueError, match=f"{tmp_path} must hold items.parquet .* found none"):
+        ElasticItemTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold items.parquet"):
+        AutoTokenizer.from_pretrained(tmp_path)
 
 
 def test_items_file_of_another_tokenizer_is_refused(integer_tokenizer, tmp_path):

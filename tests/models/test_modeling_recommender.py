@@ -328,7 +328,8 @@ def test_loss_is_the_mean_over_targets_or_over_what_the_trainer_counted(model, i
     torch.testing.assert_close(model(input_ids, attention_mask, labels=labels).loss, total / 7)
     loss = model(input_ids, attention_mask, labels=labels, num_items_in_batch=10).loss
     torch.testing.assert_close(loss, total / 10)
-    assert model(input_ids, labels=labels).logits is None
+    torch.testing.assert_close(model(input_ids, attention_mask, labels=labels).logits, logits[:, -1])
+    assert model.train()(input_ids, labels=labels).logits is None
 
 
 @pytest.mark.parametrize("mask_seen_in_loss", [True, False])

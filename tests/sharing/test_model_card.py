@@ -407,10 +407,12 @@ def test_render_cards_writes_cards_and_draws_their_figures(tmp_path, monkeypatch
     assert "| sasrec |" in text and "gru4rec" not in text
 
 
-def test_the_template_ships_with_the_package(tmp_path):
+def test_templates_and_data_ship_with_the_package(tmp_path):
     for name in ("setup.py", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "elastic_hf", tmp_path / "elastic_hf", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "built" / "elastic_hf" / "sharing" / "templates" / "model_card.md").exists()
+    built = tmp_path / "built" / "elastic_hf" / "sharing"
+    for name in ("data_sources.yaml", "templates/handler.py", "templates/model_card.md"):
+        assert (built / name).read_bytes() == (ROOT / "elastic_hf" / "sharing" / name).read_bytes()

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import weakref
@@ -10,79 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 import elastic_hf
 from adapters import LowRankAdapter
-from elastic_hf.data.collator import SequentialRecommendationCollator
 from elastic_hf.models import catalogue
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.training.trainer import SequentialRecommendationTrainer
+from trainers import (
+    MAX_LENGTH,
+    NUM_ITEMS,
+    NUM_USERS,
+    evaluation_rows,
+    losses,
+    make_histories,
+    make_model,
+    make_trainer,
+)
 
 
-NUM_ITEMS, NUM_USERS, MAX_LENGTH = 61, 97, 20
-
-
-def make_histories(num_users=NUM_USERS, longest=40, seed=0):
-    """Histories that walk through the catalogue in steps of 7: easy to learn."""
-    generator = np.random.default_rng(seed)
-    starts = generator.integers(NUM_ITEMS, size=num_users)
-    lengths = generator.integers(4, longest + 1, size=num_users)
-    return [
-        ((start + 7 * np.arange(length)) % NUM_ITEMS + 3).tolist()
-        for start, length in zip(starts, lengths, strict=True)
-    ]
-
-
-def train_rows(histories):
-    return Dataset.from_dict(
-        {"user_id": [f"user {i}" for i in range(len(histories))], "input_ids": [h[:-2] for h in histories]}
-    )
-
-
-def evaluation_rows(histories):
-    return Dataset.from_dict({"input_ids": [h[:-1] for h in histories], "target": [h[-1] for h in histories]})
-
-
-def make_model(model_type="elastic", **overrides):
-    config = dict(vocab_size=NUM_ITEMS + 3, hidden_size=16, intermediate_size=24)
-    if model_type == "elastic":
-        config |= dict(num_interest_experts=5, num_memory_subkeys=6, num_memory_heads=1, memory_top_k=4)
-    set_seed(0)
-    return AutoModel.from_config(AutoConfig.for_model(model_type, **{**config, **overrides}))
-
-
-def make_trainer(output_dir, model=None, callbacks=None, histories=None, **arguments):
-    defaults = dict(
-        use_cpu=True,
-        per_device_train_batch_size=16,
-        num_train_epochs=3,
-        learning_rate=5e-3,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        metric_for_best_model="ndcg@10",
-        greater_is_better=True,
-        train_sampling_strategy="group_by_length",
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-    )
-    histories = make_histories() if histories is None else histories
-    model = make_model() if model is None else model
-    return SequentialRecommendationTrainer(
-        model,
-        TrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments}),
-        SequentialRecommendationCollator(0, 2, MAX_LENGTH, objective=model.config.training_objective),
-        train_dataset=train_rows(histories),
-        eval_dataset=evaluation_rows(histories),
-        callbacks=callbacks,
-    )
-
-
-def losses(trainer):
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+ROOT = Path(elastic_hf.__file__).parents[1]
 
 
 def test_training_learns_and_keeps_the_best_checkpoint(tmp_path):
@@ -131,43 +77,6 @@ def test_early_stopping(tmp_path):
     )
     trainer.train()
     assert trainer.state.epoch == 3
-
-
-@pytest.mark.parametrize(
-    ("strategy", "overrides"),
-    [
-        ("group_by_length", {}),
-        ("random", {}),
-        ("group_by_length", {"model_type": "bert4rec"}),
-        ("group_by_length", {"training_objective": "prefix", "training_loss": "sampled_softmax", "num_negatives": 8}),
-    ],
-)
-def test_a_resumed_run_is_the_same_run(tmp_path, strategy, overrides):
-    def trainer(folder):
-        return make_trainer(tmp_path / folder, make_model(**overrides), train_sampling_strategy=strategy)
-
-    whole = trainer("whole")
-    whole.train()
-    first, *_, last = sorted((tmp_path / "whole").iterdir(), key=lambda folder: int(folder.name.split("-")[1]))
-    shutil.copytree(first, tmp_path / "resumed" / first.name)
-    resumed = trainer("resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / first.name))
-
-    expected = load_file(last / "model.safetensors")
-    found = load_file(tmp_path / "resumed" / last.name / "model.safetensors")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
-def test_a_run_resumed_within_an_epoch_is_the_same_run(tmp_path, strategy):
-    steps = dict(save_strategy="steps", save_steps=10, eval_strategy="no", train_sampling_strategy=strategy)
-    whole = make_trainer(tmp_path, **steps)  # 7 steps an epoch
-    whole.train()
-    expected = {name: parameter.clone() for name, parameter in whole.model.named_parameters()}
-    resumed = make_trainer(tmp_path / "resumed", **steps)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert all(torch.equal(expected[name], parameter) for name, parameter in resumed.model.named_parameters())
 
 
 def test_gradient_accumulation_changes_nothing(tmp_path):
@@ -470,7 +379,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         [*launcher, __file__, str(tmp_path / "two"), "2"],
         check=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(elastic_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"},
     )
     one, two = (json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two"))
     assert len(one["ranks"]) == NUM_USERS

@@ -1,0 +1,70 @@
+"""What is distributed is what the repository holds, and what is pinned is pinned once."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import elastic_hf
+
+
+ROOT = Path(__file__).parents[1]
+BUILD = """
+import os, sys
+import setuptools.build_meta as backend
+
+sys.path.insert(0, os.getcwd())
+getattr(backend, sys.argv[1])(sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """Names of the files in the repository, in the source distribution and in the wheel, made from a copy."""
+    found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode != 0:
+        pytest.skip("not in a git repository, which tells what belongs to the project")
+    tracked = {name for name in found.stdout.split("\0") if name and (ROOT / name).is_file()}
+    folder = tmp_path_factory.mktemp("distributions")
+    for name in tracked:
+        (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "copy" / name).write_bytes((ROOT / name).read_bytes())
+    for form in ("build_sdist", "build_wheel"):
+        command = [sys.executable, "-c", BUILD, form, folder]
+        subprocess.run(command, cwd=folder / "copy", check=True, capture_output=True)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        source = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        return tracked, source, set(archive.namelist())
+
+
+def test_the_source_distribution_holds_every_file(distributions):
+    tracked, source, _ = distributions
+    assert tracked - source == {".gitignore"}
+
+
+def test_the_wheel_holds_the_package_alone(distributions):
+    tracked, _, wheel = distributions
+    package = {name for name in tracked if name.startswith("elastic_hf/")}
+    assert "elastic_hf/py.typed" in package
+    assert {name for name in wheel if ".dist-info/" not in name} == package
+
+
+def test_one_version_of_ruff_and_of_the_package():
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    for hook in local["hooks"]:
+        assert hook["additional_dependencies"] == [f"ruff=={pins['ruff']}"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == elastic_hf.__version__
+
+
+def test_every_extra_is_pinned():
+    pins = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    wanted = re.findall(r'"([\w-]+)>=', (ROOT / "setup.py").read_text())
+    assert len(wanted) > 20 and set(wanted) <= pins
