@@ -1,4 +1,4 @@
-"""Write the cards of the checkpoints from the files in results/: model_cards/ and those of the models in examples/.
+"""Write model_cards/, a card and its figures for each published checkpoint, and the cards of those in examples/.
 
 python examples/benchmarks/render_cards.py
 
