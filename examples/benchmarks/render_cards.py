@@ -1,5 +1,5 @@
-"""Write model_cards/ from the files in results/: a card, and its figures, for each published checkpoint; and the cards of
-the checkpoints in examples/.
+"""Write model_cards/ from the files in results/: a card, and its figures, for each published checkpoint; and the cards
+of the checkpoints in examples/.
 
 python examples/benchmarks/render_cards.py
 
