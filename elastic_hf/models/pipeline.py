@@ -23,7 +23,7 @@ MAX_NAMES = 10  # items that one error or warning names
 
 class SequentialRecommendationPipeline(Pipeline):
     """
-    Recommends from histories, with any model of this package.
+    Recommend from histories, with any model of this package.
 
     A history is a list of item ids (integers or strings) or titles, oldest first, bare or as `{"history": [...]}`. The
     pipeline takes one history, a list of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch
@@ -59,6 +59,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
     ```python
     >>> pipe = pipeline("sequential-recommendation", model="outputs/shop", top_k=3)
+    >>> pipe = pipeline(model="org/shop", trust_remote_code=True, top_k=3)  # with the code in the repository
     >>> pipe(["sku 17", "sku 4"])
     >>> pipe([["sku 17", "sku 4"], ["sku 9"]], candidates=["sku 1", "sku 2", "sku 3"], batch_size=2)
     ```
@@ -191,7 +192,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
-        Saves the model and the tokenizer: all that `pipeline` needs where `elastic_hf` is imported. The stock method
+        Save the model and the tokenizer: all that `pipeline` needs where `elastic_hf` is imported. The stock method
         adds a copy of this file, and with it the need for `trust_remote_code=True`.
         """
         self.model.save_pretrained(save_directory, **kwargs)

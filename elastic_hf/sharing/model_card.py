@@ -268,6 +268,8 @@ def _check_comparable(results: dict, others: dict[str, dict]) -> None:
             value, expected = other.get(key), results.get(key)
             if value != expected:
                 raise ValueError(f"{file}: {key} must be {expected!r}, as for the card's model, found {value!r}")
+        if not other.get("model_type"):
+            raise ValueError(f"{file}: a model to compare with must have a model_type, found none")
         if "test_ndcg@10" not in other:
             raise ValueError(f"{file}: a model to compare with must have been evaluated on the test items")
         for earlier_file, earlier in runs.items():

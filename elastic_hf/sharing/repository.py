@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
+from safetensors import safe_open
 
 from ..models.configuration_elastic import ElasticConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
@@ -69,6 +70,9 @@ def files_to_publish(
     has_code = pipeline.model.config.model_type == ElasticConfig.model_type
     contents: dict[str, Path | bytes] = {name: folder / name for name in REQUIRED_FILES}
     contents |= {name: folder / name for name in FIGURES if _is_image(folder / name)}
+    if not include_personal_data:
+        with safe_open(folder / "model.safetensors", framework="pt") as weights:
+            _refuse_local_path(folder / "model.safetensors", str(weights.metadata()))
     contents |= _results(folder, include_personal_data)
     contents |= {name: _public_text(folder / name, include_personal_data) for name in CONFIGURATIONS}
     if repo_id is not None and "all_results.json" in contents:
@@ -114,10 +118,15 @@ def _public_text(file: Path, include_personal_data: bool, replacements: dict[str
         raise ValueError(f"{file} must be text in UTF-8, found {error}") from error
     for old, new in (replacements or {}).items():
         text = text.replace(old, new)
-    path = None if include_personal_data else find_local_path(text)
+    if not include_personal_data:
+        _refuse_local_path(file, text)
+    return text.encode()
+
+
+def _refuse_local_path(file: Path, text: str) -> None:
+    path = find_local_path(text)
     if path is not None:
         raise ValueError(f"{file} must name no local path, found {path!r} (include_personal_data=True publishes it)")
-    return text.encode()
 
 
 def _configurations_with_code(folder: Path) -> dict[str, bytes]:

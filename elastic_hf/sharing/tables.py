@@ -13,7 +13,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    """Return `mean ± standard deviation` of several seeds, or the value of one."""
+    """Return `mean ± standard deviation` of several seeds, the value of one, nothing for none."""
+    if not values:
+        return ""
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
@@ -38,13 +40,14 @@ def metric_rows(results: dict, evaluation: str | None) -> list[list[str]]:
     for name in METRICS:
         keys = [f"{evaluation}_{name.lower()}{suffix}" for suffix in ("", "_seen_kept")]
         if keys[0] in results:
-            errors = [results.get(f"{key}_standard_error") for key in keys]
-            row = [
-                f"{results[key]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-                for key, error in zip(keys, errors, strict=True)
-            ]
-            rows.append([name, *row])
+            rows.append([name, *(_with_error(results, key) for key in keys)])
     return rows
+
+
+def _with_error(results: dict, key: str) -> str:
+    """A metric and its standard error, as far as they are known."""
+    values = [results[name] for name in (key, f"{key}_standard_error") if name in results]
+    return " ± ".join(f"{value:.4f}" for value in values)
 
 
 def comparison_rows(results: dict, models: dict[str, list[dict]]) -> list[list[str]]:
@@ -57,7 +60,7 @@ def comparison_rows(results: dict, models: dict[str, list[dict]]) -> list[list[s
     rows = []
     for name, runs in measured.items():
         values = {
-            key: [run[f"{prefix}_{key}"] for run, prefix in runs]
+            key: [run[f"{prefix}_{key}"] for run, prefix in runs if f"{prefix}_{key}" in run]
             for key in ("hr@10", "ndcg@10", "hr@10_seen_kept", "ndcg@10_seen_kept", "coverage@10")
         }
         label = f"**{name}**, this model" if name == name_of_model(results) else name

@@ -1,5 +1,4 @@
-"""Write model_cards/ from the files in results/: a card, and its figures, for each published checkpoint; and the cards
-of the checkpoints in examples/.
+"""Write the cards of the checkpoints from the files in results/: model_cards/ and those of the models in examples/.
 
 python examples/benchmarks/render_cards.py
 

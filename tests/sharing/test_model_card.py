@@ -233,7 +233,7 @@ def test_what_is_unknown_is_left_out():
     results = make_results(memory_slots=36, memory_share_retrieved=0.75)
     belong_together = {"num_users": ("num_items", "num_interactions"), "memory_slots": ("memory_share_retrieved",)}
     for key in set(results) - {"model_type"}:
-        if not key.startswith(("test_", "popularity_")) and key not in sum(belong_together.values(), ()):
+        if not key.startswith(("test_popularity_", "test_head_")) and key not in sum(belong_together.values(), ()):
             gone = {key, *belong_together.get(key, ())}
             check_text(make_model_card("org/x", {name: results[name] for name in results if name not in gone}))
 
@@ -336,6 +336,7 @@ def test_latency_is_that_of_the_benchmark(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model_type": None}, "bad.json: a model to compare with must have a model_type, found none"),
         ({"dataset": "beauty"}, "bad.json: dataset must be 'ml-1m', as for the card's model, found 'beauty'"),
         ({"protocol": "temporal, full ranking"}, "protocol must be"),
         ({"num_interactions": 53_999}, "num_interactions must be 54000"),

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from elastic_hf import ElasticItemTokenizer
 from elastic_hf.sharing.repository import files_to_publish
@@ -98,6 +99,13 @@ def test_a_path_in_a_text_of_the_user_is_refused_by_the_name_of_the_file(folder,
     with pytest.raises(ValueError, match=f"{name} must name no local path, found '{HOME}"):
         files_to_publish(folder, "org/shop")
     assert HOME.encode() in published(folder, "org/shop", include_personal_data=True)[name]
+
+
+def test_a_path_in_the_header_of_the_weights_is_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "made_from": f"{HOME}/shop.csv"})
+    with pytest.raises(ValueError, match="model.safetensors must name no local path"):
+        files_to_publish(folder, "org/shop")
 
 
 def test_a_card_that_names_the_folder_names_the_repository(folder):
