@@ -14,7 +14,7 @@ from .models.catalogue import first_read, item_embeddings
 class ItemIndex:
     """
     The items of a model in clusters, of which each search visits those nearest to the user embedding (FAISS
-    `IndexIVFFlat`; `pip install "elastic_hf[faiss]"`).
+    `IndexIVFFlat`; `pip install faiss-cpu`).
 
     Scores are exact; a best item is missed where its cluster is not visited. The index holds a copy of the item
     embeddings, on the processor: `recommend` refuses it after training on, and with any other model.
@@ -34,7 +34,7 @@ class ItemIndex:
         try:
             import faiss
         except ImportError as error:
-            raise ImportError('ItemIndex needs FAISS: pip install "elastic_hf[faiss]"') from error
+            raise ImportError("ItemIndex needs FAISS: pip install faiss-cpu") from error
         self.first = model.config.num_special_tokens
         weight = item_embeddings(model.lm_head, "ItemIndex")
         self.digest = _digest(weight)

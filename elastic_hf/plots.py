@@ -1,26 +1,68 @@
-"""Pictures of a run, for its folder and its model card. They need matplotlib: `pip install "elastic_hf[examples]"`."""
+"""Figures of a run, for its folder and its model card, and of a recommendation. They need matplotlib."""
 
 import os
+from itertools import accumulate
+from pathlib import Path
+from textwrap import fill
 
 from matplotlib.figure import Figure
 
 
-def plot_training_curve(log_history: list[dict], file: str | os.PathLike) -> None:
+# Characters of a title on one line.
+TITLE_WIDTH = 36
+HEADING_WIDTH = 60
+
+
+def figures_of(results: dict) -> list[str]:
+    """Return the names of the figures that [`plot_results`] draws for the results of a run."""
+    keys = {"training_curve": "log_history", "expert_horizons": "expert_half_lives"}
+    return [name for name, key in keys.items() if results.get(key)]
+
+
+def plot_results(results: dict, folder: str | os.PathLike) -> None:
     """
-    Draws the training loss and the validation NDCG@10 by epoch.
+    Draw the figures of a run, each as a PNG image of its name in [`figures_of`].
+
+    Args:
+        results (`dict`): As in `all_results.json`.
+        folder (`str` or `os.PathLike`): Where the images go; it is made if there is something to draw.
+    """
+    folder = Path(folder)
+    for name in figures_of(results):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}.png"
+        if name == "training_curve":
+            best_epoch, popularity = results.get("best_epoch"), results.get("popularity_ndcg@10")
+            plot_training_curve(results["log_history"], file, best_epoch, popularity)
+        else:
+            plot_expert_horizons(results["expert_half_lives"], file)
+
+
+def plot_training_curve(
+    log_history: list[dict],
+    file: str | os.PathLike,
+    best_epoch: float | None = None,
+    popularity: float | None = None,
+) -> None:
+    """
+    Draw the training loss and the validation NDCG@10 by epoch.
 
     Args:
         log_history (`list[dict]`):
             As `TrainerState.log_history`: entries with `epoch` and `loss` (nats per target), `eval_ndcg@10`, or both.
-        file (`str` or `os.PathLike`): The picture, in the format of its suffix.
+        file (`str` or `os.PathLike`): The image, in the format of its suffix.
+        best_epoch (`float`, *optional*): Epoch of the chosen checkpoint, which is marked.
+        popularity (`float`, *optional*):
+            NDCG@10 of recommending what is popular, on the test items: the line to be above.
 
     Raises:
-        `ValueError`: if no entry has a loss or a metric.
+        ValueError: if no entry has a loss or a metric.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     loss_axis = figure.subplots()
+    metric_axis = loss_axis.twinx()
     axes = {"loss": (loss_axis, "training loss (nats per target)", "tab:gray")}
-    axes["eval_ndcg@10"] = (loss_axis.twinx(), "validation NDCG@10, seen items excluded", "tab:blue")
+    axes["eval_ndcg@10"] = (metric_axis, "validation NDCG@10, seen items excluded", "tab:blue")
     if not any(key in log for log in log_history for key in axes):
         raise ValueError(f"log_history must have entries with {' or '.join(axes)}, found {len(log_history)} without")
     for key, (axis, label, color) in axes.items():
@@ -28,21 +70,29 @@ def plot_training_curve(log_history: list[dict], file: str | os.PathLike) -> Non
         if points:
             axis.plot(*zip(*points, strict=True), color=color, marker=".")
         axis.set_ylabel(label, color=color)
+    if best_epoch is not None:
+        label = f"chosen epoch: {best_epoch:g}"
+        metric_axis.axvline(best_epoch, color="tab:green", linestyle="--", label=label)
+    if popularity is not None:
+        label = f"popularity: {popularity:.4f}, on the test items"
+        metric_axis.axhline(popularity, color="tab:orange", linestyle=":", label=label)
+    if metric_axis.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
     loss_axis.set(xlabel="epoch", title="Training")
     figure.savefig(file, dpi=120)
 
 
 def plot_expert_horizons(half_lives: list[list[float]], file: str | os.PathLike) -> None:
     """
-    Draws how far back each interest expert of ELASTIC looks, one row of points for each head.
+    Draw how far back each interest expert of ELASTIC looks, one row of points for each head.
 
     Args:
         half_lives (nested `list` of shape `(num_heads, num_experts)`):
             Half-life of each expert, in items: after so many new items, what it has read counts half.
-        file (`str` or `os.PathLike`): The picture, in the format of its suffix.
+        file (`str` or `os.PathLike`): The image, in the format of its suffix.
 
     Raises:
-        `ValueError`: if there is no expert, or a half-life is not positive.
+        ValueError: if there is no expert, or a half-life is not positive.
     """
     rows = {f"head {head}": experts for head, experts in enumerate(half_lives, start=1)}
     smallest = min((value for experts in rows.values() for value in experts), default=0.0)
@@ -63,28 +113,39 @@ def plot_expert_horizons(half_lives: list[list[float]], file: str | os.PathLike)
     figure.savefig(file, dpi=120)
 
 
-def plot_contributions(titles: list[str], contributions: list[float], file: str | os.PathLike) -> None:
+def plot_contributions(
+    titles: list[str], contributions: list[float], file: str | os.PathLike, recommended: str | None = None
+) -> None:
     """
-    Draws how much each item of a history carried one recommendation, the latest item at the bottom.
+    Draw how much each item of a history carried one recommendation, the latest item at the bottom.
 
     Args:
-        titles (`list[str]`): The items of the history, oldest first.
+        titles (`list[str]`): The items of the history, oldest first. Long titles take several lines.
         contributions (`list[float]`):
             One for each of them, as `explain` of ELASTIC returns them: the part of the recommendation's score that
             goes with the item, to first order; negative where it spoke against it.
-        file (`str` or `os.PathLike`): The picture, in the format of its suffix.
+        file (`str` or `os.PathLike`): The image, in the format of its suffix.
+        recommended (`str`, *optional*): Title of the recommended item, for the heading.
 
     Raises:
-        `ValueError`: if there are no items, or not as many titles as contributions.
+        ValueError: if there are no items, or not as many titles as contributions.
     """
     if not titles or len(titles) != len(contributions):
         raise ValueError(f"titles and contributions must be as many, found {len(titles)} and {len(contributions)}")
-    figure = Figure(figsize=(7, 1.2 + 0.25 * len(titles)), layout="constrained")
+    labels = [fill(title, TITLE_WIDTH) for title in titles]
+    heading = "What carried the recommendation" if recommended is None else f"What carried {recommended}"
+    heading = fill(heading, HEADING_WIDTH)
+    heights = [label.count("\n") + 1 for label in labels]
+    bottoms = list(accumulate(heights))
+    figure = Figure(figsize=(7, 1.2 + 0.25 * (bottoms[-1] + heading.count("\n"))), layout="constrained")
     axis = figure.subplots()
     colors = ["tab:blue" if value >= 0 else "tab:orange" for value in contributions]
-    axis.barh(range(len(titles)), contributions, color=colors)
-    axis.set_yticks(range(len(titles)), titles)
-    axis.set_ylim(len(titles) - 0.5, -0.5)
+    middles = [bottom - height / 2 for bottom, height in zip(bottoms, heights, strict=True)]
+    axis.barh(middles, contributions, color=colors)
+    # Without mathematics: a title may hold dollars.
+    axis.set_yticks(middles, labels, parse_math=False)
+    axis.set_ylim(bottoms[-1], 0)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(title="What carried the recommendation", xlabel="contribution of an item to the score")
+    axis.set_xlabel("contribution of an item to the score")
+    figure.suptitle(heading, parse_math=False)
     figure.savefig(file, dpi=120)

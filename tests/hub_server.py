@@ -29,6 +29,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".pt", ".pth", ".pkl")
 LFS_MIN_SIZE = 10 * 2**20  # bytes
 LICENSES = ("apache-2.0", "mit", "other")
+CARD_METADATA = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 
 REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
 REPO_PAGE = r"/(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)"
@@ -346,7 +347,13 @@ class HubServer:
                 if entry.sha256 is not None:
                     sibling["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": 127}
         body = {"id": repo.name, "sha": commit.oid, "private": repo.private, "siblings": siblings, "tags": []}
-        return Answer(body=body)
+        return Answer(body=body | self.read_card(commit))
+
+    def read_card(self, commit: Commit) -> dict[str, str]:
+        """What the listing of a repository takes from the metadata of its card."""
+        card = commit.files.get("README.md")
+        match = CARD_METADATA.match(self.objects[card.key].decode()) if card is not None else None
+        return dict(re.findall(r"^(library_name|pipeline_tag): (.+)$", match[1], re.MULTILINE)) if match else {}
 
     @route("GET", REPO + "/refs")
     def list_refs(self, request: Request, repo: Repo) -> Answer:
@@ -428,7 +435,7 @@ class HubServer:
 
     @route("POST", "/api/validate-yaml")
     def validate_card(self, request: Request) -> Answer:
-        match = re.match(r"---\n(.*?)\n---\n", request.json["content"], re.DOTALL)
+        match = CARD_METADATA.match(request.json["content"])
         warnings = [] if match else [{"message": "empty or missing yaml metadata in repo card"}]
         for name in re.findall(r"^license: (.+)$", match.group(1), re.MULTILINE) if match else ():
             if name not in LICENSES:

@@ -4,7 +4,7 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from elastic_hf.plots import plot_contributions, plot_expert_horizons, plot_training_curve
+from elastic_hf.plots import figures_of, plot_contributions, plot_expert_horizons, plot_results, plot_training_curve
 
 
 @pytest.fixture
@@ -35,6 +35,31 @@ def test_training_curve_has_each_epoch_once_on_labelled_axes(figures, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_training_curve_marks_the_chosen_epoch_and_popularity(figures, tmp_path):
+    logs = [{"epoch": 1.0, "loss": 5.0, "eval_ndcg@10": 0.1}, {"epoch": 2.0, "loss": 4.0, "eval_ndcg@10": 0.05}]
+    plot_training_curve(logs, tmp_path / "curve.png", best_epoch=1.0, popularity=0.025)
+    _, metric_axis = figures[0].axes
+    curve, epoch, popularity = metric_axis.get_lines()
+    assert list(curve.get_ydata()) == [0.1, 0.05]
+    assert set(epoch.get_xdata()) == {1.0} and set(popularity.get_ydata()) == {0.025}
+    (legend,) = figures[0].legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["chosen epoch: 1", "popularity: 0.0250, on the test items"]
+    plot_training_curve(logs, tmp_path / "curve.png")
+    assert not figures[1].legends and len(figures[1].axes[1].get_lines()) == 1
+
+
+def test_results_are_drawn_as_far_as_they_are_there(figures, tmp_path):
+    log_history = [{"epoch": 1.0, "loss": 5.0}, {"epoch": 3.0, "eval_ndcg@10": 0.1}]
+    results = {"log_history": log_history, "best_epoch": 3.0, "popularity_ndcg@10": 0.02, "expert_half_lives": [[2.0]]}
+    plot_results(results, tmp_path / "new")
+    assert {file.stem for file in (tmp_path / "new").iterdir()} == {*figures_of(results)}
+    assert figures_of(results) == ["training_curve", "expert_horizons"]
+    assert [set(line.get_xdata()) for line in figures[0].axes[1].get_lines()[1:2]] == [{3.0}]
+    plot_results({"log_history": [], "best_epoch": None}, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_expert_horizons_show_every_expert_of_every_head(figures, tmp_path):
     half_lives = [[2.0, 3.0, 500.0], [5.0, 6.0, 1025.0]]
     plot_expert_horizons(half_lives, tmp_path / "horizons.png")
@@ -60,9 +85,31 @@ def test_the_package_does_not_need_matplotlib():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_contributions_are_drawn_for_each_title(tmp_path):
-    plot_contributions(["Heat", "Fargo", "Alien"], [0.5, -0.25, 1.0], tmp_path / "contributions.png")
+def test_contributions_are_drawn_for_each_title(figures, tmp_path):
+    plot_contributions(["Heat", "Fargo", "Alien"], [0.5, -0.25, 1.0], tmp_path / "contributions.png", "Brazil")
     assert (tmp_path / "contributions.png").read_bytes().startswith(b"\x89PNG")
+    (axis,) = figures[0].axes
+    assert [bar.get_width() for bar in axis.patches] == [0.5, -0.25, 1.0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["Heat", "Fargo", "Alien"]
+    assert figures[0].get_suptitle() == "What carried Brazil"
     with pytest.raises(ValueError, match="must be as many, found 1 and 2"):
         plot_contributions(["Heat"], [0.5, 1.0], tmp_path / "other.png")
     assert not (tmp_path / "other.png").exists()
+
+
+def test_long_titles_are_wrapped_and_nothing_is_cut_off(figures, tmp_path):
+    """Titles are no mathematics, and every label has room of its own inside the image."""
+    title = "The Assassination of Jesse James by the Coward Robert Ford, for $5 and no _more_ than $6 (2007)"
+    titles = ["Heat", title, "M", title, title, "Kes"]
+    plot_contributions(titles, [0.5, -0.25, 1.0, 0.75, 0.125, 0.0], tmp_path / "contributions.png", title)
+    (figure,) = figures
+    labels = figure.axes[0].get_yticklabels()
+    assert [" ".join(label.get_text().split()) for label in labels] == titles
+    assert max(label.get_text().count("\n") for label in labels) >= 2
+    assert " ".join(figure.get_suptitle().split()) == f"What carried {title}" and "\n" in figure.get_suptitle()
+    figure.draw_without_rendering()  # at the figure's own resolution again
+    boxes = [label.get_window_extent() for label in labels]
+    for higher, lower in zip(boxes, boxes[1:], strict=False):
+        assert higher.y0 > lower.y1
+    for box in (*boxes, figure._suptitle.get_window_extent()):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1

@@ -1,4 +1,4 @@
-"""Folders of a cache that appear under their names as a whole, or not at all."""
+"""Folders of a cache that appear under their names whole or not at all, and are mended where damaged."""
 
 import hashlib
 import os
@@ -7,6 +7,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+CHECKSUMS_FILE = "SHA256SUMS"
 
 
 @contextmanager
@@ -20,21 +23,41 @@ def temporary_folder(cache_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def move_unless_exists(folder: Path, destination: Path) -> None:
-    """Give a folder its name, unless another process with the same task was faster."""
+def move_to_content_name(folder: Path, cache_dir: Path, prefix: str) -> Path:
+    """Name a folder after its content, so that the same content takes no more disk, and return its new path."""
+    destination = cache_dir / f"{prefix}-{hashlib.sha256(checksums(folder).encode()).hexdigest()[:32]}"
+    move_folder(folder, destination)
+    return destination
+
+
+def move_folder(folder: Path, destination: Path) -> None:
+    """Give a folder its name; where that is taken, replace the files that are missing or differ."""
     try:
         os.replace(folder, destination)
     except OSError:
         if not destination.is_dir():
             raise
+        for path in folder.iterdir():
+            existing = destination / path.name
+            if not existing.is_file() or sha256(existing) != sha256(path):
+                os.replace(path, existing)
 
 
-def move_to_content_name(folder: Path, cache_dir: Path, prefix: str) -> Path:
-    """Name a folder after its content, so that the same content takes no more disk, and return its new path."""
-    content = "".join(f"{path.name} {sha256(path)}\n" for path in sorted(folder.iterdir()))
-    destination = cache_dir / f"{prefix}-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
-    move_unless_exists(folder, destination)
-    return destination
+def write_checksums(folder: Path) -> None:
+    """Write down what the files of a folder hold, for [`is_whole`]."""
+    (folder / CHECKSUMS_FILE).write_text(checksums(folder))
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether the files of a folder are as they were written down."""
+    file = folder / CHECKSUMS_FILE
+    return file.is_file() and file.read_text() == checksums(folder)
+
+
+def checksums(folder: Path) -> str:
+    """Return a line with the SHA-256 and the name of each file of a folder."""
+    paths = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS_FILE)
+    return "".join(f"{sha256(path)}  {path.name}\n" for path in paths)
 
 
 def sha256(path: Path) -> str:

@@ -4,35 +4,42 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .readers import TEXT_ID
 
-
-def _integers_if_canonical(ids: pa.Array) -> pa.Array:
-    """Turn strings into integers if every one of them is written as Python would write the integer."""
-    try:
-        integers = ids.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return ids
-    return integers if integers.cast(ids.type).equals(ids) else ids
+# The ids of a text file. Whether they are integers is decided when all of them are known.
+TEXT_ID = pa.dictionary(pa.int32(), pa.string())
+# An integer as Python would write it, or as a float of the same value: 10, 10.0.
+INTEGER = r"^(0|-?[1-9]\d*)(\.0+)?$"
 
 
 def encode_ids(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """Return the distinct ids, sorted, and each row's index among them."""
-    is_text = column.type == TEXT_ID
-    if not is_text:
-        column = column.dictionary_encode()
-    encoded = column.unify_dictionaries().combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.chunk(0)
-    ids = encoded.dictionary
-    if is_text:
-        ids = _integers_if_canonical(ids)
+    """Return the distinct ids, sorted, as int64 or strings, and each row's index among them."""
+    encoded = join_dictionaries(column if column.type == TEXT_ID else column.dictionary_encode())
+    ids, codes = encoded.dictionary, encoded.indices.to_numpy()
+    if column.type == TEXT_ID:
+        merged = _integers_if_written_as_such(ids).dictionary_encode()
+        ids, codes = merged.dictionary, merged.indices.to_numpy()[codes]
     elif ids.type != pa.int64():
         ids = ids.cast(pa.string())
     order = pc.sort_indices(ids)
     ranks = np.empty(len(ids), np.int32)
     ranks[order.to_numpy()] = np.arange(len(ids), dtype=np.int32)
-    return ids.take(order), ranks[encoded.indices.to_numpy()]
+    return ids.take(order), ranks[codes]
+
+
+def join_dictionaries(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Return the chunks of a column as one, over one dictionary."""
+    joined = column.unify_dictionaries().combine_chunks()
+    return joined.chunk(0) if isinstance(joined, pa.ChunkedArray) else joined
+
+
+def _integers_if_written_as_such(ids: pa.Array) -> pa.Array:
+    """Turn strings into integers if every one of them is written as an integer of at most 64 bits."""
+    if not pc.all(pc.match_substring_regex(ids, INTEGER)).as_py():
+        return ids
+    try:
+        return pc.replace_substring_regex(ids, r"\.0+$", "").cast(pa.int64())
+    except pa.ArrowInvalid:
+        return ids
 
 
 def drop_unused(ids: pa.Array, codes: np.ndarray) -> tuple[pa.Array, np.ndarray]:

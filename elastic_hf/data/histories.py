@@ -5,10 +5,10 @@ rows (user, item, time) -> sorted, without duplicates -> k-core -> one history p
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -17,13 +17,16 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value
 
 from .cache import move_to_content_name, temporary_folder
+from .columns import ColumnRequest
 from .encoding import drop_unused, encode_ids
 from .sources import read_source, read_titles
 
 
 logger = logging.getLogger(__name__)
 
-MIN_INTERACTIONS = 3  # one each for training, validation and test
+MIN_INTERACTIONS = 3  # of a user: one each for training, validation and test
+MIN_TRAINING_ITEMS = 2  # of a user in the train split: one to read and one to predict
+FEW_USERS = 500  # so few make metrics that are mostly chance
 USERS_PER_BATCH = 1_000  # rows of one Arrow record batch
 
 
@@ -37,11 +40,13 @@ class Histories(NamedTuple):
             first), `timestamps` (Unix seconds, as long as `item_ids`; only where the source has time) and, in
             `validation` and `test`, `target`: the item to predict after `item_ids`.
         items (`Dataset`):
-            One row per item, sorted by `item_id`: `item_id`, `title` (null where unknown) and `count` (interactions in
-            the `train` split).
+            One row per item, sorted by `item_id`: `item_id`, `title` (null where unknown) and `count` (interactions to
+            train on, also those of users who are left out of `train`).
         counts (`dict[str, int]`):
-            `num_users`, `num_items`, `num_interactions` (after all filters), `num_duplicates` (exact duplicates
-            dropped) and `num_filtered` (interactions removed by the k-core filter).
+            `num_rows` (read from the source), `num_users`, `num_items` and `num_interactions` (after all filters),
+            `num_duplicates` (exact duplicates dropped), `num_filtered` and `num_filtered_users` (removed interactions
+            and users, of users and items with too few), `num_train_users`, `num_validation_users` and `num_test_users`
+            (rows of the splits). `num_rows` is the sum of `num_interactions`, `num_duplicates` and `num_filtered`.
     """
 
     histories: DatasetDict
@@ -79,13 +84,15 @@ Prefixes = tuple[np.ndarray, np.ndarray]
 
 
 def load_histories(
-    source: str | os.PathLike,
+    source: Any,
     *,
     data_dir: str | os.PathLike | None = None,
     user_column: str | None = None,
     item_column: str | None = None,
     timestamp_column: str | None = None,
     title_column: str | None = None,
+    column_names: Sequence[str] | None = None,
+    in_time_order: bool = False,
     items_file: str | os.PathLike | None = None,
     dataset_config_name: str | None = None,
     dataset_split: str = "train",
@@ -105,39 +112,53 @@ def load_histories(
        order in which the source has them.
     3. Rows equal in user, item and timestamp are one interaction: the first is kept, the others are counted in
        `counts["num_duplicates"]` and reported as a warning. A source without time keeps its repeats.
-    4. Users and items with fewer than `k_core` interactions are removed, again and again until none is left.
-    5. A user with fewer than three interactions is then an error.
+    4. Users with fewer than `k_core` or three interactions and items with fewer than `k_core` are removed, again and
+       again until none is left, and counted in `counts["num_filtered_users"]` and `counts["num_filtered"]`.
+    5. Users with fewer than two items to train on are left out of `train`, since there is nothing to predict, but not
+       of `validation` and `test`.
 
     Args:
-        source (`str` or `os.PathLike`):
+        source (`str`, `os.PathLike`, a list of them, or a table):
             One of
 
             - a built-in dataset: `"synthetic"`, or `"ml-100k"`, `"ml-1m"`, `"ml-20m"`, `"ml-25m"` or
               `"ml-latest-small"`, downloaded from GroupLens;
-            - a `.csv`, `.tsv`, `.parquet`, `.jsonl` or `.json` (one object per line) file, or a `.txt` file of
-              `user item` lines in time order, without header or time;
-            - a folder of such files, all of one kind, which are read in the order of their names;
+            - a table: a `datasets.Dataset`, `pandas.DataFrame` (pandas 2.2 or later), `polars.DataFrame`,
+              `pyarrow.Table`, or anything else that hands its columns on as Arrow;
+            - a file: `.csv`, `.tsv`, `.txt`, `.jsonl`, `.ndjson` or `.json` (one object per line), also compressed
+              (`.gz`, `.zst`, `.bz2`, `.lz4`), or `.parquet`. Text may be divided by `,`, `;`, tabs or `|`. A `.txt`
+              file without header holds lines of `user item` in time order;
+            - a folder of such files, all of one kind, with its subfolders: they are read in the order of their names,
+              and folders such as `day=2024-01-31` are a column. A file that cannot be read is an error;
+            - a pattern, such as `"logs/2024-*.csv.gz"`, or a list of files, folders and patterns;
+            - a folder that `save_to_disk` of `datasets` wrote;
             - a folder with raw MovieLens files: `u.data` and `u.item`, `ratings.dat` and `movies.dat`, or
               `ratings.csv` and `movies.csv`;
             - a dataset on the Hub, as `"org/name"`.
         data_dir (`str` or `os.PathLike`, *optional*):
             A folder with the raw files of the MovieLens dataset that `source` names; nothing is downloaded then.
         user_column, item_column, timestamp_column (`str`, *optional*):
-            Columns of the source; `user_id`, `item_id` and `timestamp` if not given. Ids are integers or strings and
-            stay so. In text files they are integers if all of a column are written as such (`007` is not). Timestamps
-            are Unix seconds, integers or floats. Dates, datetimes and ISO 8601 strings become Unix seconds, in UTC
-            where they name no zone, and integers where no row has a fraction of a second.
+            Columns of the source. If not given, they are `user_id`, `item_id` and `timestamp` or, where these are
+            missing, the one column with another common name, such as `userId`, `movieId` or `time`, which is reported.
+            Ids are integers or strings and stay so; integers may be written as floats or decimals (10.0 is 10). In
+            text files they are integers if all of a column are written as such (`007` is not). Timestamps are Unix
+            seconds, integers or floats. Dates, datetimes and ISO 8601 strings become Unix seconds, in UTC where they
+            name no zone, and integers where no row has a fraction of a second.
         title_column (`str`, *optional*):
             Column of the source with the items' titles; an item's first title counts.
+        column_names (`Sequence[str]`, *optional*):
+            All columns of text files that have no header.
+        in_time_order (`bool`, *optional*, defaults to `False`):
+            Set it if the source has no timestamps and its rows come in time order, the oldest first.
         items_file (`str` or `os.PathLike`, *optional*):
-            A file with titles: `u.item`, `movies.dat`, `movies.csv`, or any `.csv`, `.tsv`, `.parquet` or `.jsonl`
-            file with the columns `item_id` and `title`. It replaces the titles that come with a source.
+            A file with titles: `u.item`, `movies.dat`, or any file with a header of the kinds above with the columns
+            `item_id` and `title`, or other common names of them. It replaces the titles that come with a source.
         dataset_config_name (`str`, *optional*):
             The configuration of a Hub dataset.
         dataset_split (`str`, *optional*, defaults to `"train"`):
-            The split of a Hub dataset that holds the interactions.
+            The split of a Hub dataset, or of a `datasets.DatasetDict`, that holds the interactions.
         k_core (`int`, *optional*, defaults to 5):
-            The least number of interactions of every user and item; 0 filters nothing.
+            The least number of interactions of every user and item; 0 keeps all items, and all users with three.
         split (`str`, *optional*, defaults to `"leave_one_out"`):
             `"leave_one_out"`: a user's last item is the test target, the second last the validation target, and the
             items before both are for training. `"temporal"`: two cutoffs in time, the same for all users. Interactions
@@ -157,47 +178,58 @@ def load_histories(
             line, row or column.
         OSError: if a download fails.
     """
-    _check_arguments(split, k_core, validation_fraction, test_fraction, title_column, items_file)
+    _check_arguments(split, k_core, validation_fraction, test_fraction)
+    if title_column is not None and items_file is not None:
+        raise ValueError("title_column and items_file both give titles: set only one of them")
+    if isinstance(column_names, str):
+        raise ValueError(f"column_names must be a list of all columns, found {column_names!r}")
     if cache_dir is None:
         cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "elastic_hf"
     cache_dir = Path(cache_dir)
-    source = os.fspath(source)
-    overrides = {"user": user_column, "item": item_column, "timestamp": timestamp_column, "title": title_column}
-    overrides = {field: name for field, name in overrides.items() if name is not None}
+    request = _request_columns(user_column, item_column, timestamp_column, title_column, in_time_order)
 
-    table, titles = read_source(source, data_dir, overrides, dataset_config_name, dataset_split, cache_dir)
+    table, titles = read_source(source, request, column_names, data_dir, dataset_config_name, dataset_split, cache_dir)
     if items_file is not None:
         titles = read_titles(Path(items_file))
     if split == "temporal" and "timestamp" not in table.column_names:
-        raise ValueError(f"split='temporal' needs timestamps, {source} has none")
+        raise ValueError("split='temporal' needs timestamps, the source has none")
     interactions = _encode(table)
     if title_column is not None:
-        titles = _first_titles(table["title"], interactions)
+        titles = _first_titles(interactions.items, interactions.item_ids, table["title"])
+    elif titles is not None:
+        ids, codes = encode_ids(titles["item"])
+        titles = _first_titles(codes, ids, titles["title"])
+    num_rows = table.num_rows
     del table
 
     _sort_by_time(interactions)
-    num_duplicates = _drop_duplicates(interactions, source)
-    num_filtered = _filter_k_core(interactions, k_core, source)
-    lengths = _history_lengths(interactions, k_core, source)
+    num_duplicates = _drop_duplicates(interactions)
+    num_filtered, num_filtered_users = _filter_by_count(interactions, k_core)
+    lengths = np.bincount(interactions.users)
     if split == "leave_one_out":
         prefixes = _leave_one_out_prefixes(lengths)
     else:
         prefixes = _temporal_prefixes(interactions, lengths, validation_fraction, test_fraction)
+    item_counts = _count_items(interactions, lengths, prefixes["train"])
+    prefixes["train"] = _leave_out_short_prefixes(prefixes["train"])
+    _warn_of_few_users(prefixes)
 
     with temporary_folder(cache_dir) as temporary:
-        _write_items(temporary, interactions, lengths, prefixes["train"], titles)
+        _write_items(temporary, interactions.item_ids, item_counts, titles)
         _write_splits(temporary, interactions, lengths, prefixes)
-        # Loading a source again then finds the caches of `map`, too.
         folder = move_to_content_name(temporary, cache_dir, "histories")
     return Histories(
         DatasetDict({name: Dataset.from_file(str(folder / f"{name}.arrow"), split=name) for name in prefixes}),
         items=Dataset.from_file(str(folder / "items.arrow")),
         counts={
+            "num_rows": num_rows,
             "num_users": len(interactions.user_ids),
             "num_items": len(interactions.item_ids),
             "num_interactions": interactions.users.size,
             "num_duplicates": num_duplicates,
             "num_filtered": num_filtered,
+            "num_filtered_users": num_filtered_users,
+            **{f"num_{name}_users": rows.size for name, (rows, _) in prefixes.items()},
         },
     )
 
@@ -207,8 +239,6 @@ def _check_arguments(
     k_core: int,
     validation_fraction: float,
     test_fraction: float,
-    title_column: str | None,
-    items_file: str | os.PathLike | None,
 ) -> None:
     if split not in ("leave_one_out", "temporal"):
         raise ValueError(f"split must be 'leave_one_out' or 'temporal', found {split!r}")
@@ -221,8 +251,18 @@ def _check_arguments(
             "validation_fraction and test_fraction must be positive and sum to less than 1, "
             f"found {validation_fraction} and {test_fraction}"
         )
-    if title_column is not None and items_file is not None:
-        raise ValueError("title_column and items_file both give titles: set only one of them")
+
+
+def _request_columns(
+    user: str | None, item: str | None, timestamp: str | None, title: str | None, in_time_order: bool
+) -> ColumnRequest:
+    if in_time_order and timestamp is not None:
+        raise ValueError(
+            f"in_time_order is for a source without timestamps: leave it out, or timestamp_column={timestamp!r}"
+        )
+    names = {"user": user, "item": item, "timestamp": timestamp, "title": title}
+    names = {role: name for role, name in names.items() if name is not None}
+    return ColumnRequest(names, ("user", "item") if in_time_order else ("user", "item", "timestamp"))
 
 
 def _encode(table: pa.Table) -> Interactions:
@@ -240,14 +280,14 @@ def _sort_by_time(interactions: Interactions) -> None:
         interactions.keep(np.lexsort((interactions.timestamps, interactions.users)))
 
 
-def _drop_duplicates(interactions: Interactions, source: str) -> int:
+def _drop_duplicates(interactions: Interactions) -> int:
     """Drop rows that equal an earlier one, and return how many they were; without time none are."""
     if interactions.timestamps is None:
         return 0
     is_first = _is_first_of_its_kind(interactions.users, interactions.items, interactions.timestamps)
     num_duplicates = int(is_first.size - np.count_nonzero(is_first))
     if num_duplicates:
-        logger.warning(f"{source}: dropped {num_duplicates:,} rows that repeat another's user, item and timestamp")
+        logger.warning(f"dropped {num_duplicates:,} rows that repeat another's user, item and timestamp")
         interactions.keep(is_first)
     return num_duplicates
 
@@ -268,39 +308,35 @@ def _is_first_of_its_kind(users: np.ndarray, items: np.ndarray, timestamps: np.n
     return first
 
 
-def _filter_k_core(interactions: Interactions, k_core: int, source: str) -> int:
-    """Remove users and items with too few interactions, and return how many interactions that removes."""
-    num_interactions = interactions.users.size
-    if k_core:
-        interactions.keep(_k_core(interactions.users, interactions.items, k_core))
+def _filter_by_count(interactions: Interactions, k_core: int) -> tuple[int, int]:
+    """Remove users and items with too few interactions, and return how many interactions and users that removes."""
+    num_interactions, num_users = interactions.users.size, len(interactions.user_ids)
+    interactions.keep(_k_core(interactions.users, interactions.items, max(k_core, MIN_INTERACTIONS), k_core))
     if not interactions.users.size:
-        raise ValueError(f"{source}: none of {num_interactions:,} interactions is left with k_core={k_core}")
+        raise ValueError(
+            f"none of {num_interactions:,} interactions is left with k_core={k_core}: a user needs at least "
+            f"{max(k_core, MIN_INTERACTIONS)}"
+        )
     interactions.user_ids, interactions.users = drop_unused(interactions.user_ids, interactions.users)
     interactions.item_ids, interactions.items = drop_unused(interactions.item_ids, interactions.items)
-    return num_interactions - interactions.users.size
+    num_filtered_users = num_users - len(interactions.user_ids)
+    if num_filtered_users and k_core < MIN_INTERACTIONS:
+        logger.warning(
+            f"left out {num_filtered_users:,} of {num_users:,} users with fewer than {MIN_INTERACTIONS} interactions"
+        )
+    return num_interactions - interactions.users.size, num_filtered_users
 
 
-def _k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
-    """Return the indices of the rows that are left when no user and no item has fewer than `k` of them."""
+def _k_core(users: np.ndarray, items: np.ndarray, min_per_user: int, min_per_item: int) -> np.ndarray:
+    """Return the indices of the rows that are left when no user and no item has fewer of them than it must have."""
     rows = np.arange(users.size)
     while True:
         row_users, row_items = users[rows], items[rows]
-        kept = (np.bincount(row_users)[row_users] >= k) & (np.bincount(row_items)[row_items] >= k)
+        kept = np.bincount(row_users)[row_users] >= min_per_user
+        kept &= np.bincount(row_items)[row_items] >= min_per_item
         if kept.all():
             return rows
         rows = rows[kept]
-
-
-def _history_lengths(interactions: Interactions, k_core: int, source: str) -> np.ndarray:
-    """Return the number of interactions of each user, of which there must be enough for all splits."""
-    lengths = np.bincount(interactions.users)
-    num_short = int(np.count_nonzero(lengths < MIN_INTERACTIONS))
-    if num_short:
-        raise ValueError(
-            f"{source}: {num_short:,} of {lengths.size:,} users have fewer than {MIN_INTERACTIONS} interactions with "
-            f"k_core={k_core}: set k_core to {MIN_INTERACTIONS} or more to leave such users out"
-        )
-    return lengths
 
 
 def _leave_one_out_prefixes(lengths: np.ndarray) -> dict[str, Prefixes]:
@@ -335,6 +371,28 @@ def _temporal_prefixes(
             logger.warning(f"{name} leaves out {num_new:,} users who have no history before the cutoff")
         prefixes[name] = (rows, before[rows])
     return prefixes
+
+
+def _leave_out_short_prefixes(train: Prefixes) -> Prefixes:
+    """Leave out the users who have too few items to learn from."""
+    rows, lengths = train
+    is_long = lengths >= MIN_TRAINING_ITEMS
+    num_short = int(np.count_nonzero(~is_long))
+    if num_short:
+        logger.warning(
+            f"train leaves out {num_short:,} of {rows.size:,} users, who have fewer than {MIN_TRAINING_ITEMS} items "
+            "to train on"
+        )
+    return rows[is_long], lengths[is_long]
+
+
+def _warn_of_few_users(prefixes: dict[str, Prefixes]) -> None:
+    few = {name: prefixes[name][0].size for name in ("validation", "test") if prefixes[name][0].size < FEW_USERS}
+    if few:
+        logger.warning(
+            f"{' and '.join(few)} have only {' and '.join(f'{size:,}' for size in few.values())} users: a metric over "
+            f"fewer than {FEW_USERS} is mostly chance, one user moves a hit rate by {1 / min(few.values()):.4f}"
+        )
 
 
 def _write_splits(
@@ -375,15 +433,16 @@ def _history_batches(
         yield batch
 
 
-def _write_items(
-    folder: Path, interactions: Interactions, lengths: np.ndarray, train: Prefixes, titles: pa.Table | None
-) -> None:
-    """Write the Arrow file of the items: their ids, their titles and how often they are in the training split."""
-    item_ids = interactions.item_ids
+def _count_items(interactions: Interactions, lengths: np.ndarray, train: Prefixes) -> np.ndarray:
+    """Return how often each item is among the interactions to train on."""
     rows, train_lengths = train
     starts = np.cumsum(lengths) - lengths
     train_items = interactions.items[_flat_indices(starts[rows], train_lengths)]
-    counts = np.bincount(train_items, minlength=len(item_ids))
+    return np.bincount(train_items, minlength=len(interactions.item_ids))
+
+
+def _write_items(folder: Path, item_ids: pa.Array, counts: np.ndarray, titles: pa.Table | None) -> None:
+    """Write the Arrow file of the items."""
     columns = {"item_id": item_ids, "title": _align_titles(item_ids, titles), "count": pa.array(counts)}
     features = {"item_id": Value(str(item_ids.type)), "title": Value("string"), "count": Value("int64")}
     _write_arrow(folder / "items.arrow", Features(features), [columns])
@@ -402,14 +461,13 @@ def _flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
-def _first_titles(titles: pa.ChunkedArray, interactions: Interactions) -> pa.Table:
-    """Return the first title of each item that has one; `interactions` are in the order of the source."""
-    item_ids, items = interactions.item_ids, interactions.items
+def _first_titles(items: np.ndarray, item_ids: pa.Array, titles: pa.ChunkedArray) -> pa.Table:
+    """Return the first title of each item that has one, of rows with the item `item_ids[items]`."""
     rows = np.flatnonzero(titles.is_valid())
     first = np.full(len(item_ids), -1)
     first[items[rows[::-1]]] = rows[::-1]  # of several values for one index the last one stays, here the earliest row
     known = first >= 0
-    return pa.table({"item_id": item_ids.filter(pa.array(known)), "title": titles.take(pa.array(first[known]))})
+    return pa.table({"item": item_ids.filter(pa.array(known)), "title": titles.take(pa.array(first[known]))})
 
 
 def _align_titles(item_ids: pa.Array, titles: pa.Table | None) -> pa.Array:
@@ -417,7 +475,7 @@ def _align_titles(item_ids: pa.Array, titles: pa.Table | None) -> pa.Array:
     if titles is None:
         return pa.nulls(len(item_ids), pa.string())
     try:
-        ids = titles["item_id"].cast(pa.string()).cast(item_ids.type)
+        ids = titles["item"].cast(pa.string()).cast(item_ids.type)
     except pa.ArrowInvalid as error:
         raise ValueError(f"the titles' item ids are not of the interactions' type {item_ids.type}: {error}") from error
     rows = pc.index_in(item_ids, ids)

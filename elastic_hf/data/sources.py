@@ -1,135 +1,35 @@
-"""From a source to the tables of its rows and titles: files, folders, MovieLens, the Hub and the generator."""
+"""From a source to the tables of its rows and titles: files, folders, tables, MovieLens, the Hub and the generator."""
 
+import glob
+import logging
 import os
 import re
-import shutil
-import urllib.request
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from tqdm.auto import tqdm
+from datasets import Dataset, DatasetDict
 
-from .cache import move_unless_exists, sha256, temporary_folder
-from .readers import SUFFIXES, Columns, TextLayout, check_columns, check_rows, read_file, read_rows
-
-
-MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens"
-
-# SHA-256 of the archives at MOVIELENS_URL.
-MOVIELENS_SHA256 = {
-    "ml-100k": "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
-    "ml-1m": "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
-    "ml-20m": "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
-    "ml-25m": "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
-    "ml-latest-small": "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
-}
+from .columns import ColumnRequest
+from .files import ENDINGS, JSON_SUFFIXES, kind_of
+from .movielens import COMPANIONS, MOVIELENS_SHA256, download_movielens, find_layout, read_movies
+from .readers import read_files
+from .text_reader import TextLayout
+from .values import check_rows
 
 
-class MovieLensLayout(NamedTuple):
-    """The files of a MovieLens release that hold the interactions and the titles."""
+logger = logging.getLogger(__name__)
 
-    ratings: str
-    movies: str
-    text: TextLayout
-    columns: Columns
-
-
-_U_DATA = TextLayout("\t", ["user_id", "item_id", "rating", "timestamp"])
-# Every field is a number, so `::` can be read as an empty field between two colons.
-_RATINGS_DAT = TextLayout(":", ["user_id", "empty_1", "item_id", "empty_2", "rating", "empty_3", "timestamp"])
-MOVIELENS_LAYOUTS = (
-    MovieLensLayout("u.data", "u.item", _U_DATA, Columns()),
-    MovieLensLayout("ratings.dat", "movies.dat", _RATINGS_DAT, Columns()),
-    MovieLensLayout("ratings.csv", "movies.csv", TextLayout(), Columns("userId", "movieId")),
-)
-
-
-def read_titles(path: Path) -> pa.Table:
-    """Read a file of items into a table with the columns `item_id` and `title`."""
-    separator = {"u.item": "|", "movies.dat": "::"}.get(path.name)
-    if separator is None:
-        names = ["movieId", "title"] if path.name == "movies.csv" else ["item_id", "title"]
-        return read_file(path, names, names).rename_columns(["item_id", "title"])
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")  # the 10M release
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")  # the older ones
-    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    fields = pc.split_pattern(pa.array(lines), separator, max_splits=2)
-    short = np.flatnonzero(pc.less(pc.list_value_length(fields), 2))
-    if short.size:
-        raise ValueError(f"{path}, line {short[0] + 1}: expected an id and a title divided by {separator!r}")
-    return pa.table({"item_id": pc.list_element(fields, 0), "title": pc.list_element(fields, 1)})
-
-
-def _download_movielens(name: str, cache_dir: Path) -> Path:
-    """Download and unpack a MovieLens release, if the cache does not have it, and return its folder."""
-    folder = cache_dir / name
-    if folder.is_dir():
-        return folder
-    url = f"{MOVIELENS_URL}/{name}.zip"
-    with temporary_folder(cache_dir) as temporary:
-        archive = temporary / "archive.zip"
-        _download(url, archive)
-        found = sha256(archive)
-        if found != MOVIELENS_SHA256[name]:
-            raise ValueError(f"{url}: expected SHA-256 {MOVIELENS_SHA256[name]}, found {found}")
-        unpacked = temporary / name
-        unpacked.mkdir()
-        with zipfile.ZipFile(archive) as zip_file:
-            members = set(zip_file.namelist())
-            for layout in MOVIELENS_LAYOUTS:
-                for filename in {layout.ratings, layout.movies}:
-                    if f"{name}/{filename}" in members:
-                        with zip_file.open(f"{name}/{filename}") as packed, (unpacked / filename).open("wb") as file:
-                            shutil.copyfileobj(packed, file)
-        move_unless_exists(unpacked, folder)
-    return folder
-
-
-def _download(url: str, file: Path) -> None:
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, file.open("wb") as target:
-            size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm.wrapattr(response, "read", total=size, desc=url.rsplit("/", 1)[-1]) as stream:
-                shutil.copyfileobj(stream, target)
-    except OSError as error:
-        raise OSError(
-            f"could not download {url}: {error}; with the files at hand, pass their folder as data_dir"
-        ) from error
-
-
-def _read_folder(path: Path, overrides: dict[str, str]) -> tuple[pa.Table, pa.Table | None]:
-    for layout in MOVIELENS_LAYOUTS:
-        if (path / layout.ratings).is_file() and (path / layout.movies).is_file():
-            columns = layout.columns._replace(**overrides)
-            return read_rows([path / layout.ratings], columns, layout.text), read_titles(path / layout.movies)
-    paths = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
-    suffixes = sorted({file.suffix for file in paths})
-    if len(suffixes) != 1:
-        raise ValueError(
-            f"{path} must hold the raw files of a MovieLens release, or files of one kind among {SUFFIXES}, "
-            f"found {[file.name for file in paths]}"
-        )
-    return read_rows(paths, _default_columns(paths[0])._replace(**overrides)), None
-
-
-def _default_columns(path: Path) -> Columns:
-    return Columns(timestamp=None) if path.suffix == ".txt" else Columns()
+GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def read_source(
-    source: str,
+    source: Any,
+    request: ColumnRequest,
+    column_names: Sequence[str] | None,
     data_dir: str | os.PathLike | None,
-    overrides: dict[str, str],
     dataset_config_name: str | None,
     dataset_split: str,
     cache_dir: Path,
@@ -138,37 +38,171 @@ def read_source(
     Read the rows of a source, and its titles where it has them.
 
     Args:
-        overrides (`dict[str, str]`): Fields of `Columns` that replace the source's defaults.
+        source, column_names, data_dir, dataset_config_name, dataset_split, cache_dir: As in [`load_histories`].
+        request (`ColumnRequest`): The columns to look for.
+
+    Returns:
+        `tuple[pyarrow.Table, pyarrow.Table | None]`: the rows as [`~values.check_rows`] returns them, and the titles
+        with the columns `item` and `title`.
+
+    Raises:
+        ValueError: if there is no such source, or it does not hold what is expected.
     """
     if data_dir is not None:
-        if not source.startswith("ml-"):
+        if not str(source).startswith("ml-"):
             raise ValueError(f"data_dir is for MovieLens datasets such as 'ml-1m', found source {source!r}")
-        if not Path(data_dir).is_dir():
-            raise ValueError(f"data_dir {data_dir} is not a folder")
-        return _read_folder(Path(data_dir), overrides)
+        return _read_movielens(Path(data_dir), request)
+    if isinstance(source, list | tuple) and all(isinstance(part, str | os.PathLike) for part in source):
+        return read_files(_find_files(source, cache_dir), request, column_names), None
+    if not isinstance(source, str | os.PathLike):
+        return _read_table(source, request, dataset_split), None
+    source = os.fspath(source)
     if source in MOVIELENS_SHA256:
-        return _read_folder(_download_movielens(source, cache_dir), overrides)
+        return _read_movielens(download_movielens(source, cache_dir), request)
     path = Path(source)
     if path.is_dir():
-        return _read_folder(path, overrides)
-    if path.exists():
-        return read_rows([path], _default_columns(path)._replace(**overrides)), None
-
-    columns = Columns()._replace(**overrides)
-    titles = None
+        if find_layout(path) is not None:
+            return _read_movielens(path, request)
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _read_table(_load_saved(path), request, dataset_split, path), None
+    if path.exists() or GLOB_CHARACTERS.search(source):
+        return read_files(_find_files([source], cache_dir), request, column_names), None
     if source == "synthetic":
         from .synthetic import make_interactions
 
         interactions, items = make_interactions()
-        check_columns(interactions.columns, columns.wanted(), source)
-        table, titles = interactions.to_arrow(), items.to_arrow()
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in SUFFIXES:
+        titles = items.to_arrow().rename_columns({"item_id": "item"})
+        return _read_table(interactions, request, dataset_split, source), titles
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and kind_of(path) is None:
         dataset = datasets.load_dataset(source, dataset_config_name, split=dataset_split)
-        check_columns(dataset.column_names, columns.wanted(), source)
-        table = dataset.select_columns(columns.wanted()).with_format("arrow")[:]
-    else:
+        return _read_table(dataset, request, dataset_split, source), None
+    raise ValueError(
+        f"source must be 'synthetic', one of {list(MOVIELENS_SHA256)}, a table, an existing file or folder, or a "
+        f"dataset on the Hub as 'org/name', found {source!r}"
+    )
+
+
+def read_titles(path: Path, layout: TextLayout | None = None) -> pa.Table:
+    """Read a file of items into a table with the columns `item` and `title`."""
+    movies = read_movies(path)
+    return read_files([path], ColumnRequest(roles=("item", "title")), layout=layout) if movies is None else movies
+
+
+def _read_movielens(folder: Path, request: ColumnRequest) -> tuple[pa.Table, pa.Table]:
+    layout = find_layout(folder)
+    if layout is None:
+        raise ValueError(f"{folder} must hold the raw files of a MovieLens release, found none of them")
+    known = {layout.ratings, layout.movies, *COMPANIONS}
+    others = sorted(path.name for path in folder.iterdir() if kind_of(path) is not None and path.name not in known)
+    if others:
+        raise ValueError(f"{folder} must hold the raw files of a MovieLens release and no others, found {others[:10]}")
+    ratings = read_files([folder / layout.ratings], request, layout=layout.text)
+    return ratings, read_titles(folder / layout.movies, layout.text)
+
+
+def _find_files(sources: Sequence[str | os.PathLike], cache_dir: Path) -> list[Path]:
+    """
+    Return the files of files, folders and patterns, in the given order and by name within a folder or pattern.
+
+    Raises:
+        ValueError: if there are none, one of them twice, or of several kinds, or if a folder holds what is not read.
+    """
+    paths = []
+    for source in map(os.fspath, sources):
+        matches = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+        if not matches:
+            raise ValueError(f"source must be an existing file or folder, or match one, found {source!r}")
+        for match in map(Path, matches):
+            paths += _files_of_folder(match, cache_dir) if match.is_dir() else [match]
+    if not paths:
+        raise ValueError(f"source must hold a file, found {[os.fspath(source) for source in sources]}")
+    seen = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ValueError(f"source names {path} more than once")
+        seen.add(path.resolve())
+    kinds = {kind_of(path): path for path in reversed(paths)}
+    if len({"json" if kind in JSON_SUFFIXES else kind for kind in kinds}) > 1:
+        raise ValueError(f"source must hold files of one kind, found {', '.join(map(str, kinds.values()))}")
+    return paths
+
+
+def _files_of_folder(folder: Path, cache_dir: Path) -> list[Path]:
+    """
+    Return the files in a folder and its subfolders, by name.
+
+    Left out are hidden files, whose names begin with a dot, the marks of other programs, such as `_SUCCESS`, and the
+    cache, if it is in the folder.
+    """
+    names = sorted(glob.glob("**", root_dir=folder, recursive=True, include_hidden=True))
+    root = folder.resolve()
+    paths, hidden, unread = [], [], []
+    for name in names:
+        path = folder / name
+        if path.is_dir() or (root / name).is_relative_to(cache_dir.resolve()):
+            continue
+        parts = Path(name).parts
+        if any(part.startswith(".") for part in parts):
+            hidden += [name] * (kind_of(path) is not None)
+        elif any(part.startswith("_") for part in parts):
+            unread += [name] * (kind_of(path) is not None)
+        elif kind_of(path) is None:
+            unread.append(name)
+        else:
+            paths.append(path)
+    if unread:
         raise ValueError(
-            f"source must be 'synthetic', one of {list(MOVIELENS_SHA256)}, an existing file or folder, or a dataset "
-            f"on the Hub as 'org/name', found {source!r}"
+            f"{folder} holds files that are not read, {unread[:10]}: a name must not begin with _ and must end in one "
+            f"of {ENDINGS}. Take them away, or give the files to read as a list or a pattern"
         )
-    return check_rows(table, columns, source, lambda row: f"row {row + 1}"), titles
+    if hidden:
+        logger.warning(f"{folder}: leaving out hidden files, {hidden[:10]}")
+    if not paths:
+        raise ValueError(f"{folder} must hold files that end in one of {ENDINGS}, found none")
+    return paths
+
+
+def _load_saved(folder: Path) -> Dataset | DatasetDict:
+    try:
+        return datasets.load_from_disk(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} cannot be loaded as a saved dataset: {error}") from error
+
+
+def _read_table(source: Any, request: ColumnRequest, split: str, name: str | Path | None = None) -> pa.Table:
+    """Read a table in memory: of `datasets`, or any that hands its columns on as Arrow."""
+    name = type(source).__name__ if name is None else name
+    if isinstance(source, DatasetDict):
+        if split not in source:
+            raise ValueError(f"{name}: dataset_split must be one of {list(source)}, found {split!r}")
+        source = source[split]
+    if isinstance(source, Dataset):
+        found = source.column_names
+        columns = request.find(found, name)
+        table = source.select_columns(columns.wanted()).with_format("arrow")[:]
+    else:
+        table, found = _to_arrow(source, request, name)
+        columns = request.find(found, name)
+    request.report(columns, found, name)
+    if table.num_rows == 0:
+        raise ValueError(f"{name} has no rows")
+    return check_rows(table, columns, name, lambda row: f"row {row + 1}")
+
+
+def _to_arrow(source: Any, request: ColumnRequest, name: str | Path) -> tuple[pa.Table, list[str]]:
+    """Return the table of a source and its columns: all of them or, where Arrow does not hold all, those wanted."""
+    if not hasattr(source, "__arrow_c_stream__"):
+        raise ValueError(
+            "source must be a path, a list of paths, a datasets.Dataset, or a table of pandas (2.2 or later), polars "
+            f"or Arrow, found {type(source).__module__}.{type(source).__qualname__}"
+        )
+    try:
+        table = pa.table(source)
+        return table, table.column_names
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        found = [str(column) for column in getattr(source, "columns", ())]
+        wanted = request.find(found, name).wanted()
+        try:
+            return pa.table(source[wanted]), found
+        except (pa.ArrowException, TypeError, ValueError, LookupError):
+            raise ValueError(f"{name}: {error}") from error

@@ -22,7 +22,13 @@ def split_into_windows(histories: Dataset, max_length: int) -> Dataset:
     """
     return (
         histories.with_format("arrow")
-        .map(_split_batch, fn_kwargs={"max_length": max_length}, batched=True, desc="Cutting long histories")
+        .map(
+            _split_batch,
+            fn_kwargs={"max_length": max_length},
+            batched=True,
+            load_from_cache_file=False,  # a damaged file of the cache would be taken for the result
+            desc="Cutting long histories",
+        )
         .with_format(histories.format["type"])
     )
 

@@ -67,6 +67,12 @@ class RecommenderConfig(PreTrainedConfig):
     mask_token_id: int | None = 2
     tie_word_embeddings: bool = True
 
+    def __post_init__(self, **kwargs):
+        if not __name__.startswith("transformers_modules"):
+            # The pipeline of this package is registered: without it Transformers would ask to trust the repository's.
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
+
     def validate_numbers(self):
         """Numbers are finite and not negative."""
         for field in fields(self):

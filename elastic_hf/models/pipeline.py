@@ -11,21 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Pipeline, PreTrainedModel
+from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
-from .item_tokenizer import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
-from .modeling_recommender import SequentialRecommenderMixin
+from .item_tokenizer import NUM_SPECIAL_TOKENS
 
 
 logger = logging.getLogger(__name__)
 
-PARAMETERS = ("top_k", "exclude_seen", "candidates", "unknown", "fallback")
 MAX_NAMES = 10  # items that one error or warning names
 
 
 class SequentialRecommendationPipeline(Pipeline):
     """
-    Recommends from histories, with any model of this package.
+    Recommend from histories, with any model of this package.
 
     A history is a list of item ids (integers or strings) or titles, oldest first, bare or as `{"history": [...]}`. The
     pipeline takes one history, a list of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch
@@ -61,10 +59,13 @@ class SequentialRecommendationPipeline(Pipeline):
 
     ```python
     >>> pipe = pipeline("sequential-recommendation", model="outputs/shop", top_k=3)
+    >>> pipe = pipeline(model="org/shop", trust_remote_code=True, top_k=3)  # with the code in the repository
     >>> pipe(["sku 17", "sku 4"])
     >>> pipe([["sku 17", "sku 4"], ["sku 9"]], candidates=["sku 1", "sku 2", "sku 3"], batch_size=2)
     ```
     """
+
+    parameter_names = ("top_k", "exclude_seen", "candidates", "unknown", "fallback")
 
     _load_tokenizer = True
     _load_processor = False
@@ -72,10 +73,12 @@ class SequentialRecommendationPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, model: PreTrainedModel, tokenizer: ElasticItemTokenizer | None = None, **kwargs) -> None:
-        if not isinstance(model, SequentialRecommenderMixin):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs) -> None:
+        # Told by what they offer and not by class: Transformers loads a repository's files several times, each time as
+        # other modules.
+        if not hasattr(model, "recommend"):
             raise ValueError(f"model must be a sequential recommender of elastic_hf, found {type(model).__name__}")
-        if not isinstance(tokenizer, ElasticItemTokenizer):
+        if not hasattr(tokenizer, "items"):
             raise ValueError(f"tokenizer must be an ElasticItemTokenizer, found {type(tokenizer).__name__}")
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(
@@ -95,8 +98,8 @@ class SequentialRecommendationPipeline(Pipeline):
 
     def _sanitize_parameters(self, **parameters) -> tuple[dict, dict, dict]:
         for name in parameters:
-            if name not in PARAMETERS:
-                raise ValueError(f"parameters must be among {', '.join(PARAMETERS)}, found {name!r}")
+            if name not in self.parameter_names:
+                raise ValueError(f"parameters must be among {', '.join(self.parameter_names)}, found {name!r}")
         checked = {name: value for name, value in parameters.items() if name != "candidates"}
         top_k, exclude_seen = parameters.get("top_k", 10), parameters.get("exclude_seen", True)
         if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1:
@@ -189,7 +192,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """
-        Saves the model and the tokenizer: all that `pipeline` needs where `elastic_hf` is imported. The stock method
+        Save the model and the tokenizer: all that `pipeline` needs where `elastic_hf` is imported. The stock method
         adds a copy of this file, and with it the need for `trust_remote_code=True`.
         """
         self.model.save_pretrained(save_directory, **kwargs)

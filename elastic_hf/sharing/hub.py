@@ -1,6 +1,5 @@
-"""Publishing: one commit that holds a trained model, all that loads it, and what was measured. Nothing pickled."""
+"""Publishing: one commit that holds a trained model, all that loads it, and what was measured."""
 
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -10,88 +9,12 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils.sha import git_hash
-from safetensors import SafetensorError, safe_open
 
-from ..models.configuration_elastic import ElasticConfig
-from ..models.modeling_elastic import ElasticForSequentialRecommendation
-from ..version import __version__
-from .model_card import render_model_card
-
-
-# All that is ever published of a folder.
-REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
-OPTIONAL_FILES = (
-    "items.parquet",
-    "all_results.json",
-    "training_curve.png",
-    "expert_horizons.png",
-    "results/*.json",
-    "handler.py",
-    "requirements.txt",
-)
-# The code that a repository of ELASTIC holds.
-CODE_FOLDER = Path(__file__).parents[1] / "models"
-# What the code in a repository is loaded as by those who do not have this package.
-REMOTE_CLASSES = {"AutoConfig": ElasticConfig, "AutoModel": ElasticForSequentialRecommendation}
-# Serves the model on Inference Endpoints: a file that is copied, never imported, and what it needs.
-HANDLER_FILE = Path(__file__).parent / "templates" / "handler.py"
-REQUIREMENTS = f"elastic_hf=={__version__}\n"
+from .repository import files_to_publish
 
 
 class PublishError(RuntimeError):
     """What kept a folder from being published, in one line that holds no token."""
-
-
-def files_to_publish(
-    folder: str | Path, repo_id: str | None = None, license: str | None = None
-) -> list[CommitOperationAdd]:
-    """What [`publish`] makes of a folder; no network is needed, and the folder is only read.
-
-    Args:
-        folder (`str` or `Path`): An output folder of `examples/run_seqrec.py`, or of
-            [`SequentialRecommendationTrainer`].
-        repo_id (`str`, *optional*): As in [`publish`].
-        license (`str`, *optional*): As in [`publish`].
-
-    Returns:
-        `list[CommitOperationAdd]`: `path_in_repo` and content of each file. For ELASTIC these hold its code, too, and
-        an `auto_map` in `config.json`. The baselines are loaded by this package alone.
-
-    Raises:
-        `ValueError`: if a file is missing, or is not what its name says.
-    """
-    folder = Path(folder)
-    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"folder {folder} must hold {', '.join(REQUIRED_FILES)}, found no {', '.join(missing)}")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = config["model_type"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'} must be a model's configuration, found {error!r}") from error
-    try:
-        with safe_open(folder / "model.safetensors", framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} must be a safetensors file, found {error}") from error
-
-    contents = {name: folder / name for name in REQUIRED_FILES}
-    for pattern in OPTIONAL_FILES:
-        contents |= {file.relative_to(folder).as_posix(): file for file in sorted(folder.glob(pattern))}
-    if repo_id is not None and "all_results.json" in contents:
-        has_code = model_type == ElasticConfig.model_type
-        contents["README.md"] = str(render_model_card(folder, repo_id, license=license, has_code=has_code)).encode()
-    elif license is not None:
-        raise ValueError(f"license is written into a card made from all_results.json, found none in {folder}")
-    if model_type == ElasticConfig.model_type:
-        contents |= {file.name: file for file in CODE_FOLDER.glob("[!_]*.py")}
-        config["auto_map"] = {
-            name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in REMOTE_CLASSES.items()
-        }
-        contents["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    contents.setdefault("handler.py", HANDLER_FILE)
-    contents.setdefault("requirements.txt", REQUIREMENTS.encode())
-    return [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
 
 
 def publish(
@@ -103,16 +26,18 @@ def publish(
     tag: str | None = None,
     create_pr: bool = False,
     license: str | None = None,
+    include_personal_data: bool = False,
     commit_message: str = "Publish the model",
     token: str | None = None,
     endpoint: str | None = None,
 ) -> CommitInfo | None:
-    """Publishes a trained model on the Hub, in one commit.
+    """Publish a trained model on the Hub, in one commit.
 
-    The commit holds [`files_to_publish`], with a card rendered for `repo_id` from the folder's `all_results.json`, or
-    its `README.md` where there are no results; other files of the repository stay as they are. It is made after all
-    bytes have arrived, and only on top of the commit that was the latest one at the beginning: an upload that is
-    refused or interrupted leaves the repository as it was. A repository that does not exist is created first.
+    The model is loaded and tried first. The commit holds [`files_to_publish`], with a card rendered for `repo_id` from
+    the folder's `all_results.json`, or its `README.md` where there are no results; other files of the repository stay
+    as they are. It is made after all bytes have arrived, and only on top of the commit that was the latest one at the
+    beginning: an upload that is refused or interrupted leaves the repository as it was. A repository that does not
+    exist is created first.
 
     Args:
         folder (`str` or `Path`): An output folder of `examples/run_seqrec.py`, or of
@@ -121,9 +46,13 @@ def publish(
         private (`bool`, *optional*): Whether only its owner can see a new repository. The namespace's own setting by
             default. An existing repository must be what is asked for.
         revision (`str`, *optional*): Branch to commit to, which must exist. `"main"` by default.
-        tag (`str`, *optional*): Name for this version, made after the commit.
+        tag (`str`, *optional*):
+            Name for this version, made after the commit. The card's code asks for it by this name.
         create_pr (`bool`): Propose the commit as a pull request against `"main"`.
         license (`str`, *optional*): Hub id of the licence of the weights, such as `"mit"`, for the card.
+        include_personal_data (`bool`, defaults to `False`):
+            Publish results files as they are, with the user whom they show (id, history and next item) and the paths
+            of this machine.
         commit_message (`str`): First line of the commit's message.
         token (`str`, *optional*): Token with write access. The one of `HF_TOKEN` or `hf auth login` by default.
         endpoint (`str`, *optional*): Address of the Hub. `HF_ENDPOINT` by default.
@@ -132,14 +61,14 @@ def publish(
         `CommitInfo`, or `None` where the repository already holds all that would be published.
 
     Raises:
-        `ValueError`: if the folder or an argument is not what it must be.
+        ValueError: if the folder or an argument is not what it must be. Nothing is sent.
         [`PublishError`]: if the Hub, or the way to it, refuses.
     """
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", repo_id):
         raise ValueError(f"repo_id must be namespace/name, found {repo_id!r}")
     if create_pr and (revision is not None or tag is not None):
         raise ValueError("create_pr proposes a commit to main: it goes with neither revision nor tag")
-    operations = files_to_publish(folder, repo_id, license)
+    operations = files_to_publish(folder, repo_id, license, tag=tag, include_personal_data=include_personal_data)
     token = token or get_token()
     if not token:
         raise PublishError("there is no token: log in with `hf auth login`, or set HF_TOKEN")

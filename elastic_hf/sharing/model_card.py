@@ -3,23 +3,45 @@
 import inspect
 import json
 import os
-import statistics
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..registry import MODELS
-from ..results import CUTOFFS
+from .privacy import without_personal_data
+from .tables import (
+    METRICS,
+    comparison_rows,
+    cost_rows,
+    group_by_model,
+    latency_table,
+    metric_rows,
+    name_of_model,
+    table,
+    training_rows,
+)
+from .trial import load_pipeline, read_json, recommend_example
 
 
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = TEMPLATES / "model_card.md"
+REQUIREMENTS = (TEMPLATES / "requirements.txt").read_text(encoding="utf-8").split()
 
-TAGS = ("sequential-recommendation", "recommender-system", "elastic_hf")
+# As Transformers knows it, though it is none of the Hub's own tasks.
+TASK = "sequential-recommendation"
+TAGS = (TASK, "recommender-system", "elastic_hf")
 
-# Pictures that a card shows where its folder has them, and what they show.
-PICTURES = {
+# With fewer users than this the figures say little about others.
+FEW_USERS = 500
+
+# What the card's example is made from, where a folder has all of it.
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "items.parquet")
+
+# Figures that a card shows where its folder has them, and what they show.
+FIGURES = {
     "training_curve": "Training loss and validation NDCG@10 by epoch",
     "expert_horizons": "Half-life of each interest expert, in items, by layer and head",
 }
@@ -51,25 +73,21 @@ DATA_SOURCES = {
 EVALUATIONS = {"test": "test items", "validation": "validation items", "eval": "evaluation dataset"}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """`mean ± standard deviation` of several seeds, or the value of one."""
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
-
-
-def render_model_card(folder: str | os.PathLike, repo_id: str, known: dict | None = None, **options) -> ModelCard:
+def render_model_card(
+    folder: str | os.PathLike,
+    repo_id: str,
+    known: dict | None = None,
+    *,
+    example: dict | None = None,
+    **options,
+) -> ModelCard:
     """
-    Renders the card of a model folder that `examples/run_seqrec.py` wrote, from the files in it:
+    Render the card of a model folder that `examples/run_seqrec.py` wrote, from the files in it:
 
     - `all_results.json`: the run's own results;
     - `config.json`, which must be of that run's model. Where it has an `auto_map`, the folder holds the model's code,
       and the card says how to load it with `trust_remote_code`;
+    - the model and its tokenizer, where they are there: they recommend for the card's example;
     - `training_curve.png` and `expert_horizons.png`, where they are there;
     - `results/*.json`: results of other seeds and of baselines to compare with, on the same data, split and length,
       and `benchmark-inference.json` of `examples/benchmarks/run_benchmark.py`.
@@ -78,34 +96,38 @@ def render_model_card(folder: str | os.PathLike, repo_id: str, known: dict | Non
         folder (`str` or `os.PathLike`): The model folder.
         repo_id (`str`): Where the model will be loaded from: its Hub id, or the folder.
         known (`dict`, *optional*): What holds where `all_results.json` says nothing; then that file may be missing.
+        example (`dict`, *optional*): As [`recommend_example`] returns it, where the model was loaded before.
         options: As for [`make_model_card`].
 
     Returns:
         `ModelCard`: The card, not yet saved.
 
     Raises:
-        `ValueError`: if a file is missing or broken, or if the files do not belong together.
+        ValueError: if a file is missing or broken, or if the files do not belong together.
     """
     folder = Path(folder)
     results_file, config_file = folder / "all_results.json", folder / "config.json"
     if known is None and not results_file.exists():
         raise ValueError(f"{folder} must hold all_results.json, as examples/run_seqrec.py writes it")
-    results = _read_json(results_file) if results_file.exists() else {}
-    config = _read_json(config_file) if config_file.exists() else {}
+    results = read_json(results_file) if results_file.exists() else {}
+    config = read_json(config_file) if config_file.exists() else {}
     for name, value in results.get("config", {}).items():
         if config.get(name, value) != value:
             raise ValueError(
                 f"{results_file} must be of the model in config.json, found {name} {value!r} and {config[name]!r}"
             )
-    others = {str(file): _read_json(file) for file in sorted((folder / "results").glob("*.json"))}
+    if example is None and all((folder / name).exists() for name in MODEL_FILES):
+        example = recommend_example(load_pipeline(folder))
+    others = {str(file): read_json(file) for file in sorted((folder / "results").glob("*.json"))}
     benchmark = others.pop(str(folder / "results" / "benchmark-inference.json"), None)
-    pictures = {name: f"{name}.png" for name in PICTURES if (folder / f"{name}.png").exists()}
+    figures = {name: f"{name}.png" for name in FIGURES if (folder / f"{name}.png").exists()}
     return make_model_card(
         repo_id,
         (known or {}) | results,
         others,
         benchmark=benchmark,
-        pictures=pictures,
+        figures=figures,
+        example=example,
         **{"has_code": "auto_map" in config, **options},
     )
 
@@ -116,8 +138,10 @@ def make_model_card(
     others: dict[str, dict] | None = None,
     *,
     benchmark: dict | None = None,
-    pictures: dict[str, str] | None = None,
+    figures: dict[str, str] | None = None,
+    example: dict | None = None,
     has_code: bool = False,
+    revision: str | None = None,
     model_name: str | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
@@ -127,7 +151,8 @@ def make_model_card(
     data_source: DataSource | None = None,
 ) -> ModelCard:
     """
-    Fills the template of the cards. What is not given is left out of the card.
+    Fill the template of the cards. What is not given is left out of the card, and so is whatever is personal in the
+    results: users, histories and the folders of a machine.
 
     Args:
         repo_id (`str`): Where the model will be loaded from: a Hub id, or a folder.
@@ -135,8 +160,11 @@ def make_model_card(
         others (`dict[str, dict]`, *optional*):
             Results of other seeds and of baselines by the names of their files.
         benchmark (`dict`, *optional*): The results of `examples/benchmarks/run_benchmark.py inference`.
-        pictures (`dict[str, str]`, *optional*): Relative links to the pictures, by their names in `PICTURES`.
+        figures (`dict[str, str]`, *optional*): Relative links to the figures, by their names in `FIGURES`.
+        example (`dict`, *optional*):
+            As [`recommend_example`] returns it; defaults to the results' `example`.
         has_code (`bool`, *optional*, defaults to `False`): Whether the model's code lies beside it.
+        revision (`str`, *optional*): Tag of this version, which the card's code asks for.
         model_name (`str`, *optional*): Title of the card; defaults to the last part of `repo_id`.
         license (`str`, *optional*): Hub id of the licence of the weights.
         language (`str` or `list[str]`, *optional*): Languages of the items' titles.
@@ -150,69 +178,86 @@ def make_model_card(
         `ModelCard`: The card, not yet saved.
 
     Raises:
-        `ValueError`: if `repo_id` or the `model_type` of `results` is missing, or if `others` are not comparable with
+        ValueError: if `repo_id` or the `model_type` of `results` is missing, or if `others` are not comparable with
             `results`.
     """
     if "model_type" not in results:
         raise ValueError(f"results must have a model_type, found {', '.join(results) or 'nothing'}")
     if not repo_id:
         raise ValueError(f"repo_id must name where the model will be loaded from, found {repo_id!r}")
-    others = others or {}
-    _check_comparable(results, others)
-    model_name = model_name or repo_id.rstrip("/").split("/")[-1]
-    datasets = datasets or results.get("hub_dataset")
+    _check_comparable(results, others or {})
+    results = without_personal_data(results)
+    others = {file: without_personal_data(other) for file, other in (others or {}).items()}
+    benchmark = benchmark and without_personal_data(benchmark)
     if data_source is None and results.get("dataset"):
-        data_source = DATA_SOURCES.get(results["dataset"], DataSource(_dataset_name(results)))
+        data_source = DATA_SOURCES.get(results["dataset"], DataSource(results["dataset"]))
     evaluation = next((prefix for prefix in EVALUATIONS if f"{prefix}_ndcg@10" in results), None)
     eval_results = _eval_results(results, evaluation, data_source)
+    datasets = datasets or results.get("hub_dataset")
+    name = model_name or repo_id.rstrip("/").split("/")[-1]
     card_data = ModelCardData(
-        model_name=model_name if eval_results else None,
+        model_name=name if eval_results else None,
         language=language,
         license=license,
         library_name="transformers",
+        pipeline_tag=TASK,
         tags=[*TAGS, results["model_type"], *(tags or ())],
         base_model=base_model,
         datasets=[datasets] if isinstance(datasets, str) else datasets,
-        metrics=["hr", "ndcg", "mrr"] if evaluation else None,
+        metrics=[metric.split("@")[0].lower() for metric in METRICS] if eval_results else None,
         eval_results=eval_results or None,
     )
-    # The code of ELASTIC, which repositories hold a copy of, leaves what is said about it to the card.
-    about = MODELS.get({"elastic": "elastic_paper"}.get(results["model_type"], results["model_type"]))
-    models = _group_by_model(results, others)
-    citations = [inspect.cleandoc(source.citation) for source in (about, data_source) if source and source.citation]
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
-        name=model_name,
+        name=name,
         repo_id=repo_id,
         has_code=has_code,
+        requirements=REQUIREMENTS,
+        revision=revision,
+        example=example or results.get("example"),
+        as_code=partial(json.dumps, ensure_ascii=False),
         results=results,
-        config=results.get("config", {}),
-        model_description=about and about.description,
         data_source=data_source,
-        evaluation=evaluation,
-        evaluated_on=EVALUATIONS.get(evaluation),
-        selection=_selection(results),
-        coverage=results.get(f"{evaluation}_coverage@10"),
-        models=models,
-        own_seeds=models[_model_name(results)],
-        table=table,
-        metric_rows=_metric_rows(results, evaluation),
-        comparison_rows=_comparison_rows(results, models),
-        training_rows=_training_rows(results),
-        cost_rows=_cost_rows(models),
-        latency_table=_latency_table(benchmark),
         benchmark=benchmark,
-        pictures=[(PICTURES[picture], link) for picture, link in (pictures or {}).items()],
-        citations=citations,
+        latency_table=latency_table(benchmark),
+        figures=[(FIGURES[figure], link) for figure, link in (figures or {}).items()],
+        **_describe_model(results, data_source),
+        **_describe_results(results, others, evaluation),
     )
 
 
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must hold JSON: {error}") from error
+def _describe_model(results: dict, data_source: DataSource | None) -> dict[str, Any]:
+    """What the card says about the model whatever the run was like."""
+    # The code of ELASTIC, which repositories hold a copy of, leaves what is said about it to the card.
+    about = MODELS.get({"elastic": "elastic_paper"}.get(results["model_type"], results["model_type"]))
+    sources = [source for source in (about, data_source) if source and source.citation]
+    return {
+        "config": results.get("config", {}),
+        "model_description": about and about.description,
+        "citations": [inspect.cleandoc(source.citation) for source in sources],
+    }
+
+
+def _describe_results(results: dict, others: dict[str, dict], evaluation: str | None) -> dict[str, Any]:
+    """What the card says about the run, beside others."""
+    models = group_by_model(results, others)
+    num_users = {EVALUATIONS[prefix]: results.get(f"num_{prefix}_users") for prefix in ("validation", "test")}
+    return {
+        "evaluation": evaluation,
+        "evaluated_on": EVALUATIONS.get(evaluation),
+        "num_users": {items: number for items, number in num_users.items() if number is not None},
+        "few_users": FEW_USERS,
+        "selection": _selection(results),
+        "coverage": results.get(f"{evaluation}_coverage@10"),
+        "models": models,
+        "own_seeds": models[name_of_model(results)],
+        "table": table,
+        "metric_rows": metric_rows(results, evaluation),
+        "comparison_rows": comparison_rows(results, models),
+        "training_rows": training_rows(results),
+        "cost_rows": cost_rows(models),
+    }
 
 
 def _check_comparable(results: dict, others: dict[str, dict]) -> None:
@@ -223,13 +268,17 @@ def _check_comparable(results: dict, others: dict[str, dict]) -> None:
             value, expected = other.get(key), results.get(key)
             if value != expected:
                 raise ValueError(f"{file}: {key} must be {expected!r}, as for the card's model, found {value!r}")
+        if not other.get("model_type"):
+            raise ValueError(f"{file}: a model to compare with must have a model_type, found none")
         if "test_ndcg@10" not in other:
             raise ValueError(f"{file}: a model to compare with must have been evaluated on the test items")
         for earlier_file, earlier in runs.items():
-            if _model_name(earlier) != _model_name(other):
+            if name_of_model(earlier) != name_of_model(other):
                 continue
             if earlier.get("seed") == other.get("seed"):
-                raise ValueError(f"{file}: {_model_name(other)} with seed {other.get('seed')} is also {earlier_file}")
+                raise ValueError(
+                    f"{file}: {name_of_model(other)} with seed {other.get('seed')} is also {earlier_file}"
+                )
             for section in ("config", "training"):
                 for key, value in other.get(section, {}).items():
                     expected = earlier.get(section, {}).get(key, value)
@@ -238,46 +287,28 @@ def _check_comparable(results: dict, others: dict[str, dict]) -> None:
         runs[file] = other
 
 
-def _dataset_name(results: dict) -> str:
-    """The Hub id, or the name without the folders that it lies in."""
-    return results.get("hub_dataset") or Path(results["dataset"]).name
-
-
-def _model_name(run: dict) -> str:
-    return ", ".join(part for part in (run["model_type"], run.get("variant")) if part)
-
-
-def _group_by_model(results: dict, others: dict[str, dict]) -> dict[str, list[dict]]:
-    """The seeds of each model by its name, the card's own first."""
-    models = {_model_name(results): [results]}
-    for run in others.values():
-        models.setdefault(_model_name(run), []).append(run)
-    return models
-
-
 def _eval_results(results: dict, evaluation: str | None, data_source: DataSource | None) -> list[EvalResult]:
+    """The metrics of the card for the Hub's own tables."""
     if evaluation is None or data_source is None:
         return []
-    keys = {
-        f"{metric}@{k}{suffix}": (f"{metric}_at_{k}", f"{metric.upper()}@{k}, full ranking, seen items {words}")
+    metrics = {
+        f"{evaluation}_{name.lower()}{suffix}": (name, f"{name}, full ranking, seen items {words}")
         for suffix, words in (("", "excluded"), ("_seen_kept", "kept"))
-        for metric in ("hr", "ndcg", "mrr")
-        for k in CUTOFFS
+        for name in METRICS
     }
-    keys["coverage@10"] = ("coverage_at_10", "Coverage@10: share of the catalogue in anyone's first ten")
     return [
         EvalResult(
-            task_type="sequential-recommendation",
+            task_type=TASK,
             task_name="Sequential recommendation",
-            dataset_type=_dataset_name(results) if results.get("dataset") else data_source.name,
+            dataset_type=results.get("hub_dataset") or results.get("dataset") or data_source.name,
             dataset_name=data_source.name,
             dataset_split=evaluation,
-            metric_type=metric_type,
-            metric_name=metric_name,
-            metric_value=round(float(results[f"{evaluation}_{key}"]), 4),
+            metric_type=name.lower().replace("@", "_at_"),
+            metric_name=words,
+            metric_value=round(float(results[key]), 4),
         )
-        for key, (metric_type, metric_name) in keys.items()
-        if f"{evaluation}_{key}" in results
+        for key, (name, words) in metrics.items()
+        if key in results
     ]
 
 
@@ -290,83 +321,3 @@ def _selection(results: dict) -> str:
     metric = metric.removeprefix("eval_")
     values = [results[key] for key in (f"validation_{metric}", f"eval_{metric}") if key in results]
     return f"the one with the best {metric.upper()} on the {on}" + "".join(f": {value:.4f}" for value in values[:1])
-
-
-def _metric_rows(results: dict, evaluation: str | None) -> list[list[str]]:
-    rows = []
-    for name in ("HR", "NDCG", "MRR"):
-        for k in CUTOFFS:
-            key = f"{evaluation}_{name.lower()}@{k}"
-            if key in results:
-                rows.append([f"{name}@{k}", f"{results[key]:.4f}", f"{results[f'{key}_seen_kept']:.4f}"])
-    return rows
-
-
-def _comparison_rows(results: dict, models: dict[str, list[dict]]) -> list[list[str]]:
-    """Every model on the test items, the most accurate first."""
-    if "test_ndcg@10" not in results:
-        return []
-    measured = {name: [(run, "test") for run in runs] for name, runs in models.items()}
-    if "popularity_ndcg@10" in results:
-        measured.setdefault("popularity", [(results, "popularity")])
-    rows = []
-    for name, runs in measured.items():
-        values = {
-            key: [run[f"{prefix}_{key}"] for run, prefix in runs]
-            for key in ("hr@10", "ndcg@10", "hr@10_seen_kept", "ndcg@10_seen_kept", "coverage@10")
-        }
-        label = f"**{name}**, this model" if name == _model_name(results) else name
-        row = [label, str(len(runs)), *(mean_and_deviation(seeds) for seeds in values.values())]
-        rows.append((-statistics.mean(values["ndcg@10"]), row))
-    return [row for _, row in sorted(rows)]
-
-
-def _cost_rows(models: dict[str, list[dict]]) -> list[list[str]]:
-    rows = []
-    for name, runs in models.items():
-        if "num_parameters" in runs[0] and "hardware" in runs[0]:
-            minutes = [run["train_seconds"] / 60 for run in runs if "train_seconds" in run]
-            spent = f"{statistics.mean(minutes):.{0 if statistics.mean(minutes) >= 10 else 1}f}" if minutes else ""
-            hardware = "; ".join(dict.fromkeys(run["hardware"] for run in runs))
-            rows.append([name, f"{runs[0]['num_parameters']:,}", spent, hardware])
-    return rows
-
-
-def _training_rows(results: dict) -> list[list[str]]:
-    config, training = results.get("config", {}), results.get("training", {})
-    settings = {
-        "parameters": f"{results['num_parameters']:,}" if "num_parameters" in results else None,
-        "objective": config.get("training_objective"),
-        "loss": config.get("training_loss"),
-        "longest input (items)": results.get("max_length"),
-    }
-    if results.get("epochs") is not None:
-        settings |= {
-            "long histories cut into windows": results.get("split_into_windows"),
-            "epochs": f"{results['epochs']:g}",
-            "batch size (histories)": training.get("batch_size"),
-            "learning rate": training.get("learning_rate"),
-            "warm-up (steps)": training.get("warmup_steps"),
-            "weight decay": training.get("weight_decay"),
-            "bfloat16": training.get("bf16"),
-            "seed": results.get("seed"),
-        }
-    words = {True: "yes", False: "no"}
-    return [
-        [name, words[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)]
-        for name, value in settings.items()
-        if value is not None
-    ]
-
-
-def _latency_table(benchmark: dict | None) -> str | None:
-    """Milliseconds per user by length of the history, one column for each model of the benchmark."""
-    if benchmark is None:
-        return None
-    models = list(dict.fromkeys(model for row in benchmark["rows"] for model in row["seconds"]))
-    rows = []
-    for row in benchmark["rows"]:
-        times = [row["seconds"].get(model) for model in models]
-        milliseconds = ["" if time is None else f"{1000 * time / row['batch_size']:.2f}" for time in times]
-        rows.append([f"{row['length']:,}", str(row["batch_size"]), *milliseconds])
-    return table(["history (items)", "batch", *models], rows)

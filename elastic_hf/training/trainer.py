@@ -220,6 +220,7 @@ class SequentialRecommendationTrainer(ResumableTrainer):
             self.args.output_dir,
             self.hub_model_id or self.args.hub_model_id or self.args.output_dir,
             self._known_for_card(dataset),
+            has_code=self.hub_model_id is not None and self.model.config.model_type == "elastic",
             model_name=model_name,
             license=license,
             language=language,

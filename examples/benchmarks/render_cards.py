@@ -1,4 +1,4 @@
-"""Writes model_cards/ from the files in results/: a card, and its pictures, for each published checkpoint.
+"""Write model_cards/, a card and its figures for each published checkpoint, and the cards of those in examples/.
 
 python examples/benchmarks/render_cards.py
 
@@ -9,13 +9,17 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from elastic_hf.plots import plot_expert_horizons, plot_training_curve
-from elastic_hf.sharing.model_card import make_model_card
+from elastic_hf.plots import figures_of, plot_results
+from elastic_hf.sharing.model_card import make_model_card, render_model_card
+from elastic_hf.sharing.trial import load_pipeline, recommend_example
 from render_results import read_results
 
 
-CARDS = Path(__file__).parents[2] / "model_cards"
+EXAMPLES = Path(__file__).parents[1]
+CARDS = EXAMPLES.parent / "model_cards"
+# Where the checkpoints are published, and the tag of the version that the cards are about.
 NAMESPACE = "elastic-hf"
+TAG = "v1"
 
 # The results file of the run behind each checkpoint.
 CHECKPOINTS = {
@@ -24,34 +28,34 @@ CHECKPOINTS = {
     "elastic-tiny": "synthetic-elastic-42-tiny.json",
 }
 
-# What each picture shows of the results.
-PICTURES = {
-    "training_curve": ("log_history", plot_training_curve),
-    "expert_horizons": ("expert_half_lives", plot_expert_horizons),
-}
-
 
 def checkpoints() -> list[str]:
-    """The checkpoints that have results."""
+    """Return the checkpoints that have results."""
     results = read_results("*.json")
     return [name for name, file in CHECKPOINTS.items() if file in results]
 
 
 def render(name: str) -> ModelCard:
-    """The card of a checkpoint, beside all main rows of the same data and length."""
+    """Return the card of a checkpoint, beside all main rows of the same data and length.
+
+    Its example is made by the checkpoint where that is in `examples/`.
+    """
     results = read_results("*.json")
     run = results.pop(CHECKPOINTS[name])
     same = [
         file for file, other in results.items() if all(other.get(key) == run[key] for key in ("dataset", "max_length"))
     ]
     others = {file: results[file] for file in same if results[file]["main_row"]}
+    folder = EXAMPLES / name
     return make_model_card(
         f"{NAMESPACE}/{name}",
         run,
         others,
         benchmark=results.get("benchmark-inference.json"),
-        pictures={picture: f"{name}/{picture}.png" for picture, (key, _) in PICTURES.items() if run.get(key)},
+        figures={figure: f"{name}/{figure}.png" for figure in figures_of(run)},
+        example=recommend_example(load_pipeline(folder)) if folder.is_dir() else None,
         has_code=run["model_type"] == "elastic",
+        revision=TAG,
         license="mit",
     )
 
@@ -59,11 +63,11 @@ def render(name: str) -> ModelCard:
 def main() -> None:
     for name in checkpoints():
         run = read_results(CHECKPOINTS[name])[CHECKPOINTS[name]]
-        for picture, (key, plot) in PICTURES.items():
-            if run.get(key):
-                (CARDS / name).mkdir(parents=True, exist_ok=True)
-                plot(run[key], CARDS / name / f"{picture}.png")
+        plot_results(run, CARDS / name)
         render(name).save(CARDS / f"{name}.md")
+        folder = EXAMPLES / name
+        if folder.is_dir():
+            render_model_card(folder, f"examples/{name}", license="mit").save(folder / "README.md")
 
 
 if __name__ == "__main__":

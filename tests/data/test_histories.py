@@ -40,9 +40,7 @@ def test_leave_one_out_by_hand(tmp_path, load, suffix):
     result = load(write(tmp_path / f"rows{suffix}", frame()))
     assert split_rows(result, "train") == [
         {"user_id": 1, "item_ids": [10, 30], "timestamps": [1, 4]},
-        {"user_id": 2, "item_ids": [20], "timestamps": [2]},
-        {"user_id": 3, "item_ids": [10], "timestamps": [6]},
-    ]
+    ]  # the others have one item to train on, and nothing to predict from it
     assert split_rows(result, "validation") == [
         {"user_id": 1, "item_ids": [10, 30], "timestamps": [1, 4], "target": 10},
         {"user_id": 2, "item_ids": [20], "timestamps": [2], "target": 30},
@@ -53,18 +51,23 @@ def test_leave_one_out_by_hand(tmp_path, load, suffix):
         {"user_id": 2, "item_ids": [20, 30], "timestamps": [2, 5], "target": 10},
         {"user_id": 3, "item_ids": [10, 20], "timestamps": [6, 7], "target": 30},
     ]
-    # of 10 rows four are in train: items 10 (twice), 20 and 30
+    # of 10 rows four are to train on: items 10 (twice), 20 and 30
     assert result.items.to_list() == [
         {"item_id": 10, "title": None, "count": 2},
         {"item_id": 20, "title": None, "count": 1},
         {"item_id": 30, "title": None, "count": 1},
     ]
     assert result.counts == {
+        "num_rows": 10,
         "num_users": 3,
         "num_items": 3,
         "num_interactions": 10,
         "num_duplicates": 0,
         "num_filtered": 0,
+        "num_filtered_users": 0,
+        "num_train_users": 1,
+        "num_validation_users": 3,
+        "num_test_users": 3,
     }
 
 
@@ -102,11 +105,16 @@ def test_equal_to_loops(tmp_path, load, monkeypatch, makers, suffix, users_per_b
         item: Counter(train)[item] for item in everything
     }
     assert result.counts == {
+        "num_rows": len(rows),
         "num_users": len(histories),
         "num_items": len(everything),
         "num_interactions": sum(map(len, histories.values())),
         "num_duplicates": num_duplicates,
         "num_filtered": num_filtered,
+        "num_filtered_users": len({user for user, _, _ in rows}) - len(histories),
+        "num_train_users": len(histories),
+        "num_validation_users": len(histories),
+        "num_test_users": len(histories),
     }
 
 
@@ -185,6 +193,9 @@ def test_duplicates_are_counted_and_reported(tmp_path, load, caplog):
         ({"timestamp_column": "when"}, "column 'when' is missing"),
         ({"data_dir": "."}, "data_dir is for MovieLens"),
         ({"items_file": "missing.csv"}, "missing.csv is not a file"),
+        ({"column_names": "user_id"}, "column_names must be a list"),
+        ({"in_time_order": True, "timestamp_column": "timestamp"}, "in_time_order is for a source without timestamps"),
+        ({"user_column": "item_id"}, "users and items must be two columns"),
     ],
 )
 def test_bad_arguments(tmp_path, load, kwargs, message):
@@ -193,13 +204,54 @@ def test_bad_arguments(tmp_path, load, kwargs, message):
         load(path, **kwargs)
 
 
-def test_too_few_interactions_are_left(tmp_path, load):
-    path = write(tmp_path / "rows.csv", frame([*ROWS, (4, 10, 1), (4, 20, 2), (5, 10, 1)]))
-    with pytest.raises(ValueError, match="2 of 5 users have fewer than 3 .* set k_core to 3"):
-        load(path)
-    assert load(path, k_core=3).counts["num_users"] == 3
-    with pytest.raises(ValueError, match="none of 13 interactions is left with k_core=20"):
+def test_users_with_too_few_interactions_are_left_out_and_counted(tmp_path, load, caplog):
+    path = write(tmp_path / "rows.csv", frame([*ROWS, (4, 10, 1), (4, 99, 2), (5, 10, 1)]))
+    for k_core in (0, 2, 3):
+        result = load(path, k_core=k_core)
+        assert result.histories["test"]["user_id"][:] == [1, 2, 3]
+        assert result.items["item_id"][:] == [10, 20, 30]
+        counts = result.counts
+        assert [counts[name] for name in ("num_rows", "num_interactions", "num_filtered")] == [13, 10, 3]
+        assert counts["num_filtered_users"] == 2
+        assert ("left out 2 of 5 users with fewer than 3 interactions" in caplog.text) == (k_core < 3)
+        caplog.clear()
+    with pytest.raises(ValueError, match="none of 13 interactions is left with k_core=20: a user needs at least 20"):
         load(path, k_core=20)
+    with pytest.raises(ValueError, match="none of 2 interactions is left with k_core=0: a user needs at least 3"):
+        load(write(tmp_path / "two.csv", frame([(1, 2, 3), (1, 3, 4)])))
+
+
+def test_items_keep_their_core_when_short_users_go(tmp_path, load):
+    """Item 40 has two interactions, until the user of one of them is found to have no more than two."""
+    rows = [*ROWS, (1, 40, 10), (4, 40, 1), (4, 10, 2)]
+    result = load(write(tmp_path / "rows.csv", frame(rows)), k_core=2)
+    assert result.items["item_id"][:] == [10, 20, 30]
+    assert [row["target"] for row in split_rows(result, "test")] == [20, 10, 30]
+    assert result.counts["num_filtered"] == 3
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "temporal"])
+def test_train_holds_no_user_with_one_item(tmp_path, load, caplog, split):
+    short = [("a", f"a{time}", time) for time in (0, 8, 9)]
+    rows = short + [("b", f"b{time}", time) for time in (1, 2, 3, 4, 5, 6, 7)]
+    path = write(tmp_path / "rows.parquet", frame(rows))
+    result = load(path, split=split, validation_fraction=0.2, test_fraction=0.1)
+    assert result.histories["train"]["user_id"][:] == ["b"]
+    assert "a" in result.histories["validation"]["user_id"][:] and "a" in result.histories["test"]["user_id"][:]
+    assert result.counts["num_train_users"] == 1
+    assert "train leaves out 1 of 2 users, who have fewer than 2 items to train on" in caplog.text
+    assert dict(zip(result.items["item_id"], result.items["count"], strict=True))["a0"] == 1
+
+
+@pytest.mark.parametrize("num_users", [499, 500])
+def test_few_evaluated_users_are_reported(tmp_path, load, caplog, num_users):
+    path = write(
+        tmp_path / "rows.parquet", frame([(user, item, item) for user in range(num_users) for item in range(4)])
+    )
+    counts = load(path).counts
+    assert counts["num_validation_users"] == counts["num_test_users"] == num_users
+    expected = "validation and test have only 499 and 499 users: a metric over fewer than 500 is mostly chance"
+    assert (expected in caplog.text) == (num_users < 500)
 
 
 def add_length(row):
@@ -225,6 +277,25 @@ def test_loading_twice_is_the_same_and_takes_no_more_disk(tmp_path, load):
     load(path, split="temporal", validation_fraction=0.3, test_fraction=0.3)
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert [row["target"] for row in split_rows(first, "test")] == [20, 10, 30]
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", "test.arrow", "items.arrow"])
+def test_damaged_cache_is_rebuilt(tmp_path, load, name):
+    path = write(tmp_path / "rows.csv", frame(random_rows(3)))
+    first = load(path, k_core=3)
+    expected = [split_rows(first, split) for split in first.histories], first.items.to_list()
+    (folder,) = (tmp_path / "cache").iterdir()
+    whole = (folder / name).read_bytes()
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    for damaged in (None, b"", whole[:-300], bytes(flipped)):
+        (folder / name).unlink()
+        if damaged is not None:
+            (folder / name).write_bytes(damaged)
+        again = load(path, k_core=3)
+        assert ([split_rows(again, split) for split in again.histories], again.items.to_list()) == expected
+        assert (folder / name).read_bytes() == whole
+    assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
 def test_failure_while_writing_leaves_nothing(tmp_path, load, monkeypatch):
@@ -256,9 +327,10 @@ def test_counts_of_the_real_files(load):
         items_file=f"{DATA}/ml-1m/movies.dat",
         k_core=5,
     )
-    assert list(ml_1m.counts.values()) == [6_040, 3_416, 999_611, 0, 0]
+    names = ("num_users", "num_items", "num_interactions", "num_duplicates", "num_filtered")
+    assert [ml_1m.counts[name] for name in names] == [6_040, 3_416, 999_611, 0, 0]
     assert None not in ml_1m.items["title"][:]
     ml_100k = load("ml-100k", data_dir=f"{DATA}/ml-100k")
-    assert list(ml_100k.counts.values()) == [943, 1_682, 100_000, 0, 0]
+    assert [ml_100k.counts[name] for name in names] == [943, 1_682, 100_000, 0, 0]
     beauty = load(f"{DATA}/amazon/beauty.txt")
-    assert list(beauty.counts.values()) == [40_226, 54_542, 353_962, 0, 0]
+    assert [beauty.counts[name] for name in names] == [40_226, 54_542, 353_962, 0, 0]

@@ -1,33 +1,10 @@
+import gzip
+
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from interactions import frame, split_rows, write
-
-
-@pytest.mark.parametrize(
-    ("times", "expected"),
-    [
-        (["2020-01-01", "2020-01-02T00:00:01", "2020-01-03 00:00:00"], [1577836800, 1577923201]),
-        (["2020-01-01T00:00:00Z", "2020-01-01T02:00:00+01:00", "2021-01-01T00:00:00Z"], [1577836800, 1577840400]),
-        (["1970-01-01T00:00:01.25", "1970-01-02", "1970-01-03"], [1.25, 86400.0]),
-        (["1", "2", "10"], [1, 2]),
-        (["1.5", "2", "10"], [1.5, 2.0]),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
-def test_timestamps_as_strings(tmp_path, load, times, expected, suffix):
-    path = write(tmp_path / f"rows{suffix}", frame([(1, item, time) for item, time in enumerate(times)]))
-    found = split_rows(load(path), "test")[0]["timestamps"]
-    assert found == expected and [type(time) for time in found] == [type(time) for time in expected]
-
-
-@pytest.mark.parametrize("type_", [pl.Datetime("ms"), pl.Datetime("ns", "Europe/Berlin"), pl.Date])
-def test_timestamps_as_dates(tmp_path, load, type_):
-    seconds = pl.Series([86_400, 2 * 86_400, 3 * 86_400])
-    times = pl.from_epoch(seconds, "s")
-    times = times.dt.replace_time_zone("UTC") if getattr(type_, "time_zone", None) else times
-    table = pl.DataFrame({"user_id": [1] * 3, "item_id": [1, 2, 3], "timestamp": times.cast(type_)})
-    assert split_rows(load(write(tmp_path / "rows.parquet", table)), "test")[0]["timestamps"] == [86_400, 172_800]
 
 
 HEADER = "user_id,item_id,timestamp\n"
@@ -38,13 +15,13 @@ HEADER = "user_id,item_id,timestamp\n"
     [
         ("rows.csv", "user_id,item_id\n1,2\n", r"rows\.csv: column 'timestamp' is missing, found \['user_id'"),
         ("rows.csv", "user_id,item_id,timestamp,item_id\n1,2,3,4\n", "column 'item_id' appears more than once"),
-        ("rows.csv", "", "rows.csv is empty"),
+        ("rows.csv", "", "rows.csv has no rows"),
         ("rows.csv", HEADER, "rows.csv has no rows"),
         ("rows.csv", HEADER + "1,2,3\n1,2\n", "line 3: .*Expected 3 columns, got 2: 1,2"),
         ("rows.csv", HEADER + "\n1,2,3\n\n1,2,3,4\n", "line 5: .*Expected 3 columns, got 4"),
         ("rows.csv", HEADER + "1,2,3\n1,2,x\n", "line 3: timestamp is 'x'"),
         ("rows.csv", HEADER + "1,2,2020-01-01\n1,2,2020-01-02\n1,2,soon\n", "line 4: timestamp is 'soon'"),
-        ("rows.csv", HEADER + "1,2,2020-01-01\n1,2,2020-13-01\n", "rows.csv: column 'timestamp': .*2020-13-01"),
+        ("rows.csv", HEADER + "1,2,2020-01-01\n1,2,2020-13-01\n", "line 3: timestamp is '2020-13-01'"),
         ("rows.csv", HEADER + '1,"2\n2",3\n,2,3\n', "line 4: user_id is None, expected a value"),
         ("rows.csv", HEADER + "1,,3\n", "line 2: item_id is None"),
         ("rows.csv", HEADER + "1,2,\n1,2,3\n", "line 2: timestamp is None"),
@@ -58,9 +35,14 @@ HEADER = "user_id,item_id,timestamp\n"
         ("rows.jsonl", '{"user_id": 1, "item_id": 1}\n', "column 'timestamp' is missing"),
         ("rows.jsonl", '\n{"user_id": null, "item_id": 1, "timestamp": 1}\n', "line 2: user_id is None"),
         ("rows.jsonl", '{"user_id": "", "item_id": 1, "timestamp": 1}\n', "line 1: user_id is '', expected a value"),
-        ("rows.jsonl", '{"user_id": 1.5, "item_id": 1, "timestamp": 1}\n', "'user_id' must hold integers or strings"),
+        (
+            "rows.jsonl",
+            '{"user_id": 1.5, "item_id": 1, "timestamp": 1}\n',
+            "line 1: user_id is 1.5, expected an integer",
+        ),
         ("rows.parquet", "not a parquet file", "rows.parquet: "),
         ("rows.xlsx", "x", "must end in one of"),
+        ("rows.parquet.gz", "x", "must end in one of"),
     ],
 )
 def test_errors_name_file_line_and_column(tmp_path, load, name, content, message):
@@ -81,7 +63,7 @@ def test_text_that_is_not_utf_8(tmp_path, load):
 
 def test_ids_beyond_64_bits(tmp_path, load):
     table = frame().with_columns(pl.lit(2**63).cast(pl.UInt64).alias("item_id"))
-    with pytest.raises(ValueError, match="rows.parquet: column 'item_id': "):
+    with pytest.raises(ValueError, match="rows.parquet, row 1: item_id is 9223372036854775808, "):
         load(write(tmp_path / "rows.parquet", table))
 
 
@@ -92,3 +74,118 @@ def test_parquet_errors_name_the_row(tmp_path, load):
     path = write(tmp_path / "rows.parquet", frame([(1, 2, 3), (None, 3, 4)]))
     with pytest.raises(ValueError, match="row 2: user_id is None"):
         load(path)
+
+
+# compressed files
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".gz", "gzip"), (".zst", "zstd"), (".bz2", "bz2"), (".lz4", "lz4")])
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".txt"])
+def test_compressed_files(tmp_path, load, suffix, codec, kind):
+    plain = write(tmp_path / f"rows{kind}", frame())
+    data = plain.read_bytes()
+    packed = tmp_path / f"packed{kind}{suffix}"
+    for part in (data[:40], data[40:]):  # such files may be joined
+        with pa.output_stream(str(tmp_path / "part"), compression=codec) as file:
+            file.write(part)
+        with packed.open("ab") as file:
+            file.write((tmp_path / "part").read_bytes())
+    assert split_rows(load(packed), "test") == split_rows(load(plain), "test")
+    packed.rename(tmp_path / packed.name.upper())
+    assert split_rows(load(tmp_path / packed.name.upper()), "test") == split_rows(load(plain), "test")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl"])
+def test_torn_and_mislabelled_files(tmp_path, load, kind):
+    data = write(tmp_path / f"rows{kind}", frame([(1, item, item) for item in range(5_000)])).read_bytes()
+    packed = tmp_path / f"packed{kind}.gz"
+    for content in (gzip.compress(data)[:-9], gzip.compress(data)[:3_000], gzip.compress(data) + b"more", data):
+        packed.write_bytes(content)
+        with pytest.raises(ValueError, match=f"packed{kind}.gz: "):
+            load(packed)
+
+
+# several files
+
+
+def test_files_without_rows_are_left_out(tmp_path, load):
+    (tmp_path / "text").mkdir()
+    for name, content in {
+        "a.csv": b"",
+        "b.csv": HEADER.encode(),
+        "c.csv.gz": gzip.compress(b""),
+        "d.csv": b"\n\n",
+    }.items():
+        (tmp_path / "text" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="a.csv has no rows, nor has any of the other 3 files"):
+        load(tmp_path / "text")
+    write(tmp_path / "text" / "e.csv", frame())
+    assert load(tmp_path / "text").counts["num_rows"] == 10
+
+    (tmp_path / "parquet").mkdir()
+    write(tmp_path / "parquet" / "a.parquet", frame().clear().with_columns(pl.lit(None).alias("item_id")))
+    write(tmp_path / "parquet" / "b.parquet", frame())
+    assert load(tmp_path / "parquet").counts["num_rows"] == 10
+    (tmp_path / "parquet" / "c.parquet").touch()  # this is no Parquet file
+    with pytest.raises(ValueError, match="c.parquet: "):
+        load(tmp_path / "parquet")
+
+
+def test_files_may_order_their_columns_as_they_like(tmp_path, load):
+    write(tmp_path / "a.csv", frame([(1, item, item) for item in range(3)]))
+    write(
+        tmp_path / "b.csv",
+        frame([(item, "new", 2, item) for item in range(3)], ("timestamp", "x", "user_id", "item_id")),
+    )
+    assert load(tmp_path).histories["test"]["item_ids"][:] == [[0, 1], [0, 1]]
+    write(tmp_path / "c.csv", frame(columns=("user_id", "item", "timestamp")))
+    with pytest.raises(
+        ValueError, match=r"c.csv: column 'item_id' is missing, found \['user_id', 'item', 'timestamp'\]"
+    ):
+        load(tmp_path)
+
+
+def test_files_whose_ids_differ_in_type(tmp_path, load):
+    write(tmp_path / "a.parquet", frame([(1, 2, 3)]))
+    write(tmp_path / "b.parquet", frame([("1", 2, 3.5)]))
+    with pytest.raises(
+        ValueError, match="b.parquet: column 'user' must have the type it has in .*a.parquet, int64, found"
+    ):
+        load(tmp_path)
+    write(tmp_path / "b.parquet", frame([(1, 3, 4.5), (1, 4, 5.5)]))
+    assert split_rows(load(tmp_path), "test")[0]["timestamps"] == [3.0, 4.5]
+
+
+# folders that are columns
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_hive_folders(tmp_path, load, suffix, caplog):
+    for user in ("10", "9", "a%20b"):
+        for day in (1, 2, 3):
+            folder = tmp_path / f"user_id={user}" / f"day=2024-01-0{day}"
+            folder.mkdir(parents=True)
+            write(folder / f"part-0{suffix}", frame([(day,)], ("item_id",)))
+    result = load(tmp_path, timestamp_column="day")
+    assert result.histories["test"]["user_id"][:] == ["10", "9", "a b"]
+    assert result.histories["test"]["timestamps"][:] == [[1704067200, 1704153600]] * 3
+    assert load(f"{tmp_path}/user_id=?0", timestamp_column="day").histories["test"]["user_id"][:] == [10]
+    with pytest.raises(ValueError, match=r"'timestamp' is missing, found \['item_id', 'user_id', 'day'\]"):
+        load(tmp_path)
+
+
+def test_what_a_file_holds_comes_before_its_folders(tmp_path, load):
+    folder = tmp_path / "user_id=7" / "date=2024-01-01"
+    folder.mkdir(parents=True)
+    write(folder / "part-0.csv", frame([(1, item, item) for item in range(3)], ("user_id", "item_id", "ts")))
+    assert split_rows(load(tmp_path), "test") == [
+        {"user_id": 1, "item_ids": [0, 1], "timestamps": [0, 1], "target": 2}
+    ]
+
+
+def test_a_hive_folder_without_a_value(tmp_path, load):
+    folder = tmp_path / "user_id=__HIVE_DEFAULT_PARTITION__"
+    folder.mkdir()
+    write(folder / "part-0.csv", frame([(1, 2)], ("item_id", "timestamp")))
+    with pytest.raises(ValueError, match="part-0.csv, line 2: user_id is None, expected a value"):
+        load(tmp_path)

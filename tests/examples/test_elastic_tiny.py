@@ -29,5 +29,5 @@ def test_it_gives_the_figures_of_its_results(tmp_path):
 
 def test_it_is_small_and_ready_to_be_published():
     assert sum(operation.upload_info.size for operation in files_to_publish(FOLDER)) < 2_000_000
-    card = render_model_card(FOLDER, "elastic-hf/elastic-tiny", license="mit")
+    card = render_model_card(FOLDER, "examples/elastic-tiny", license="mit")
     assert (FOLDER / "README.md").read_text() == str(card)

@@ -60,9 +60,10 @@ def test_pads_and_truncates_on_the_left(string_tokenizer):
         pa.table({"item_id": pa.array(STRING_IDS, pa.large_string())}),
         pa.table({"item_id": pa.array(STRING_IDS).dictionary_encode()}),
         pl.DataFrame({"item_id": STRING_IDS, "title": STRING_IDS}),
+        pl.DataFrame({"item_id": pl.Series(STRING_IDS, dtype=pl.Enum(STRING_IDS))}),
         Dataset.from_dict({"item_id": STRING_IDS[::-1]}).select(range(len(STRING_IDS) - 1, -1, -1)),
     ],
-    ids=["list", "large_string", "dictionary", "polars", "dataset with indices"],
+    ids=["list", "large_string", "dictionary", "polars", "polars enumeration", "dataset with indices"],
 )
 def test_every_source_of_items_gives_the_same_vocabulary(items, string_tokenizer):
     assert ElasticItemTokenizer.from_items(items, 4).get_vocab() == string_tokenizer.get_vocab()

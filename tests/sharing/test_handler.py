@@ -3,15 +3,15 @@
 import importlib.util
 import json
 import shutil
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
 import torch
 
-import elastic_hf
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
 from elastic_hf.models.pipeline import SequentialRecommendationPipeline
-from elastic_hf.sharing.hub import HANDLER_FILE, REQUIREMENTS
+from elastic_hf.sharing.repository import TEMPLATES
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +22,32 @@ def repository(tmp_path_factory):
     torch.manual_seed(0)
     model = ElasticForSequentialRecommendation(ElasticConfig(vocab_size=len(tokenizer), num_memory_subkeys=5))
     SequentialRecommendationPipeline(model, tokenizer, device="cpu").save_pretrained(folder)
-    shutil.copy(HANDLER_FILE, folder / "handler.py")
+    shutil.copy(TEMPLATES / "handler.py", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def endpoint(repository):
-    """The handler of the copied file, which no package holds."""
+def handler(repository):
+    """The module of the copied file, which no package holds."""
     spec = importlib.util.spec_from_file_location("handler", repository / "handler.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert not module.__package__
-    return module.EndpointHandler(str(repository))
+    return module
+
+
+@pytest.fixture(scope="module")
+def endpoint(handler, repository):
+    return handler.EndpointHandler(str(repository))
+
+
+def assert_same(answer, expected):
+    """Equal but for rounding: histories that are read together are summed up in another order."""
+    if isinstance(expected, dict):
+        assert answer == {**expected, "score": pytest.approx(expected["score"], abs=1e-5)}
+    else:
+        for row, expected_row in zip(answer, expected, strict=True):
+            assert_same(row, expected_row)
 
 
 def test_answers_as_the_pipeline_does(endpoint):
@@ -45,7 +59,7 @@ def test_answers_as_the_pipeline_does(endpoint):
         (["a", "?"], {"unknown": "ignore", "exclude_seen": False, "top_k": 12}),
     ):
         answer = endpoint(json.loads(json.dumps({"inputs": inputs, "parameters": parameters})))
-        assert answer == endpoint.pipeline(inputs, **parameters)
+        assert_same(answer, endpoint.pipeline(inputs, **parameters))
         assert json.loads(json.dumps(answer, allow_nan=False)) == answer
 
 
@@ -73,5 +87,54 @@ def test_bad_requests_are_refused(endpoint, request_data, message):
         endpoint(request_data)
 
 
-def test_requirements_pin_this_version():
-    assert REQUIREMENTS == f"elastic_hf=={elastic_hf.__version__}\n"
+def test_a_request_is_answered_up_to_its_bounds(endpoint, handler):
+    """Many histories are read together, and one of them may be long."""
+    inputs = [["a", "b"], ["c"] * handler.MAX_ITEMS, *[["d"]] * (handler.MAX_HISTORIES - 2)]
+    sizes = []
+    hook = endpoint.pipeline.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs.get("input_ids", args[0] if args else ()))),
+        with_kwargs=True,
+    )
+    answer = endpoint({"inputs": inputs, "parameters": {"top_k": 2, "candidates": ["e", "f", "g"]}})
+    hook.remove()
+    assert len(answer) == handler.MAX_HISTORIES and all(len(rows) == 2 for rows in answer)
+    assert sizes == [handler.BATCH_SIZE] * (handler.MAX_HISTORIES // handler.BATCH_SIZE)
+    assert_same(answer[0], endpoint.pipeline(["a", "b"], top_k=2, candidates=["e", "f", "g"]))
+
+
+def too_large(handler):
+    """Requests that are one above a bound, and what they are told."""
+    histories, items, top_k, candidates = (
+        handler.MAX_HISTORIES + 1,
+        handler.MAX_ITEMS + 1,
+        handler.MAX_TOP_K + 1,
+        handler.MAX_CANDIDATES + 1,
+    )
+    yield {"inputs": [["a"]] * histories}, f"inputs must hold at most 256 histories, found {histories}"
+    yield {"inputs": [{"history": ["a"]}] * histories}, "inputs must hold at most 256 histories"
+    yield {"inputs": ["a"] * items}, "the history must hold at most 10,000 items, found 10,001"
+    yield {"inputs": {"history": ["a"] * items}}, "the history must hold at most 10,000 items"
+    yield {"inputs": [["a"], ["a"] * items]}, "history 1 must hold at most 10,000 items, found 10,001"
+    yield {"inputs": [["a"], {"history": ["a"] * items}]}, "history 1 must hold at most 10,000 items"
+    yield {"inputs": [None, ["a"] * items]}, "history 1 must hold at most 10,000 items"
+    yield {"inputs": ["a"], "parameters": {"top_k": top_k}}, "top_k must be at most 1,000, found 1,001"
+    yield {"inputs": ["a"], "parameters": {"candidates": ["b"] * candidates}}, "candidates must be at most 10,000"
+
+
+def test_larger_requests_are_refused_before_anything_is_computed(endpoint, handler, monkeypatch):
+    def compute(*args, **kwargs):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(endpoint, "pipeline", Mock(wraps=compute, parameter_names=endpoint.pipeline.parameter_names))
+    for request, message in too_large(handler):
+        with pytest.raises(ValueError, match=message):
+            endpoint(request)
+    with pytest.raises(AssertionError, match="computed"):
+        endpoint({"inputs": ["a"]})
+
+
+def test_the_bounds_are_documented(handler):
+    text = " ".join(handler.__doc__.split())
+    assert f"at most {handler.MAX_HISTORIES} histories of {handler.MAX_ITEMS:,} items each" in text
+    assert f"at most {handler.MAX_TOP_K:,} recommendations" in text
+    assert f"at most {handler.MAX_CANDIDATES:,} candidates" in text

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -29,7 +31,7 @@ SCRIPT = ROOT / "examples" / "publish.py"
 NUM_ITEMS = 31
 REPO = "ada/shop"
 CODE = {file.name for file in (ROOT / "elastic_hf" / "models").glob("*.py")} - {"__init__.py"}
-HANDLER = {"handler.py", "requirements.txt"}
+ENDPOINT = {"handler.py", "requirements.txt"}
 MODEL = {"README.md", "config.json", "items.parquet", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RESULTS = {"expert_horizons.png", "results/shop-elastic-42.json", "training_curve.png"}
 CARD = "---\nlicense: mit\n---\n# Shop\n"
@@ -61,7 +63,7 @@ def trained(tmp_path_factory):
     make_model().save_pretrained(path)
     (path / "README.md").write_text(CARD)
     for name in ("training_curve.png", "expert_horizons.png"):
-        (path / name).write_bytes(b"\x89PNG" + name.encode())
+        (path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + name.encode())
     # what must stay here
     for name in ("results/shop-elastic-42.json", "checkpoint-3/model.safetensors", "runs/events", "results/notes.txt"):
         (path / name).parent.mkdir(exist_ok=True)
@@ -85,6 +87,13 @@ def published(hub, trained):
 @pytest.fixture
 def no_waiting(monkeypatch):
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+
+
+def name_items(folder):
+    """Give the items titles, which are in items.parquet alone."""
+    items = [f"sku {i}" for i in range(NUM_ITEMS)]
+    titles = [f"Product {i}" for i in range(NUM_ITEMS)]
+    pq.write_table(pa.table({"item_id": items, "title": titles}), folder / "items.parquet")
 
 
 def contents(folder):
@@ -137,7 +146,7 @@ def test_the_card_is_rendered_for_the_repository(run, hub, folder):
     assert run(folder, REPO, "--license", "apache-2.0")[0] == 0
     files = hub.files(REPO)
     card = files["README.md"].decode()
-    assert card in printed and "license: apache-2.0" in card and f'from_pretrained("{REPO}")' in card
+    assert card in printed and "license: apache-2.0" in card and f'pipeline(model="{REPO}"' in card
     assert "trust_remote_code=True" in card and files.keys() >= CODE | {"all_results.json"}
     assert contents(folder) == before
 
@@ -151,19 +160,23 @@ def test_one_commit_holds_what_is_allowed_and_nothing_else(hub, folder):
     commit = publish(folder, REPO, private=True, commit_message="A shop")
     assert contents(folder) == before
     files = hub.files(REPO)
-    assert files.keys() == {".gitattributes"} | MODEL | HANDLER | RESULTS | CODE
+    assert files.keys() == {".gitattributes"} | MODEL | ENDPOINT | RESULTS | CODE
     assert commits(hub) == ["A shop", "initial commit"] and hub.repo(REPO).head("main").oid == commit.oid
     assert hub.repo(REPO).private
-    for name in MODEL - {"config.json"} | RESULTS:
+    for name in MODEL - {"config.json", "tokenizer_config.json"} | RESULTS:
         assert files[name] == (folder / name).read_bytes()
     for name in CODE:
         assert files[name] == (ROOT / "elastic_hf" / "models" / name).read_bytes()
-    config = json.loads(files["config.json"])
+    config, tokenizer_config = json.loads(files["config.json"]), json.loads(files["tokenizer_config.json"])
     assert config.pop("auto_map") == {
         "AutoConfig": "configuration_elastic.ElasticConfig",
         "AutoModel": "modeling_elastic.ElasticForSequentialRecommendation",
     }
+    (pipeline,) = config.pop("custom_pipelines").values()
+    assert pipeline["impl"] == "pipeline.SequentialRecommendationPipeline" and pipeline["pt"] == ["AutoModel"]
+    assert tokenizer_config.pop("auto_map") == {"AutoTokenizer": [None, "item_tokenizer.ElasticItemTokenizer"]}
     assert config == json.loads((folder / "config.json").read_text())
+    assert tokenizer_config == json.loads((folder / "tokenizer_config.json").read_text())
 
 
 LOAD = """
@@ -213,7 +226,7 @@ def test_both_ways_in_give_the_same_logits(hub, trained, tmp_path):
         lines += [line.split("\t") for line in output.splitlines()]
     local, with_package, without = lines
     assert local[:2] == with_package[:2] == ["elastic_hf", "ElasticItemTokenizer"]
-    assert without[:2] == ["transformers_modules", "TokenizersBackend"]
+    assert without[:2] == ["transformers_modules", "ElasticItemTokenizer"]
     assert local[2:] == with_package[2:] == without[2:]
     assert json.loads(local[2]) == [[10, 7, 33], [0, 0, 4]]
 
@@ -296,7 +309,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(published, trained, 
     ],
 )
 def test_a_refusal_is_one_line_and_changes_nothing(published, folder, refused, method, pattern, status, message):
-    (folder / "items.parquet").write_bytes(b"other")
+    name_items(folder)
     before = published.files(REPO)
     failure = published.fail_next(method, pattern, status=status)
     error = refused(folder, REPO, "--tag", "v1")
@@ -323,7 +336,7 @@ def test_somebody_else_was_faster(published, folder, monkeypatch):
 
 
 def test_a_connection_that_breaks_changes_nothing(published, folder, refused, no_waiting):
-    (folder / "items.parquet").write_bytes(b"other")
+    name_items(folder)
     before = published.files(REPO)
     published.fail_next("PUT", ".", drop=True, times=6)
     assert "Error while uploading 'items.parquet' to the Hub." in refused(folder, REPO)
@@ -348,7 +361,7 @@ def test_an_answer_that_is_lost_is_not_taken_for_a_refusal(published, folder, re
 
 
 def test_a_killed_upload_changes_nothing(published, folder, tmp_path, run):
-    (folder / "items.parquet").write_bytes(b"other")
+    name_items(folder)
     before, num_commits = published.files(REPO), len(published.repo(REPO).commits)
     failure = published.fail_next("PUT", ".", hold=True)
     environment = {"PYTHONPATH": str(ROOT), **published.environment(tmp_path / "home")}
@@ -359,7 +372,7 @@ def test_a_killed_upload_changes_nothing(published, folder, tmp_path, run):
     failure.release.set()
     assert published.files(REPO) == before and len(published.repo(REPO).commits) == num_commits
     assert run(folder, REPO)[0] == 0
-    assert published.files(REPO)["items.parquet"] == b"other"
+    assert published.files(REPO)["items.parquet"] == (folder / "items.parquet").read_bytes()
 
 
 def test_rights(published, trained, refused, monkeypatch):
@@ -391,22 +404,23 @@ def test_what_the_folder_must_hold(hub, folder, refused):
         (folder / name).unlink()
     assert "found no tokenizer.json, README.md" in refused(folder, REPO)
     assert "found no config.json, model.safetensors" in refused(folder / "nowhere", REPO)
-    for name in ("README.md", "tokenizer.json"):
-        (folder / name).write_text("{}")
-    shutil.copy(folder / "model.pkl", folder / "model.safetensors")
-    assert "model.safetensors must be a safetensors file" in refused(folder, REPO)
-    (folder / "config.json").write_text("{}")
-    assert "config.json must be a model's configuration, found KeyError" in refused(folder, REPO, "--dry_run")
     assert "repo_id must be namespace/name, found 'shop'" in refused(folder, "shop")
     assert "it goes with neither revision nor tag" in refused(folder, REPO, "--create_pr", "--tag", "v1")
     assert not hub.requests
 
 
+def test_a_broken_model_is_not_sent(hub, folder, refused):
+    shutil.copy(folder / "model.pkl", folder / "model.safetensors")
+    error = refused(folder, REPO)
+    assert f"{folder / 'model.safetensors'} must be the weights of the model in config.json" in error
+    assert refused(folder, REPO, "--dry_run") == error and not hub.requests
+
+
 def test_a_token_in_a_file_is_not_published(hub, folder, refused):
     (folder / "results" / "shop-elastic-42.json").unlink()
-    results = {"model_type": "elastic", "notes": f"run_seqrec.py --hub_token {hub.tokens['ada']}"}
+    results = {"model_type": "elastic", "command": f"run_seqrec.py --hub_token {hub.tokens['ada']}"}
     (folder / "all_results.json").write_text(json.dumps(results))
-    assert "all_results.json must not hold the token" in refused(folder, REPO)
+    assert "README.md must not hold the token" in refused(folder, REPO)
     assert not hub.requests
 
 
@@ -416,7 +430,7 @@ def test_a_dry_run_needs_no_network(hub, folder, run, monkeypatch):
     listing, card = output.split("\n\n", 1)
     assert (code, error, card) == (0, "", CARD) and not hub.requests
     sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in listing.splitlines()}
-    assert sizes.keys() == MODEL | HANDLER | RESULTS | CODE
+    assert sizes.keys() == MODEL | ENDPOINT | RESULTS | CODE
     assert sizes["model.safetensors"] == (folder / "model.safetensors").stat().st_size
 
 
@@ -432,7 +446,7 @@ def test_a_baseline_is_published_without_code(hub, trained, tmp_path):
     (folder / "README.md").write_text(CARD)
     publish(folder, REPO)
     files = hub.files(REPO)
-    assert files.keys() == {".gitattributes"} | MODEL | HANDLER and "auto_map" not in json.loads(files["config.json"])
+    assert files.keys() == {".gitattributes"} | MODEL and "auto_map" not in json.loads(files["config.json"])
 
 
 def test_what_a_client_notices_of_changed_bytes(published, tmp_path):
@@ -462,13 +476,13 @@ def test_the_trainer_pushes_what_publish_does(hub, tmp_path):
     trainer = make_trainer(tmp_path / "shop", hub_always_push=True, hub_private_repo=True)
     trainer.train()
     files = hub.files(REPO)
-    assert files.keys() == {".gitattributes"} | MODEL | HANDLER | CODE
-    assert b"# shop" in files["README.md"] and b"sequential-recommendation" in files["README.md"]
+    assert files.keys() == {".gitattributes"} | MODEL | ENDPOINT | CODE
+    assert b"# shop" in files["README.md"] and b"trust_remote_code=True" in files["README.md"]
     in_training = ["Training in progress, step 4", "Training in progress, step 2", "initial commit"]
     assert commits(hub) == in_training and hub.repo(REPO).private
     trainer.push_to_hub(dataset="a shop")
     files = hub.files(REPO)
-    assert files.keys() == {".gitattributes"} | MODEL | HANDLER | CODE and b"a shop" in files["README.md"]
+    assert files.keys() == {".gitattributes"} | MODEL | ENDPOINT | CODE and b"a shop" in files["README.md"]
     assert files["model.safetensors"] == (tmp_path / "shop" / "model.safetensors").read_bytes()
     assert commits(hub) == ["End of training", *in_training]
     trainer.push_to_hub(dataset="another shop", blocking=False).result()

@@ -1,4 +1,6 @@
+import contextlib
 import inspect
+import io
 import json
 import re
 import shutil
@@ -114,13 +116,18 @@ def check_text(card):
     assert text.count("```") % 2 == 0
 
 
-def test_metadata_name_every_metric_and_protocol_in_words():
+def test_metadata_name_the_task_and_each_metric_with_its_protocol():
     card = make_model_card("org/elastic-ml1m", make_results(), license="mit", tags=["films"])
     check_metadata(card)
     assert card.data.license == "mit" and card.data.tags[-2:] == ["elastic", "films"]
     assert card.data.datasets is None and card.data.base_model is None
     results = {result.metric_name: result for result in card.data.eval_results}
-    assert len(results) == len(METRICS) + 1
+    assert card.data.pipeline_tag == "sequential-recommendation" and card.data.metrics == ["hr", "ndcg", "mrr"]
+    assert results.keys() == {
+        f"{name}@10, full ranking, seen items {words}"
+        for name in ("HR", "NDCG", "MRR")
+        for words in ("excluded", "kept")
+    }
     kept = results["NDCG@10, full ranking, seen items kept"]
     assert kept.metric_value == make_results()["test_ndcg@10_seen_kept"] and kept.metric_type == "ndcg_at_10"
     assert results["NDCG@10, full ranking, seen items excluded"].metric_value == 0.25
@@ -226,27 +233,92 @@ def test_what_is_unknown_is_left_out():
     results = make_results(memory_slots=36, memory_share_retrieved=0.75)
     belong_together = {"num_users": ("num_items", "num_interactions"), "memory_slots": ("memory_share_retrieved",)}
     for key in set(results) - {"model_type"}:
-        if not key.startswith(("test_", "popularity_")) and key not in sum(belong_together.values(), ()):
+        if not key.startswith(("test_popularity_", "test_head_")) and key not in sum(belong_together.values(), ()):
             gone = {key, *belong_together.get(key, ())}
             check_text(make_model_card("org/x", {name: results[name] for name in results if name not in gone}))
 
 
-def test_pictures_and_code_are_named_only_where_they_are(folder):
+def python_of(card):
+    """The code of a card, which is one block."""
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    compile(code, "code", "exec")
+    return code
+
+
+def test_figures_are_shown_only_where_they_are(folder):
     card = render_model_card(folder, "org/elastic-ml1m")
     links = re.findall(r"\]\((?!https://)(.*?)\)", card.text)
     assert links == ["training_curve.png"] and all((folder / link).exists() for link in links)
-    assert 'from_pretrained("org/elastic-ml1m")' in card.text and "import elastic_hf" in card.text
-    assert "trust_remote_code" not in card.text
-    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling_elastic.X"}}))
     (folder / "expert_horizons.png").write_bytes(b"")
+    assert "](expert_horizons.png)" in render_model_card(folder, "org/elastic-ml1m").text
+
+
+def test_a_model_without_code_needs_the_package(folder):
+    """Which is on no index: what would be installed by its name there is somebody else's."""
     card = render_model_card(folder, "org/elastic-ml1m")
-    assert "](expert_horizons.png)" in card.text
-    assert (
-        'trust_remote_code=True, revision="<commit>"' in card.text and "put the commit that you have read" in card.text
-    )
+    assert python_of(card).startswith("import elastic_hf")
+    assert 'pipeline("sequential-recommendation", model="org/elastic-ml1m")' in python_of(card)
+    assert "trust_remote_code" not in card.text and re.findall("pip install.*", card.text) == [
+        "pip install -e .` in a clone of it."
+    ]
+    pinned = render_model_card(folder, "org/elastic-ml1m", revision="v2")
+    assert 'model="org/elastic-ml1m", revision="v2")' in python_of(pinned)
+
+
+def test_a_model_with_code_needs_public_packages_and_a_revision(folder):
+    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling_elastic.X"}}))
+    card = render_model_card(folder, "org/elastic-ml1m")
     check_text(card)
-    for snippet in re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL):
-        compile(snippet, "snippet", "exec")
+    assert "import elastic_hf" not in python_of(card)
+    assert 'pipeline(model="org/elastic-ml1m", trust_remote_code=True, revision="main")' in python_of(card)
+    assert "put the commit that you have read in place of `main`" in card.text
+    (install,) = re.findall("```bash\n(.*?)\n```", card.text)
+    assert re.findall(r'"(\w+)[^"]*"', install) == ["pyarrow", "torch", "transformers"]
+    tagged = render_model_card(folder, "org/elastic-ml1m", revision="v2")
+    assert 'trust_remote_code=True, revision="v2")' in python_of(tagged)
+    assert "in place of `v2`" in tagged.text and "main" not in python_of(tagged)
+
+
+def test_the_example_has_titles_and_what_the_model_recommends():
+    recommended = [{"item": 7, "title": "Amélie", "score": 1.5}, {"item": "sku 8", "title": None, "score": 1.0}]
+    example = {"history": ['The "Heat"', 12], "recommended": recommended}
+    card = make_model_card("org/x", make_results(), example=example)
+    check_metadata(card)
+    asked = []
+
+    def recommend(history, top_k):
+        asked.append((history, top_k))
+        return recommended
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(python_of(card).split("\n", 4)[4], {"recommend": recommend})
+    assert asked == [(['The "Heat"', 12], 2)]
+    (output,) = re.findall(r"```text\n(.*?)```", card.text, flags=re.DOTALL)
+    assert output == printed.getvalue() == "7 Amélie\nsku 8 None\n"
+    assert str(make_model_card("org/x", make_results(example=example))) == str(card)
+    without = make_model_card("org/x", make_results())
+    assert "```text" not in without.text and 'items["item_id"]' in python_of(without)
+
+
+def test_the_numbers_of_users_and_the_standard_errors_stand_beside_the_metrics():
+    results = make_results(num_validation_users=1_000, num_test_users=21, **{"test_ndcg@10_standard_error": 0.0625})
+    text = make_model_card("org/x", results).text
+    assert "- 1,000 users have validation items.\n" in text
+    assert "- 21 users have test items, so few that the figures say little about others.\n" in text
+    assert ["NDCG@10", "0.2500 ± 0.0625", "0.1800"] in rows(text, "metric")
+    assert [row[0] for row in rows(text, "metric")] == ["HR@10", "NDCG@10", "MRR@10"]
+    assert "users have" not in make_model_card("org/x", make_results()).text
+
+
+def test_nobody_is_shown_in_a_card():
+    sample = {"user_id": "ada@example.org", "history": ["Alien"], "recommended": ["Heat"], "target": "Kes"}
+    command = "python /home/ada/run.py --train_file /home/ada/shop.csv"
+    results = make_results(dataset="/home/ada/shop.csv", command=command, sample=sample)
+    others = {"sasrec.json": results | {"model_type": "sasrec"}}
+    text = str(make_model_card("org/x", results, others))
+    assert "ada" not in text.replace("data", "") and "Alien" not in text and "Kes" not in text
+    assert text.count("`python run.py --train_file shop.csv`") == 2
 
 
 def test_latency_is_that_of_the_benchmark(folder):
@@ -264,6 +336,7 @@ def test_latency_is_that_of_the_benchmark(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model_type": None}, "bad.json: a model to compare with must have a model_type, found none"),
         ({"dataset": "beauty"}, "bad.json: dataset must be 'ml-1m', as for the card's model, found 'beauty'"),
         ({"protocol": "temporal, full ranking"}, "protocol must be"),
         ({"num_interactions": 53_999}, "num_interactions must be 54000"),
@@ -318,7 +391,7 @@ def test_committed_cards_are_what_the_results_say(file):
     assert set(links) == {str(path.relative_to(file.parent)) for path in (file.parent / file.stem).glob("*")}
 
 
-def test_render_cards_writes_cards_and_draws_their_pictures(tmp_path, monkeypatch):
+def test_render_cards_writes_cards_and_draws_their_figures(tmp_path, monkeypatch):
     run = make_results(log_history=[{"epoch": 1.0, "loss": 2.0}], expert_half_lives=[[2.0, 300.0]], main_row=True)
     others = {"ml-1m-sasrec-42.json": run | {"model_type": "sasrec", "config": {}}}
     others |= {"trial.json": run | {"model_type": "gru4rec", "main_row": False}, "benchmark-data.json": {"rows": 1}}

@@ -304,7 +304,7 @@ def test_model_card_tells_the_results_of_the_whole_run_where_there_are_some(tmp_
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "| NDCG@10 | 0.1250 | 0.1250 |" in card and "| popularity | 1 | 0.0625 |" in card
-    assert "Leave-one-out" in card and 'from_pretrained("org/toy")' in card and "# toy" in card
+    assert "Leave-one-out" in card and 'model="org/toy"' in card and "# toy" in card
 
     # Transformers has a file of the same name for the metrics that a script saves.
     trainer.save_metrics("all", {"train_loss": 1.5})

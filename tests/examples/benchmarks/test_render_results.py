@@ -40,35 +40,36 @@ def results(tmp_path, monkeypatch):
     return write
 
 
-def test_targets_are_compared_with_what_was_found(results):
+def test_ratios_are_those_of_sasrec_over_elastic(results):
     results(factor=6)
-    found = {what: rest for what, *rest in render_results.findings()}
-    assert len(found) == 23
-    encoding = "encoding a user of {} items, times as fast as SASRec with SDPA"
-    assert found[encoding.format("2,048")] == ["at least 6", "6", "yes"]
-    assert found[encoding.format("32,768")] == ["at least 55", "6", "no"]
-    assert found["the same at 2,048, both compiled"] == ["at least 8", "6", "no"]
-    saved = "peak memory of {} 2,048 items, less than with naive attention by"
-    assert found[saved.format("encoding")] == ["at least 97 %", "98.3 %", "yes"]
-    assert found[saved.format("training on")] == ["at least 85 %", "98.3 %", "yes"]
-    assert found["the same over SASRec's with SDPA"] == ["at most 0.4", "0.167", "yes"]
-    assert found["the same over SASRec's with SDPA: elastic, checkpointed"] == ["at most 0.6", "0.0556", "yes"]
-    assert found["four reader layers over two, time to encode 2,048 items"] == ["at most 1.6", "1.5", "yes"]
-    defaults = "training memory of one user, defaults of the configuration, 16,384 over 2,048 items"
-    assert found[defaults] == ["at most 8.8", "8", "yes"]
-    assert found["one more item after 100,000 items over after 100"] == ["at most 1.1", "1.2", "no"]
-    assert found["one more item after 100,000 items"] == ["at most 1.5 ms", "1.5 ms", "yes"]
-    assert found["state of a user"] == ["at most 9,000 bytes", "8,840 bytes", "yes"]
-    for what in ("training step on 200 items over SASRec's with SDPA: elastic", encoding.format("50")):
-        assert found[what][-1] == "yes"
+    header, _, *lines = render_results.ratios().splitlines()
+    assert header.endswith("| 50 | 200 | 500 | 2,048 | 8,192 | 32,768 |")
+    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+    assert rows["time to encode a user"] == ["6"] * 6
+    assert rows["time of a training step"] == ["", "6", "", "6", "", ""]
+    assert rows["memory of a training step, ELASTIC checkpointed"] == ["", "", "", "18", "", ""]
+    assert rows["memory to encode a user, naive attention"] == ["", "", "", "60", "", ""]
     results(factor=0.5)
-    found = {what: rest for what, *rest in render_results.findings()}
-    assert found["training step on 200 items over SASRec's with SDPA: elastic"] == ["at most 1.8", "2", "no"]
-    assert found[encoding.format("50")] == ["at least 1.2", "0.5", "no"]
+    assert "| time to encode a user | 0.5 | 0.5 | 0.5 | 0.5 | 0.5 | 0.5 |" in render_results.ratios()
+
+
+def test_the_front_page_puts_elastic_first(results, tmp_path):
+    results(factor=6)
+    data = {"num_users": 3, "num_items": 5, "num_interactions": 20, "max_length": 7, "num_parameters": 11}
+    for model, seed, ndcg in (("sasrec", 42, 0.25), ("gru4rec", 42, 0.2), ("gru4rec", 43, 0.4), ("elastic", 42, 0.15)):
+        run = {**data, "model_type": model, "main_row": True, "test_hr@10": 0.5, "test_ndcg@10": ndcg}
+        (tmp_path / "results" / f"ml-1m-{model}-{seed}.json").write_text(json.dumps(run))
+    *_, elastic, gru4rec, sasrec = render_results.front_page().splitlines()
+    assert elastic == "| **ELASTIC** | **0.5000** | **0.1500** | **1** | **11** |"
+    assert gru4rec == "| GRU4Rec | 0.5000 ± 0.0000 | 0.3000 ± 0.1414 | 2 | 11 |"
+    assert sasrec == "| SASRec | 0.5000 | 0.2500 | 1 | 11 |"
+    speed, state, accuracy = render_results.highlights().splitlines()
+    assert "6.0 times" in speed and "1.5 ms" in state and "-50.0%" in accuracy and "GRU4Rec" in accuracy
+    assert "6.0 times" not in render_results.training_cost() and "0.2 times" in render_results.training_cost()
 
 
 def test_what_was_not_measured_is_not_stated(results):
-    for name in ("targets", "claims", "inference", "training_memory", "streaming", "profile", "onnx", "headline"):
+    for name in ("ratios", "claims", "inference", "training_memory", "streaming", "profile", "onnx", "training_cost"):
         assert render_results.TABLES[name]() == "Not measured yet."
     assert render_results.gpu() == "Nothing has been measured on a GPU yet."
     results(factor=2, variant="-cuda-bfloat16")
@@ -86,10 +87,16 @@ def test_values_are_those_of_one_user(results):
     assert "| elastic, checkpointed | naive | 2,048 | 60x | 98% |" in render_results.claims()
 
 
-def test_figures_are_drawn(results, tmp_path):
+def test_figures_are_drawn_the_same_again(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(render_results, "FIGURES", tmp_path)
     render_results.plot("inference")
-    assert not list((tmp_path / "results").glob("*.png"))
+    render_results.plot_encoding()
+    assert not list(tmp_path.glob("*.svg"))
     results(factor=2)
     for subject in LENGTHS:
         render_results.plot(subject)
-        assert (tmp_path / "results" / f"benchmark-{subject}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (tmp_path / f"{subject}.svg").read_text()
+    render_results.plot_encoding()
+    drawn = (tmp_path / "encoding.svg").read_bytes()
+    render_results.plot_encoding()
+    assert (tmp_path / "encoding.svg").read_bytes() == drawn

@@ -1,0 +1,122 @@
+"""The tables of model cards, from results files."""
+
+import statistics
+
+
+# What a card states of all that was measured, each with seen items excluded and kept.
+METRICS = ("HR@10", "NDCG@10", "MRR@10")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """Return `mean ± standard deviation` of several seeds, the value of one, nothing for none."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def name_of_model(run: dict) -> str:
+    """Return the name of a run's model: its type and, of an ablation, its variant."""
+    return ", ".join(part for part in (run["model_type"], run.get("variant")) if part)
+
+
+def group_by_model(results: dict, others: dict[str, dict]) -> dict[str, list[dict]]:
+    """Return the seeds of each model by its name, the card's own first."""
+    models = {name_of_model(results): [results]}
+    for run in others.values():
+        models.setdefault(name_of_model(run), []).append(run)
+    return models
+
+
+def metric_rows(results: dict, evaluation: str | None) -> list[list[str]]:
+    """Return each of `METRICS` with seen items excluded and kept, and its standard error where that is known."""
+    rows = []
+    for name in METRICS:
+        keys = [f"{evaluation}_{name.lower()}{suffix}" for suffix in ("", "_seen_kept")]
+        if keys[0] in results:
+            rows.append([name, *(_with_error(results, key) for key in keys)])
+    return rows
+
+
+def _with_error(results: dict, key: str) -> str:
+    """A metric and its standard error, as far as they are known."""
+    values = [results[name] for name in (key, f"{key}_standard_error") if name in results]
+    return " ± ".join(f"{value:.4f}" for value in values)
+
+
+def comparison_rows(results: dict, models: dict[str, list[dict]]) -> list[list[str]]:
+    """Return every model on the test items, the most accurate first."""
+    if "test_ndcg@10" not in results:
+        return []
+    measured = {name: [(run, "test") for run in runs] for name, runs in models.items()}
+    if "popularity_ndcg@10" in results:
+        measured.setdefault("popularity", [(results, "popularity")])
+    rows = []
+    for name, runs in measured.items():
+        values = {
+            key: [run[f"{prefix}_{key}"] for run, prefix in runs if f"{prefix}_{key}" in run]
+            for key in ("hr@10", "ndcg@10", "hr@10_seen_kept", "ndcg@10_seen_kept", "coverage@10")
+        }
+        label = f"**{name}**, this model" if name == name_of_model(results) else name
+        row = [label, str(len(runs)), *(mean_and_deviation(seeds) for seeds in values.values())]
+        rows.append((-statistics.mean(values["ndcg@10"]), row))
+    return [row for _, row in sorted(rows)]
+
+
+def cost_rows(models: dict[str, list[dict]]) -> list[list[str]]:
+    """Return the parameters of every model, the minutes of its training and the hardware."""
+    rows = []
+    for name, runs in models.items():
+        if "num_parameters" in runs[0] and "hardware" in runs[0]:
+            minutes = [run["train_seconds"] / 60 for run in runs if "train_seconds" in run]
+            spent = f"{statistics.mean(minutes):.{0 if statistics.mean(minutes) >= 10 else 1}f}" if minutes else ""
+            hardware = "; ".join(dict.fromkeys(run["hardware"] for run in runs))
+            rows.append([name, f"{runs[0]['num_parameters']:,}", spent, hardware])
+    return rows
+
+
+def training_rows(results: dict) -> list[list[str]]:
+    """Return the settings of the training that are known."""
+    config, training = results.get("config", {}), results.get("training", {})
+    settings = {
+        "parameters": f"{results['num_parameters']:,}" if "num_parameters" in results else None,
+        "objective": config.get("training_objective"),
+        "loss": config.get("training_loss"),
+        "longest input (items)": results.get("max_length"),
+    }
+    if results.get("epochs") is not None:
+        settings |= {
+            "long histories cut into windows": results.get("split_into_windows"),
+            "epochs": f"{results['epochs']:g}",
+            "batch size (histories)": training.get("batch_size"),
+            "learning rate": training.get("learning_rate"),
+            "warm-up (steps)": training.get("warmup_steps"),
+            "weight decay": training.get("weight_decay"),
+            "bfloat16": training.get("bf16"),
+            "seed": results.get("seed"),
+        }
+    words = {True: "yes", False: "no"}
+    return [
+        [name, words[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)]
+        for name, value in settings.items()
+        if value is not None
+    ]
+
+
+def latency_table(benchmark: dict | None) -> str | None:
+    """Return the milliseconds per user by length of the history, one column for each model of the benchmark."""
+    if benchmark is None:
+        return None
+    models = list(dict.fromkeys(model for row in benchmark["rows"] for model in row["seconds"]))
+    rows = []
+    for row in benchmark["rows"]:
+        times = [row["seconds"].get(model) for model in models]
+        milliseconds = ["" if time is None else f"{1000 * time / row['batch_size']:.2f}" for time in times]
+        rows.append([f"{row['length']:,}", str(row["batch_size"]), *milliseconds])
+    return table(["history (items)", "batch", *models], rows)

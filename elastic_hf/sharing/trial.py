@@ -1,0 +1,142 @@
+"""A model is loaded and tried before it is sent: what is torn, broken or of another model is refused by its name."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from ..models.item_tokenizer import ElasticItemTokenizer
+from ..models.pipeline import SequentialRecommendationPipeline
+from ..registry import MODELS
+
+
+# Items of the catalogue that a trial reads, as far as the model reads so many.
+TRIAL_ITEMS = 1_000
+# Items that an example reads, and recommendations that it shows.
+EXAMPLE_ITEMS = 3
+ITEM_COLUMNS = {"item_id", "title", "count"}
+
+
+def load_pipeline(folder: str | Path) -> SequentialRecommendationPipeline:
+    """
+    Load a model and its tokenizer from a folder, by this package's own code, and recommend once.
+
+    Args:
+        folder (`str` or `Path`): The folder, as `save_pretrained` of both writes it.
+
+    Returns:
+        [`SequentialRecommendationPipeline`], on the CPU.
+
+    Raises:
+        ValueError: if a file is missing, torn or no such file, if the weights are not all of this model's and finite,
+            or if model, tokenizer and items do not belong together. The message names the file.
+    """
+    folder = Path(folder)
+    model = _load_model(folder)
+    tokenizer = _load_tokenizer(folder)
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} must have the model's {model.config.vocab_size} tokens, "
+            f"found {len(tokenizer)}: model and tokenizer come from different runs"
+        )
+    with _refusing(folder / "model.safetensors", "a model that recommends"):
+        pipeline = SequentialRecommendationPipeline(model, tokenizer, device="cpu")
+        history = tokenizer.items["item_id"][:TRIAL_ITEMS].to_pylist()
+        (best,) = pipeline(history, top_k=1, exclude_seen=False)
+    if not math.isfinite(best["score"]):
+        raise ValueError(f"{folder / 'model.safetensors'} must give finite scores, found {best['score']}")
+    return pipeline
+
+
+def recommend_example(pipeline: SequentialRecommendationPipeline) -> dict[str, list] | None:
+    """
+    Return the first recommendations after the most popular items of the catalogue, or its first where these were not
+    counted. No user is shown.
+
+    Returns:
+        `dict` with `history`, titles where they stand for one item alone and item ids elsewhere, and `recommended`, as
+        the pipeline returns it; None for a catalogue of one item.
+    """
+    items = pipeline.tokenizer.items
+    num_items = min(EXAMPLE_ITEMS, len(items) - 1)
+    if num_items == 0:
+        return None
+    # A title that is an item id, too, stands for the item of that id.
+    names = Counter([*items["title"].to_pylist(), *items["item_id"].cast(pa.string()).to_pylist()])
+    if "count" in items.column_names:
+        items = items.sort_by([("count", "descending")])
+    rows = items[:num_items].to_pylist()
+    history = [row["title"] if row["title"] and names[row["title"]] == 1 else row["item_id"] for row in rows]
+    return {"history": history, "recommended": pipeline(history, top_k=min(EXAMPLE_ITEMS, len(items) - num_items))}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: if there is none, or if a number in it is not finite.
+    """
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ValueError(f"{file} must hold JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} must hold a JSON object, found {type(contents).__name__}")
+    return contents
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"found the number {name}")
+
+
+@contextmanager
+def _refusing(file: Path, what: str) -> Iterator[None]:
+    """Turn whatever goes wrong into a `ValueError` of one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} must be {what}, found {type(error).__name__}: {reason}") from error
+
+
+def _load_model(folder: Path) -> PreTrainedModel:
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    model_type = read_json(config_file).get("model_type")
+    if model_type not in MODELS:
+        raise ValueError(f"{config_file} must have a model_type among {', '.join(MODELS)}, found {model_type!r}")
+    model_class = MODELS[model_type]
+    with _refusing(config_file, "a model's configuration"):
+        config = model_class.config_class.from_pretrained(folder)
+    with _refusing(weights_file, "the weights of the model in config.json"):
+        model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True)
+    for names, fault in ((info["missing_keys"], "without"), (info["unexpected_keys"], "with")):
+        if names:
+            raise ValueError(
+                f"{weights_file} must be the weights of the model in config.json, found a file {fault} {min(names)}"
+            )
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{weights_file} must hold finite numbers, found NaN or infinity in {name}")
+    return model
+
+
+def _load_tokenizer(folder: Path) -> ElasticItemTokenizer:
+    read_json(folder / "tokenizer_config.json")
+    with _refusing(folder / "tokenizer.json", "an item tokenizer"):
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    items_file = folder / "items.parquet"
+    with _refusing(items_file, "a table of items"):
+        columns = pq.read_table(items_file).column_names
+    if not {"item_id"} <= {*columns} <= ITEM_COLUMNS:
+        raise ValueError(f"{items_file} must have item_id, title and count as its columns, found {', '.join(columns)}")
+    with _refusing(items_file, "the items of tokenizer.json"):
+        return ElasticItemTokenizer.from_pretrained(folder)
