@@ -434,7 +434,7 @@ def train(trainer: SequentialRecommendationTrainer, histories: Dataset, checkpoi
         "train_seconds": train_metrics.get("train_runtime"),
         "train_loss": train_metrics.get("train_loss"),
         "log_history": [
-            {key: log[key] for key in ("epoch", "loss", "eval_ndcg@10") if key in log}
+            {key: log[key] for key in ("epoch", "step", "loss", "eval_ndcg@10") if key in log}
             for log in state.log_history
             if "loss" in log or "eval_ndcg@10" in log
         ],
