@@ -190,6 +190,10 @@ class ResumableTrainer(Trainer):
         self._is_writing_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
+        except Exception as error:
+            free = shutil.disk_usage(run_dir).free
+            error.add_note(f"{run_dir / name} is not written; {free:,} bytes are free on its disk")
+            raise
         finally:
             self._is_writing_checkpoint = False
         best = f"checkpoint-{self.state.best_global_step}"

@@ -214,6 +214,18 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, caplog):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("unexpected position")  # what torch says of a full disk
+
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(RuntimeError, match="unexpected position") as error:
+        trainer.train()
+    (note,) = error.value.__notes__
+    assert note.startswith(f"{tmp_path / 'checkpoint-7'} is not written; ") and note.endswith("free on its disk")
+
+
 def test_the_newest_and_the_best_checkpoint_remain(tmp_path):
     arguments = dict(learning_rate=0.0, num_train_epochs=4)
     trainer = make_trainer(tmp_path, save_total_limit=2, **arguments)  # the first evaluation is the best
