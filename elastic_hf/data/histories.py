@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MIN_INTERACTIONS = 3  # of a user: one each for training, validation and test
 MIN_TRAINING_ITEMS = 2  # of a user in the train split: one to read and one to predict
 FEW_USERS = 500  # so few make metrics that are mostly chance
+YEAR_10_000 = 253_402_300_800  # in Unix seconds
 USERS_PER_BATCH = 1_000  # rows of one Arrow record batch
 
 
@@ -202,6 +203,7 @@ def load_histories(
     num_rows = table.num_rows
     del table
 
+    _warn_of_milliseconds(interactions)
     _sort_by_time(interactions)
     num_duplicates = _drop_duplicates(interactions)
     num_filtered, num_filtered_users = _filter_by_count(interactions, k_core)
@@ -270,6 +272,15 @@ def _encode(table: pa.Table) -> Interactions:
     item_ids, items = encode_ids(table["item"])
     timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
     return Interactions(user_ids, item_ids, users, items, timestamps)
+
+
+def _warn_of_milliseconds(interactions: Interactions) -> None:
+    timestamps = interactions.timestamps
+    if timestamps is not None and timestamps.max() >= YEAR_10_000:
+        logger.warning(
+            f"timestamps are read as Unix seconds, of which {timestamps.max():,} is after the year 9999: divide them "
+            "first if they are milliseconds or smaller"
+        )
 
 
 def _sort_by_time(interactions: Interactions) -> None:
