@@ -257,7 +257,9 @@ def test_few_evaluated_users_are_reported(tmp_path, load, caplog, num_users):
     )
     counts = load(path).counts
     assert counts["num_validation_users"] == counts["num_test_users"] == num_users
-    expected = "validation and test have only 499 and 499 users: a metric over fewer than 500 is mostly chance"
+    expected = (
+        "few users are evaluated (499 in validation, 499 in test): a metric over fewer than 500 is mostly chance"
+    )
     assert (expected in caplog.text) == (num_users < 500)
 
 
