@@ -31,7 +31,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "datasets>=5.0",
-        "filelock>=3.12",
+        "filelock>=3.13",
         "huggingface-hub>=2.0",
         "jinja2>=3.1",
         "numpy>=2.0",

@@ -109,7 +109,13 @@ class DataArguments:
     item_column: str | None = field(default=None, metadata={"help": "Column of the item ids."})
     timestamp_column: str | None = field(default=None, metadata={"help": "Column of the timestamps."})
     title_column: str | None = field(default=None, metadata={"help": "Column of the items' titles."})
-    k_core: int = field(default=5, metadata={"help": "Fewest interactions of each user and item; 0 filters nothing."})
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of all columns, in order, of a file without a header."}
+    )
+    in_time_order: bool = field(
+        default=False, metadata={"help": "The rows have no timestamps; each user's are in the order of time."}
+    )
+    k_core: int = field(default=5, metadata={"help": "Fewest interactions of each user and item."})
     split: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal."})
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
@@ -220,22 +226,32 @@ def make_run_name(model_args: ModelArguments, data_args: DataArguments, training
     return "-".join(parts)
 
 
-def read_results(args: SeqRecTrainingArguments, run_name: str, is_run_folder: bool) -> dict[str, Any] | None:
+def refuse_foreign_model(args: SeqRecTrainingArguments) -> None:
+    """Refuse an output folder with a model that is not of a run of this script: a training would overwrite it."""
+    output_dir = Path(args.output_dir)
+    is_new = args.do_train and args.resume_from_checkpoint is None
+    is_of_a_run = (output_dir / LOCK).exists() or (output_dir / RESULTS_FILE).exists()
+    if is_new and (output_dir / "model.safetensors").exists() and not is_of_a_run:
+        raise ValueError(f"output_dir {output_dir} must hold no model of another origin: choose another one")
+
+
+def read_results(args: SeqRecTrainingArguments, run_name: str) -> dict[str, Any] | None:
     """Return the results of a run that ended before all that is made from them was made, if there are such.
 
     Raises:
-        ValueError: If the output folder holds a finished run, or a model that no run in it has left unfinished.
+        ValueError: If the output folder holds a finished run.
     """
     output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
+    if args.resume_from_checkpoint is not None or not (output_dir / RESULTS_FILE).exists():
         return None
-    if (output_dir / RESULTS_FILE).exists():
+    try:
         results = json.loads((output_dir / RESULTS_FILE).read_text(encoding="utf-8"))
-        made = [*derived_files(args, run_name, results), *([output_dir / CARD_FILE] if args.do_train else [])]
-        if not all(file.exists() for file in made):
-            return results
-    elif is_run_folder or not args.do_train or not (output_dir / "model.safetensors").exists():
+    except ValueError as error:
+        logger.warning(f"{output_dir / RESULTS_FILE} is not whole and is made anew: {error}")
         return None
+    files = [*derived_files(args, run_name, results), *([output_dir / CARD_FILE] if args.do_train else [])]
+    if not all(file.exists() for file in files):
+        return results
     raise ValueError(
         f"output_dir {output_dir} already holds a finished run: choose another one, or set "
         "resume_from_checkpoint to train that run further"
@@ -266,6 +282,8 @@ def read_histories(data_args: DataArguments, training_args: SeqRecTrainingArgume
             item_column=data_args.item_column,
             timestamp_column=data_args.timestamp_column,
             title_column=data_args.title_column,
+            column_names=data_args.column_names,
+            in_time_order=data_args.in_time_order,
             items_file=data_args.items_file,
             dataset_config_name=data_args.dataset_config_name,
             dataset_split=data_args.dataset_split,
@@ -417,13 +435,14 @@ def train(trainer: SequentialRecommendationTrainer, histories: Dataset, checkpoi
     state = trainer.state
     return {
         "epochs": state.epoch,
+        "steps": state.global_step,
         "best_epoch": trainer.best_epoch(),
         "stopped_early": state.global_step < state.max_steps,
         "resumed_from_checkpoint": checkpoint,
         "train_seconds": train_metrics.get("train_runtime"),
         "train_loss": train_metrics.get("train_loss"),
         "log_history": [
-            {key: log[key] for key in ("epoch", "loss", "eval_ndcg@10") if key in log}
+            {key: log[key] for key in ("epoch", "step", "loss", "eval_ndcg@10") if key in log}
             for log in state.log_history
             if "loss" in log or "eval_ndcg@10" in log
         ],
@@ -632,13 +651,13 @@ def main() -> None:
     run_name = make_run_name(model_args, data_args, training_args)
     output_dir = training_args.output_dir = training_args.output_dir or f"outputs/{run_name}"
     is_main_process = training_args.process_index == 0
-    is_run_folder = Path(output_dir, LOCK).exists()
+    refuse_foreign_model(training_args)
     make_folder(output_dir, "output_dir")
     if training_args.results_dir:
         make_folder(training_args.results_dir, "results_dir")
     set_up_process(training_args)
     with lock_output_dir(output_dir) if is_main_process else nullcontext():
-        results = read_results(training_args, run_name, is_run_folder) if is_main_process else None
+        results = read_results(training_args, run_name) if is_main_process else None
         (results,) = broadcast_object_list([results])
         if results is None:
             run(model_args, data_args, training_args, run_name)

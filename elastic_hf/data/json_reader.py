@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pyarrow as pa
@@ -33,14 +34,17 @@ class JsonReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sample = [row for _, row in itertools.islice(self._rows(), NUM_SAMPLED_LINES)]
-        self.names = list(dict.fromkeys(itertools.chain.from_iterable(self.sample)))
-        self.is_empty = not self.sample
+        self.is_empty = True
+        self.types: dict[str, type] = {}  # of the first value of each column
+        for _, row in itertools.islice(self._rows(), NUM_SAMPLED_LINES):
+            self.is_empty = False
+            self.types.update({name: type(row[name]) for name in row if self.types.get(name, NoneType) is NoneType})
+        self.names = list(self.types)
 
     def read(self, columns: Columns) -> pa.Table:
         """Return the columns that the file has."""
         names = [name for name in columns.wanted() if name in self.names]
-        schema = pa.schema({name: self._sampled_type(name) for name in names})
+        schema = pa.schema({name: ARROW_TYPES.get(self.types[name], pa.string()) for name in names})
         options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         try:
             with open_bytes(self.path) as file:
@@ -73,10 +77,6 @@ class JsonReader:
                     found = line.strip()[:100]
                     raise ValueError(f"{self.path}, line {number}: expected one JSON object per line, found {found!r}")
                 yield number, row
-
-    def _sampled_type(self, name: str) -> pa.DataType:
-        values = (row[name] for row in self.sample if row.get(name) is not None)
-        return ARROW_TYPES.get(type(next(values, None)), pa.string())
 
     def _read_lines(self, names: list[str]) -> pa.Table:
         """Read the columns in Python: slowly, but with the line of what is wrong."""

@@ -80,15 +80,11 @@ class TextReader:
                 raise ValueError(f"{self.path}: {error}") from error
             message = str(error).replace(row[0], "")
             raise ValueError(f"{self.path}, line {self._line_number(int(row[1]))}: {message}") from error
-        if self.layout.has_quotes:
-            num_lines, last_line = self._survey_lines()
-            if table.num_rows + self.has_header < num_lines or any(
-                find_multiline_values(last_line, self.layout.delimiter)
-            ):
-                values = self._check_quotes(columns, table)
-                logger.warning(
-                    f"{self.path}: {len(values):,} values hold line breaks, the first on line {values[0].first_line}"
-                )
+        if self.layout.has_quotes and self._has_multiline_values(table.num_rows):
+            values = self._check_quotes(columns, table)
+            logger.warning(
+                f"{self.path}: {len(values):,} values hold line breaks, the first on line {values[0].first_line}"
+            )
         return table
 
     def position(self, row: int) -> str:
@@ -125,8 +121,8 @@ class TextReader:
         with open_bytes(self.path) as file:
             return any(b'"' in chunk for chunk in iter(lambda: file.read(BYTES_PER_CHUNK), b""))
 
-    def _survey_lines(self) -> tuple[int, bytes]:
-        """Return the number of lines that are not empty, and the last of them."""
+    def _has_multiline_values(self, num_rows: int) -> bool:
+        """Return whether there are more lines than rows, empty lines aside, or the last one ends within a value."""
         num_lines, after_line_end, tail = 0, True, b""
         with open_bytes(self.path) as file:
             while chunk := file.read(BYTES_PER_CHUNK):
@@ -135,7 +131,8 @@ class TextReader:
                 num_lines += np.count_nonzero(is_end[:-1] & ~is_end[1:])
                 after_line_end = is_end[-1]
                 tail = (tail + chunk)[-BYTES_PER_CHUNK:]
-        return int(num_lines), LINE_END.split(tail.rstrip(b"\r\n"))[-1]
+        last_line = LINE_END.split(tail.rstrip(b"\r\n"))[-1]
+        return num_lines > num_rows + self.has_header or any(find_multiline_values(last_line, self.layout.delimiter))
 
     def _read(self, columns: Columns) -> pa.Table:
         for block_size in BLOCK_SIZES:
@@ -175,10 +172,13 @@ class TextReader:
         A line with as many fields as there are columns is a row if its user or item is another row's, too, in `table`.
         Without that, its timestamp shows it, but for the line where the value ends, which has that of the whole row.
         """
-        known = set()
-        for name in (columns.user, columns.item):
-            if table is not None and name in self.names:
-                known |= {(name, value) for value in table[name].unique().dictionary_decode().to_pylist()}
+        ids = (columns.user, columns.item)
+        known = {
+            (name, value)
+            for name in ids
+            if table is not None and name in self.names
+            for value in table[name].unique().to_pylist()
+        }
 
         def is_row(fields: list[str], is_last: bool) -> bool:
             if len(fields) != len(self.names):
@@ -187,7 +187,7 @@ class TextReader:
             timestamp = row.get(columns.timestamp)
             if timestamp is not None and not TIMESTAMP.fullmatch(timestamp):
                 return False
-            is_known = any((name, row.get(name)) in known for name in (columns.user, columns.item))
+            is_known = any((name, row.get(name)) in known for name in ids)
             return is_known or (timestamp is not None and not is_last)
 
         return check_multiline_values(self.path, content_of(self.path), self.layout.delimiter, is_row)
@@ -202,5 +202,5 @@ class TextReader:
             for number, line in enumerate(file, start=1):
                 record -= number not in continued and bool(line.strip("\r\n"))
                 if record == 0:
-                    return number
-        raise IndexError(record)
+                    break
+        return number

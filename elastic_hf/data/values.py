@@ -30,7 +30,8 @@ def check_rows(table: pa.Table, columns: Columns, source: str | Path, position: 
         position (`Callable[[int], str]`): From a row's index to the words that tell a reader where it is.
 
     Returns:
-        `pyarrow.Table`: ids as int64, strings or `TEXT_ID`, timestamps as int64 or float64, titles as strings.
+        `pyarrow.Table`: ids as int64, strings or `TEXT_ID`, timestamps as int64 or float64, titles as strings or
+        `TEXT_ID`.
 
     Raises:
         ValueError: if a value is missing or is not what its column holds; the message names the row.
@@ -66,10 +67,12 @@ class _Column:
         raise self._wrong_type("integers or strings")
 
     def to_titles(self) -> pa.ChunkedArray:
+        if self.values.type == TEXT_ID:
+            return self.values
         values = self._decode()
         if not (pa.types.is_large_string(values.type) or pa.types.is_integer(values.type)):
             raise self._wrong_type("strings")
-        return values.cast(pa.string())
+        return values.cast(pa.large_string())
 
     def to_seconds(self) -> pa.ChunkedArray:
         """Return Unix seconds as int64, or as float64 where the values are floats or have fractions of a second."""

@@ -301,7 +301,10 @@ def _as_strings(ids: Any) -> Any:
 def _as_int64_or_string(values: pa.Array) -> pa.Array:
     """Item ids in one of the two types they are compared in: int64 or large_string."""
     if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+        distinct = values.dictionary
+        if pa.types.is_string_view(distinct.type):  # which Arrow does not take from
+            distinct = distinct.cast(pa.large_string())
+        values = distinct.take(values.indices)
     if pa.types.is_integer(values.type):
         return values.cast(pa.int64())
     is_string = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)

@@ -43,6 +43,8 @@ def check_arguments(args: TrainingArguments, train_dataset: Any, eval_dataset: A
         )
     if has_ranking_metrics and not args.eval_do_concat_batches:
         raise ValueError("eval_do_concat_batches must be True unless compute_metrics is given, found False")
+    if args.eval_use_gather_object:
+        raise ValueError("eval_use_gather_object must be False, since ranks are gathered as tensors, found True")
     if args.push_to_hub and args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise ValueError(
             "hub_strategy must be 'end' or 'every_save', since optimizer states are pickled and not published, "

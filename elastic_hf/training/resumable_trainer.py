@@ -85,6 +85,8 @@ class ResumableTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint must be a whole checkpoint, found {self._resumed_from}: {damage}"
                 )
+            if self._resumed_from is not None and self.args.save_only_model:
+                logger.warning("save_only_model keeps no optimizer: what is resumed is not the same run")
             return super().train(self._resumed_from, *args, **kwargs)
 
     # What a resumed run goes on with

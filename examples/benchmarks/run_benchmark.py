@@ -460,7 +460,8 @@ def benchmark_data(args: argparse.Namespace) -> None:
         "num_items": args.num_items,
         "seed": args.seed,
         "cpu_count": os.cpu_count(),
-        "cpu_model": processor(),
+        "hardware": processor(),
+        "git_commit": git_commit(),
         "load_average_before": round(os.getloadavg()[0], 2),  # other work on the machine, in busy cores
         "versions": {
             "python": platform.python_version(),
@@ -497,7 +498,8 @@ def benchmark_tokenizer(args: argparse.Namespace) -> None:
         "num_items": args.num_items,
         "seed": args.seed,
         "cpu_count": os.cpu_count(),
-        "cpu_model": processor(),
+        "hardware": processor(),
+        "git_commit": git_commit(),
         "load_average_before": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),

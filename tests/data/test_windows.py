@@ -16,3 +16,15 @@ def test_windows_make_every_item_but_the_first_a_target_once(num_items):
         assert [item for window in mine for item in window[1:]] == history[1:]
         assert mine[0][0] == history[0]
         assert all(len(window) == 6 for window in mine[1:])
+
+
+def test_an_earlier_result_is_not_trusted(tmp_path):
+    histories = Dataset.from_dict({"input_ids": [list(range(3, 30))]})
+    histories.save_to_disk(tmp_path)
+    histories = Dataset.load_from_disk(tmp_path)
+    first = split_into_windows(histories, max_length=5)
+    expected = first["input_ids"][:]
+    for file in first.cache_files:
+        with open(file["filename"], "r+b") as stream:
+            stream.truncate(100)
+    assert first.cache_files and split_into_windows(histories, max_length=5)["input_ids"][:] == expected

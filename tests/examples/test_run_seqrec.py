@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import elastic_hf
 import run_seqrec
 from elastic_hf.sharing.model_card import render_model_card
 from elastic_hf.sharing.privacy import without_personal_data
+from faults import PAGE, read_state, state_after_full_disk, states_after_kills, write_state
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]
@@ -173,6 +175,56 @@ def test_nothing_is_overwritten(shop, finished):
     assert (output_dir / "all_results.json").read_bytes() == before
 
 
+def test_a_model_of_another_origin_is_not_overwritten(shop, finished, tmp_path):
+    shutil.copy(finished[0] / "model.safetensors", tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"output_dir {tmp_path} must hold no model of another origin"):
+            run(command_line(arguments_for(shop, tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(shop, tmp_path):
+    holder = (
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print(); input()"
+    )
+    lock = str(tmp_path / ".lock")
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    with pytest.raises(ValueError, match=f"output_dir {tmp_path} is in use by another run"):
+        run(command_line(arguments_for(shop, tmp_path)))
+    process.communicate("\n")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("missing", ["README.md", "expert_horizons.png", "copies/shop-elastic-42.json"])
+def test_what_is_made_from_the_results_is_made_again(shop, finished, tmp_path, monkeypatch, missing):
+    shutil.copytree(finished[0].parent, tmp_path / "run")
+    (output_dir,) = (tmp_path / "run").glob("shop-*")
+    file = tmp_path / "run" / missing if "/" in missing else output_dir / missing
+    whole = file.read_bytes()
+    file.unlink()
+    monkeypatch.setattr(run_seqrec, "run", None)
+    command = command_line(arguments_for(shop, output_dir, results_dir=str(tmp_path / "run" / "copies")))
+    output = run(command)
+    assert file.exists() and (missing == "README.md" or file.read_bytes() == whole)
+    assert "NDCG@10" in output and f"Results: {output_dir / 'all_results.json'}" in output
+    with pytest.raises(ValueError, match="already holds a finished run"):
+        run(command)
+
+
+def test_a_run_trained_further_removes_the_results_of_the_shorter_one(shop, finished, tmp_path, monkeypatch):
+    output_dir = shutil.copytree(finished[0], tmp_path / "run")
+    (checkpoint,) = output_dir.glob("checkpoint-10")
+    monkeypatch.setattr(run_seqrec, "validate", lambda trainer: 1 / 0)
+    changes = {"num_train_epochs": 3, "resume_from_checkpoint": str(checkpoint)}
+    with pytest.raises(ZeroDivisionError):
+        run(command_line(arguments_for(shop, output_dir, **changes)))
+    assert not (output_dir / "all_results.json").exists() and not (output_dir / "README.md").exists()
+    assert (output_dir / "model.safetensors").read_bytes() != (finished[0] / "model.safetensors").read_bytes()
+
+
 def test_an_interrupted_run_goes_on(shop, finished, tmp_path):
     output_dir, results, _ = finished
     checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -183,8 +235,9 @@ def test_an_interrupted_run_goes_on(shop, finished, tmp_path):
     run([SCRIPT, arguments_file, "--num_train_epochs", 2, "--output_dir", tmp_path])
     resumed = json.loads((tmp_path / "all_results.json").read_text())
     assert resumed["resumed_from_checkpoint"] == str(tmp_path / checkpoints[0].name)
-    metrics = [key for key in results if "@" in key]
-    assert {key: resumed[key] for key in metrics} == {key: results[key] for key in metrics}
+    same = [key for key in results if "@" in key] + ["epochs", "steps", "train_loss", "log_history"]
+    assert {key: resumed[key] for key in same} == {key: results[key] for key in same}
+    assert 0 < resumed["train_seconds"] <= resumed["total_seconds"]
     expected, found = (load_file(folder / "model.safetensors") for folder in (output_dir, tmp_path))
     assert all((expected[name] == found[name]).all() for name in expected)
 
@@ -312,7 +365,127 @@ def test_a_checkpoint_of_another_run_is_refused(shop, finished, tmp_path):
         run(command_line(arguments_for(shop, tmp_path, config_overrides=TINY + ",hidden_dropout=0.4")))
 
 
-def test_an_output_folder_that_cannot_be_written_is_named_before_training(shop, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named_before_training(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_seqrec, "run", None)
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ValueError, match="output_dir .*file.* must be a folder that can be written to"):
         run(command_line(arguments_for(shop, tmp_path / "file")))
+    with pytest.raises(ValueError, match="results_dir .*file.* must be a folder that can be written to"):
+        run(command_line(arguments_for(shop, tmp_path / "out", results_dir=str(tmp_path / "file"))))
+
+
+def test_a_run_without_evaluations(shop, tmp_path, caplog):
+    output = run(command_line(arguments_for(shop, tmp_path, eval_strategy="no", num_train_epochs=1)))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["best_epoch"] is None and not results["stopped_early"]
+    assert re.search(r"^epoch 1/1  loss \d\.\d+$", output, flags=re.MULTILINE)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [warning for warning in warnings if "users: a metric over fewer than 500" not in warning] == []
+
+
+def test_a_training_that_diverges_writes_no_results(shop, tmp_path):
+    with pytest.raises(FloatingPointError, match="the loss at step .* must be finite, found nan: .* learning_rate 1e"):
+        run(command_line(arguments_for(shop, tmp_path, learning_rate=1e9)))
+    assert not (tmp_path / "all_results.json").exists() and not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("", []),
+        ("# nothing\n", []),
+        ("user_column: null\nseed: 7\n", ["--seed", "7"]),
+        (
+            "config_overrides:\nbf16: false\nitems_file: títulos.csv\n",
+            ["--bf16", "false", "--items_file", "títulos.csv"],
+        ),
+        ("\ufeffreport_to: [tensorboard, wandb]\n", ["--report_to", "tensorboard", "wandb"]),
+    ],
+)
+def test_recipes(tmp_path, monkeypatch, text, arguments):
+    (tmp_path / "recipe.yaml").write_bytes(text.encode())
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *args: "ascii")
+    monkeypatch.setattr("locale.getencoding", lambda: "ascii")
+    recipe = str(tmp_path / "recipe.yaml")
+    assert run_seqrec.read_arguments([recipe, "--max_length", "10"]) == [*arguments, "--max_length", "10"]
+
+
+@pytest.mark.parametrize(("text", "found"), [("- a\n", "list"), ("seed", "str"), ("7", "int")])
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path, text, found):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"recipe.yaml must hold arguments as `name: value`, found a {found}"):
+        run_seqrec.read_arguments([str(tmp_path / "recipe.yaml")])
+
+
+def test_titles_that_the_locale_has_no_letters_for(shop, finished, tmp_path):
+    titles = [f"Nº {item} “ö”" for item in range(NUM_ITEMS)]
+    pl.DataFrame({"item_id": range(NUM_ITEMS), "title": titles}).write_csv(tmp_path / "titles.csv")
+    arguments = arguments_for(
+        shop, tmp_path / "out", items_file=str(tmp_path / "titles.csv"), num_train_epochs=1, save_strategy="no"
+    )
+    process = subprocess.run(
+        [sys.executable, *command_line(arguments | {"eval_strategy": "no"})],
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert b"N? " in process.stdout and process.stdout.isascii()
+
+
+# Faults
+
+
+def start(shop, folder):
+    """Run in two folders of a folder."""
+    changes = {"results_dir": str(folder / "copies"), "num_train_epochs": 1}
+    changes |= {"save_strategy": "no", "eval_strategy": "no"}
+    return run(command_line(arguments_for(shop, folder / "out", **changes)))
+
+
+def outcome(folder):
+    """Return what must not depend on the faults that a run has met."""
+    results = json.loads((folder / "out" / "all_results.json").read_text())
+    assert json.loads((folder / "copies" / "shop-elastic-42.json").read_text()) == results
+    assert (folder / "out" / "README.md").read_text() == str(render_model_card(folder / "out", str(folder / "out")))
+    weights = {name: weight.tolist() for name, weight in load_file(folder / "out" / "model.safetensors").items()}
+    changing = {"command", "train_seconds", "total_seconds"}
+    return {key: value for key, value in results.items() if key not in changing}, weights, read_state(folder).keys()
+
+
+@pytest.fixture
+def figures_without_matplotlib(monkeypatch):
+    def draw(figures, stream):
+        stream.write(bytes(3 * PAGE))
+
+    monkeypatch.setattr(run_seqrec, "plot_training_curve", draw)
+    monkeypatch.setattr(run_seqrec, "plot_expert_horizons", draw)
+
+
+def test_a_killed_run_ends_with_the_results_of_a_whole_one(shop, tmp_path, figures_without_matplotlib):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    *states, last = states_after_kills(whole, lambda: start(shop, whole))
+    expected = outcome(whole)
+    assert len(states) > 25
+    for state in states:
+        again = write_state(state, tmp_path / "again")
+        start(shop, again)
+        assert outcome(again) == expected
+    with pytest.raises(ValueError, match="already holds a finished run"):
+        start(shop, write_state(last, tmp_path / "again"))
+    assert read_state(tmp_path / "again") == last
+
+
+def test_a_run_that_finds_the_disk_full_ends_when_it_has_space(shop, tmp_path, figures_without_matplotlib):
+    start(shop, tmp_path / "whole")
+    expected = outcome(tmp_path / "whole")
+    for num_writes in count():
+        folder = tmp_path / str(num_writes)
+        folder.mkdir()
+        if state_after_full_disk(folder, lambda folder=folder: start(shop, folder), num_writes) is None:
+            break
+        start(shop, folder)
+        assert outcome(folder) == expected
+    assert num_writes > 10
+    assert outcome(folder) == expected

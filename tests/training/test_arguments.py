@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments
 
+from elastic_hf.data.collator import SequentialRecommendationCollator
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.training.trainer import SequentialRecommendationTrainer
 from trainers import MAX_LENGTH, NUM_ITEMS, evaluation_rows, make_histories, make_model, make_trainer, train_rows
@@ -14,6 +16,7 @@ from trainers import MAX_LENGTH, NUM_ITEMS, evaluation_rows, make_histories, mak
         ({"learning_rate": float("inf")}, "learning_rate must be a finite number, found inf"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number, found nan"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches must be True"),
+        ({"eval_use_gather_object": True}, "eval_use_gather_object must be False"),
         (
             {"load_best_model_at_end": True, "metric_for_best_model": None, "greater_is_better": None},
             "metric_for_best_model must be .* such as 'ndcg@10', found 'loss', the default: evaluations .* no loss",
@@ -98,6 +101,34 @@ def test_users_are_never_dropped_from_the_metrics(tmp_path):
     np.testing.assert_array_equal(kept, dropped)
     assert len(dropped) == 97
     assert [len(trainer.get_train_dataloader()) for trainer in trainers] == [4, 3]
+
+
+def test_the_stock_trainer_gives_logits_to_metrics(tmp_path):
+    """Its rows have no target: the last label is ranked."""
+    model, histories = make_model(), make_histories()
+    rows = train_rows(histories)
+
+    def hit_rate(prediction):
+        labels = np.array([row[row != -100][-1] for row in prediction.label_ids])
+        return {"hr@1": (prediction.predictions.argmax(1) == labels).mean()}
+
+    stock = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), use_cpu=True, num_train_epochs=6, learning_rate=1e-2, save_strategy="no"),
+        SequentialRecommendationCollator(0, 2, MAX_LENGTH),
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=hit_rate,
+    )
+    stock.train()
+    metrics = stock.evaluate()
+    model.eval()
+    inputs = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row[-MAX_LENGTH - 1 : -1]) for row in rows["input_ids"]], batch_first=True, padding_side="left"
+    )
+    expected = model(inputs).logits.argmax(1) == torch.tensor([row[-1] for row in rows["input_ids"]])
+    assert metrics["eval_hr@1"] == pytest.approx(expected.double().mean().item()) and metrics["eval_hr@1"] > 0.1
+    assert metrics["eval_loss"] > 0
 
 
 def test_a_model_init_needs_no_collator(tmp_path):
