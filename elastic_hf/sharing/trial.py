@@ -130,8 +130,11 @@ def _load_model(folder: Path) -> PreTrainedModel:
     model_class = MODELS[model_type]
     with _refusing(config_file, "a model's configuration"):
         config = model_class.config_class.from_pretrained(folder)
+    saved_dtype, default_dtype = config.dtype or torch.float32, torch.get_default_dtype()
     with _refusing(weights_file, "the weights of the model in config.json"):
-        model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True)
+        # In PyTorch's default type: Transformers makes the type that it loads in the default of all threads, and one of
+        # them may be training.
+        model, info = model_class.from_pretrained(folder, config=config, dtype=default_dtype, output_loading_info=True)
     for names, fault in ((info["missing_keys"], "without"), (info["unexpected_keys"], "with")):
         if names:
             raise ValueError(
@@ -140,7 +143,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{weights_file} must hold finite numbers, found NaN or infinity in {name}")
-    return model
+    return model.to(saved_dtype)
 
 
 def _load_tokenizer(folder: Path) -> ElasticItemTokenizer:
