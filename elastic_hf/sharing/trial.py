@@ -132,8 +132,8 @@ def _load_model(folder: Path) -> PreTrainedModel:
         config = model_class.config_class.from_pretrained(folder)
     saved_dtype, default_dtype = config.dtype or torch.float32, torch.get_default_dtype()
     with _refusing(weights_file, "the weights of the model in config.json"):
-        # In PyTorch's default type: Transformers makes the type that it loads in the default of all threads, and one of
-        # them may be training.
+        # In PyTorch's default type: Transformers makes the type that it loads in the default of all threads, one of
+        # which may be training.
         model, info = model_class.from_pretrained(folder, config=config, dtype=default_dtype, output_loading_info=True)
     for names, fault in ((info["missing_keys"], "without"), (info["unexpected_keys"], "with")):
         if names:
