@@ -84,7 +84,7 @@ def render_model_card(
     - `all_results.json`: the run's own results;
     - `config.json`, which must be of that run's model. Where it has an `auto_map`, the folder holds the model's code,
       and the card says how to load it with `trust_remote_code`;
-    - the model and its tokenizer, where they are there: they recommend for the card's example;
+    - the model and its tokenizer, where they are there beside the results: they recommend for the card's example;
     - `training_curve.png` and `expert_horizons.png`, where they are there;
     - `results/*.json`: results of other seeds and of baselines to compare with, on the same data, split and length,
       and `benchmark-inference.json` of `examples/benchmarks/run_benchmark.py`.
@@ -113,7 +113,8 @@ def render_model_card(
             raise ValueError(
                 f"{results_file} must be of the model in config.json, found {name} {value!r} and {config[name]!r}"
             )
-    if example is None and all((folder / name).exists() for name in MODEL_FILES):
+    # In the middle of a training the folder may hold an older model.
+    if example is None and results and all((folder / name).exists() for name in MODEL_FILES):
         example = recommend_example(load_pipeline(folder))
     others = {str(file): read_json(file) for file in sorted((folder / "results").glob("*.json"))}
     benchmark = others.pop(str(folder / "results" / "benchmark-inference.json"), None)
