@@ -23,7 +23,7 @@ from .tables import (
     table,
     training_rows,
 )
-from .trial import load_pipeline, read_json, recommend_example
+from .trial import MODEL_FILES, load_pipeline, read_json, recommend_example
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,9 +36,6 @@ TAGS = (TASK, "recommender-system", "elastic_hf")
 
 # With fewer users than this the figures say little about others.
 FEW_USERS = 500
-
-# What the card's example is made from, where a folder has all of it.
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "items.parquet")
 
 # Figures that a card shows where its folder has them, and what they show.
 FIGURES = {

@@ -154,6 +154,13 @@ def test_a_whole_folder_is_loaded_and_the_random_state_stays(folder):
     assert pipeline.model.device.type == "cpu" and not pipeline.model.training
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_can_be_tried(folder, dtype):
+    elastic_model().to(dtype).save_pretrained(folder)
+    pipeline = load_pipeline(folder)
+    assert pipeline.model.dtype == dtype and len(recommend_example(pipeline)["recommended"]) == 3
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_model_can_be_tried(model_type, tmp_path):
     """Also one that reads fewer items than there are in the catalogue."""
