@@ -142,9 +142,15 @@ class ResumableTrainer(Trainer):
         self._tr_loss.fill_(record.totals.unlogged_loss)
         self._globalstep_last_logged = record.totals.last_logged_step
 
-    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+    def _run_epoch(self, *args, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
         self._epoch.fill_(epoch)
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        # A loader that skips batches does not reach the sampler of one that is sharded.
+        sampler = train_dataloader.batch_sampler
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()

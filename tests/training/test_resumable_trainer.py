@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+import elastic_hf
 from elastic_hf.training.checkpoints import read_record
 from elastic_hf.training.output_folder import lock_output_dir
 from trainers import make_model, make_trainer
 
 
+ROOT = Path(elastic_hf.__file__).parents[1]
 OBJECTIVES = [
     ("group_by_length", {}),
     ("random", {}),
@@ -76,6 +81,38 @@ def test_a_run_resumed_within_an_epoch_is_the_same_run(tmp_path, strategy, overr
         # The loss logged at step 6 or 9 is the mean of three steps, not of those after the checkpoint alone.
         assert untimed(whole.state.log_history) == untimed(resumed.state.log_history)
         assert found.training_loss == expected.training_loss == found.metrics["train_loss"]
+
+
+def run_and_resume(folder):
+    """Train, and go on from a checkpoint within the second epoch, in each of several processes."""
+    for strategy, overrides in OBJECTIVES:
+        trainers = []
+        for checkpoint in (None, str(folder / strategy / "checkpoint-6")):
+            arguments = dict(save_strategy="steps", save_steps=6, eval_strategy="no", num_train_epochs=2)
+            arguments |= dict(per_device_train_batch_size=12, train_sampling_strategy=strategy)  # 5 steps an epoch
+            trainer = make_trainer(folder / strategy, make_model(**overrides), **arguments)
+            assert trainer.args.world_size == 2
+            trainer.args.ddp_find_unused_parameters = False
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainers.append(trainer)
+        assert_equal(*(weights(trainer) for trainer in trainers))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            shutil.rmtree(folder / strategy)
+        trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def test_a_run_of_two_processes_resumed_within_an_epoch_is_the_same_run(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.run(
+        [*launcher, __file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
 
 
 def test_draws_differ_from_epoch_to_epoch(tmp_path):
@@ -239,3 +276,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, save_strategy):
         trainer.train()
     kept = {Path(f"checkpoint-{step}").name for step in (1, 2)} if save_strategy == "steps" else set()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == kept
+
+
+if __name__ == "__main__":
+    run_and_resume(Path(sys.argv[1]))
