@@ -20,10 +20,14 @@ def leave_out_short_histories(train_dataset: Any) -> Any:
     """Return the rows that have something to predict, two items at least, and log how many have not.
 
     Raises:
-        ValueError: If no row has.
+        ValueError: If no row has, or there is no column `input_ids`.
     """
     if not isinstance(train_dataset, datasets.Dataset):
         return train_dataset
+    if "input_ids" not in train_dataset.column_names:
+        raise ValueError(
+            f"train_dataset must have the column input_ids, found {', '.join(train_dataset.column_names)}"
+        )
     (long_enough,) = np.nonzero(history_lengths(train_dataset) >= 2)
     num_short = len(train_dataset) - len(long_enough)
     if num_short == 0:

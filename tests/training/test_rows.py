@@ -19,6 +19,8 @@ def test_short_histories_are_left_out_with_a_count(caplog):
     assert len(caplog.records) == 1
     with pytest.raises(ValueError, match="train_dataset must have histories of at least 2 items, found 2 of fewer"):
         leave_out_short_histories(dataset.select([1, 2]))
+    with pytest.raises(ValueError, match="train_dataset must have the column input_ids, found items"):
+        leave_out_short_histories(dataset.rename_column("input_ids", "items"))
     assert leave_out_short_histories(None) is None
 
 
