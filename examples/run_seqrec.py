@@ -109,7 +109,13 @@ class DataArguments:
     item_column: str | None = field(default=None, metadata={"help": "Column of the item ids."})
     timestamp_column: str | None = field(default=None, metadata={"help": "Column of the timestamps."})
     title_column: str | None = field(default=None, metadata={"help": "Column of the items' titles."})
-    k_core: int = field(default=5, metadata={"help": "Fewest interactions of each user and item; 0 filters nothing."})
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of all columns, in order, of a file without a header."}
+    )
+    in_time_order: bool = field(
+        default=False, metadata={"help": "The rows have no timestamps; each user's are in the order of time."}
+    )
+    k_core: int = field(default=5, metadata={"help": "Fewest interactions of each user and item."})
     split: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal."})
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
@@ -276,6 +282,8 @@ def read_histories(data_args: DataArguments, training_args: SeqRecTrainingArgume
             item_column=data_args.item_column,
             timestamp_column=data_args.timestamp_column,
             title_column=data_args.title_column,
+            column_names=data_args.column_names,
+            in_time_order=data_args.in_time_order,
             items_file=data_args.items_file,
             dataset_config_name=data_args.dataset_config_name,
             dataset_split=data_args.dataset_split,

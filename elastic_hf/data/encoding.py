@@ -43,5 +43,6 @@ def _integers_if_written_as_such(ids: pa.Array) -> pa.Array:
 
 
 def drop_unused(ids: pa.Array, codes: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+    """Return the ids that a row has, and each row's index among them."""
     used = np.bincount(codes, minlength=len(ids)) > 0
     return ids.filter(pa.array(used)), (np.cumsum(used, dtype=np.int32) - 1)[codes]

@@ -6,7 +6,6 @@ rows (user, item, time) -> sorted, without duplicates -> k-core -> one history p
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +17,29 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 
 from .cache import move_to_content_name, temporary_folder
 from .columns import ColumnRequest
-from .encoding import drop_unused, encode_ids
+from .encoding import encode_ids
+from .interactions import (
+    Interactions,
+    drop_duplicates,
+    encode_rows,
+    filter_by_count,
+    sort_by_time,
+    warn_of_milliseconds,
+)
 from .sources import read_source, read_titles
+from .splits import (
+    Prefixes,
+    count_items,
+    flat_indices,
+    leave_one_out,
+    leave_out_short,
+    temporal,
+    warn_of_few_users,
+)
 
 
 logger = logging.getLogger(__name__)
 
-MIN_INTERACTIONS = 3  # of a user: one each for training, validation and test
-MIN_TRAINING_ITEMS = 2  # of a user in the train split: one to read and one to predict
-FEW_USERS = 500  # so few make metrics that are mostly chance
 USERS_PER_BATCH = 1_000  # rows of one Arrow record batch
 
 
@@ -52,35 +65,6 @@ class Histories(NamedTuple):
     histories: DatasetDict
     items: Dataset
     counts: dict[str, int]
-
-
-@dataclass
-class Interactions:
-    """
-    Rows as codes.
-
-    Attributes:
-        user_ids, item_ids (`pyarrow.Array`): The distinct ids, sorted.
-        users, items (`np.ndarray` of shape `(num_rows,)`): The index of each row's user and item among them.
-        timestamps (`np.ndarray` of shape `(num_rows,)`, *optional*): Unix seconds.
-    """
-
-    user_ids: pa.Array
-    item_ids: pa.Array
-    users: np.ndarray
-    items: np.ndarray
-    timestamps: np.ndarray | None
-
-    def keep(self, rows: np.ndarray) -> None:
-        """Keep some rows, given by their indices or by a mask, in that order."""
-        self.users = self.users[rows]
-        self.items = self.items[rows]
-        if self.timestamps is not None:
-            self.timestamps = self.timestamps[rows]
-
-
-# The users in a split, and how many interactions of each come before the target.
-Prefixes = tuple[np.ndarray, np.ndarray]
 
 
 def load_histories(
@@ -193,7 +177,7 @@ def load_histories(
         titles = read_titles(Path(items_file))
     if split == "temporal" and "timestamp" not in table.column_names:
         raise ValueError("split='temporal' needs timestamps, the source has none")
-    interactions = _encode(table)
+    interactions = encode_rows(table)
     if title_column is not None:
         titles = _first_titles(interactions.items, interactions.item_ids, table["title"])
     elif titles is not None:
@@ -202,17 +186,18 @@ def load_histories(
     num_rows = table.num_rows
     del table
 
-    _sort_by_time(interactions)
-    num_duplicates = _drop_duplicates(interactions)
-    num_filtered, num_filtered_users = _filter_by_count(interactions, k_core)
+    warn_of_milliseconds(interactions)
+    sort_by_time(interactions)
+    num_duplicates = drop_duplicates(interactions)
+    num_filtered, num_filtered_users = filter_by_count(interactions, k_core)
     lengths = np.bincount(interactions.users)
     if split == "leave_one_out":
-        prefixes = _leave_one_out_prefixes(lengths)
+        prefixes = leave_one_out(lengths)
     else:
-        prefixes = _temporal_prefixes(interactions, lengths, validation_fraction, test_fraction)
-    item_counts = _count_items(interactions, lengths, prefixes["train"])
-    prefixes["train"] = _leave_out_short_prefixes(prefixes["train"])
-    _warn_of_few_users(prefixes)
+        prefixes = temporal(interactions, lengths, validation_fraction, test_fraction)
+    item_counts = count_items(interactions, lengths, prefixes["train"])
+    prefixes["train"] = leave_out_short(prefixes["train"])
+    warn_of_few_users(prefixes)
 
     with temporary_folder(cache_dir) as temporary:
         _write_items(temporary, interactions.item_ids, item_counts, titles)
@@ -265,136 +250,6 @@ def _request_columns(
     return ColumnRequest(names, ("user", "item") if in_time_order else ("user", "item", "timestamp"))
 
 
-def _encode(table: pa.Table) -> Interactions:
-    user_ids, users = encode_ids(table["user"])
-    item_ids, items = encode_ids(table["item"])
-    timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
-    return Interactions(user_ids, item_ids, users, items, timestamps)
-
-
-def _sort_by_time(interactions: Interactions) -> None:
-    """Sort by user, then by time; what is equal, or has no time, stays in the order of the source."""
-    if interactions.timestamps is None:
-        interactions.keep(np.argsort(interactions.users, kind="stable"))
-    else:
-        interactions.keep(np.lexsort((interactions.timestamps, interactions.users)))
-
-
-def _drop_duplicates(interactions: Interactions) -> int:
-    """Drop rows that equal an earlier one, and return how many they were; without time none are."""
-    if interactions.timestamps is None:
-        return 0
-    is_first = _is_first_of_its_kind(interactions.users, interactions.items, interactions.timestamps)
-    num_duplicates = int(is_first.size - np.count_nonzero(is_first))
-    if num_duplicates:
-        logger.warning(f"dropped {num_duplicates:,} rows that repeat another's user, item and timestamp")
-        interactions.keep(is_first)
-    return num_duplicates
-
-
-def _is_first_of_its_kind(users: np.ndarray, items: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-    """Return False for rows that equal an earlier one; rows are sorted by user and time."""
-    first = np.ones(users.size, bool)
-    tied = (users[1:] == users[:-1]) & (timestamps[1:] == timestamps[:-1])
-    in_tie = np.zeros(users.size, bool)
-    in_tie[1:] = tied
-    in_tie[:-1] |= tied
-    rows = np.flatnonzero(in_tie)
-    tie = np.cumsum(np.concatenate([[True], ~tied]))[rows]
-    # (tie, item) as one integer: the stable sort puts equal rows side by side, the earliest first
-    key = tie * (int(items.max()) + 1) + items[rows]
-    order = np.argsort(key, kind="stable")
-    first[rows[order[1:][key[order[1:]] == key[order[:-1]]]]] = False
-    return first
-
-
-def _filter_by_count(interactions: Interactions, k_core: int) -> tuple[int, int]:
-    """Remove users and items with too few interactions, and return how many interactions and users that removes."""
-    num_interactions, num_users = interactions.users.size, len(interactions.user_ids)
-    interactions.keep(_k_core(interactions.users, interactions.items, max(k_core, MIN_INTERACTIONS), k_core))
-    if not interactions.users.size:
-        raise ValueError(
-            f"none of {num_interactions:,} interactions is left with k_core={k_core}: a user needs at least "
-            f"{max(k_core, MIN_INTERACTIONS)}"
-        )
-    interactions.user_ids, interactions.users = drop_unused(interactions.user_ids, interactions.users)
-    interactions.item_ids, interactions.items = drop_unused(interactions.item_ids, interactions.items)
-    num_filtered_users = num_users - len(interactions.user_ids)
-    if num_filtered_users and k_core < MIN_INTERACTIONS:
-        logger.warning(
-            f"left out {num_filtered_users:,} of {num_users:,} users with fewer than {MIN_INTERACTIONS} interactions"
-        )
-    return num_interactions - interactions.users.size, num_filtered_users
-
-
-def _k_core(users: np.ndarray, items: np.ndarray, min_per_user: int, min_per_item: int) -> np.ndarray:
-    """Return the indices of the rows that are left when no user and no item has fewer of them than it must have."""
-    rows = np.arange(users.size)
-    while True:
-        row_users, row_items = users[rows], items[rows]
-        kept = np.bincount(row_users)[row_users] >= min_per_user
-        kept &= np.bincount(row_items)[row_items] >= min_per_item
-        if kept.all():
-            return rows
-        rows = rows[kept]
-
-
-def _leave_one_out_prefixes(lengths: np.ndarray) -> dict[str, Prefixes]:
-    """Return for each split all users, and the interactions before their last one or two."""
-    rows = np.arange(lengths.size)
-    return {"train": (rows, lengths - 2), "validation": (rows, lengths - 2), "test": (rows, lengths - 1)}
-
-
-def _temporal_prefixes(
-    interactions: Interactions, lengths: np.ndarray, validation_fraction: float, test_fraction: float
-) -> dict[str, Prefixes]:
-    """Return for each split the users in it and how many of each one's interactions come before the target."""
-    users, timestamps = interactions.users, interactions.timestamps
-    cutoffs = np.quantile(timestamps, [1 - validation_fraction - test_fraction, 1 - test_fraction], method="higher")
-    before_validation, before_test = (
-        np.bincount(users[timestamps < cutoff], minlength=lengths.size) for cutoff in cutoffs
-    )
-    in_split = {
-        "train": (before_validation, before_validation > 0),
-        "validation": (before_validation, before_test > before_validation),
-        "test": (before_test, lengths > before_test),
-    }
-    prefixes = {}
-    for name, (before, candidates) in in_split.items():
-        rows = np.flatnonzero(candidates & (before > 0))
-        if not rows.size:
-            raise ValueError(
-                f"the temporal split leaves {name} without users: change validation_fraction and test_fraction"
-            )
-        num_new = int(np.count_nonzero(candidates)) - rows.size
-        if num_new:
-            logger.warning(f"{name} leaves out {num_new:,} users who have no history before the cutoff")
-        prefixes[name] = (rows, before[rows])
-    return prefixes
-
-
-def _leave_out_short_prefixes(train: Prefixes) -> Prefixes:
-    """Leave out the users who have too few items to learn from."""
-    rows, lengths = train
-    is_long = lengths >= MIN_TRAINING_ITEMS
-    num_short = int(np.count_nonzero(~is_long))
-    if num_short:
-        logger.warning(
-            f"train leaves out {num_short:,} of {rows.size:,} users, who have fewer than {MIN_TRAINING_ITEMS} items "
-            "to train on"
-        )
-    return rows[is_long], lengths[is_long]
-
-
-def _warn_of_few_users(prefixes: dict[str, Prefixes]) -> None:
-    few = {name: prefixes[name][0].size for name in ("validation", "test") if prefixes[name][0].size < FEW_USERS}
-    if few:
-        logger.warning(
-            f"{' and '.join(few)} have only {' and '.join(f'{size:,}' for size in few.values())} users: a metric over "
-            f"fewer than {FEW_USERS} is mostly chance, one user moves a hit rate by {1 / min(few.values()):.4f}"
-        )
-
-
 def _write_splits(
     folder: Path, interactions: Interactions, lengths: np.ndarray, prefixes: dict[str, Prefixes]
 ) -> None:
@@ -420,7 +275,7 @@ def _history_batches(
     for first in range(0, rows.size, USERS_PER_BATCH):
         batch_rows = rows[first : first + USERS_PER_BATCH]
         lengths = prefix_lengths[first : first + USERS_PER_BATCH]
-        indices = _flat_indices(starts[batch_rows], lengths)
+        indices = flat_indices(starts[batch_rows], lengths)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
         batch = {
             "user_id": interactions.user_ids.take(pa.array(batch_rows)),
@@ -431,14 +286,6 @@ def _history_batches(
         if with_target:
             batch["target"] = item_ids.take(pa.array(items[starts[batch_rows] + lengths]))
         yield batch
-
-
-def _count_items(interactions: Interactions, lengths: np.ndarray, train: Prefixes) -> np.ndarray:
-    """Return how often each item is among the interactions to train on."""
-    rows, train_lengths = train
-    starts = np.cumsum(lengths) - lengths
-    train_items = interactions.items[_flat_indices(starts[rows], train_lengths)]
-    return np.bincount(train_items, minlength=len(interactions.item_ids))
 
 
 def _write_items(folder: Path, item_ids: pa.Array, counts: np.ndarray, titles: pa.Table | None) -> None:
@@ -453,12 +300,6 @@ def _write_arrow(path: Path, features: Features, batches: Iterable[dict[str, pa.
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in batches:
             writer.write_batch(pa.record_batch(batch, schema=schema))
-
-
-def _flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return `starts[0], starts[0] + 1, ...`, `lengths[0]` of them, then the same for `starts[1]` and so on."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
 def _first_titles(items: np.ndarray, item_ids: pa.Array, titles: pa.ChunkedArray) -> pa.Table:

@@ -48,8 +48,16 @@ MOVIELENS_LAYOUTS = (
 )
 
 
-# Files of the releases that hold neither, but would be read from another folder.
-COMPANIONS = {"README.txt", "genome-scores.csv", "genome-tags.csv", "links.csv", "tags.csv"}
+# The files of the releases with names that would be read from any other folder.
+RELEASE_FILES = {
+    "README.txt",
+    "genome-scores.csv",
+    "genome-tags.csv",
+    "links.csv",
+    "movies.csv",
+    "ratings.csv",
+    "tags.csv",
+}
 
 
 def find_layout(folder: Path) -> MovieLensLayout | None:

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 
 from .columns import ColumnRequest
 from .files import ENDINGS, JSON_SUFFIXES, kind_of
-from .movielens import COMPANIONS, MOVIELENS_SHA256, download_movielens, find_layout, read_movies
+from .movielens import MOVIELENS_SHA256, RELEASE_FILES, download_movielens, find_layout, read_movies
 from .readers import read_files
 from .text_reader import TextLayout
 from .values import check_rows
@@ -62,6 +62,7 @@ def read_source(
     path = Path(source)
     if path.is_dir():
         if find_layout(path) is not None:
+            _refuse_other_files(path)
             return _read_movielens(path, request)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _read_table(_load_saved(path), request, dataset_split, path), None
@@ -92,12 +93,16 @@ def _read_movielens(folder: Path, request: ColumnRequest) -> tuple[pa.Table, pa.
     layout = find_layout(folder)
     if layout is None:
         raise ValueError(f"{folder} must hold the raw files of a MovieLens release, found none of them")
-    known = {layout.ratings, layout.movies, *COMPANIONS}
-    others = sorted(path.name for path in folder.iterdir() if kind_of(path) is not None and path.name not in known)
-    if others:
-        raise ValueError(f"{folder} must hold the raw files of a MovieLens release and no others, found {others[:10]}")
     ratings = read_files([folder / layout.ratings], request, layout=layout.text)
     return ratings, read_titles(folder / layout.movies, layout.text)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Refuse files that would be read if the folder were not taken for a MovieLens release."""
+    names = sorted(path.name for path in folder.iterdir() if kind_of(path) is not None)
+    others = [name for name in names if name not in RELEASE_FILES]
+    if others:
+        raise ValueError(f"{folder} must hold the raw files of a MovieLens release and no others, found {others[:10]}")
 
 
 def _find_files(sources: Sequence[str | os.PathLike], cache_dir: Path) -> list[Path]:

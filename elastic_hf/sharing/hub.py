@@ -14,7 +14,7 @@ from .repository import files_to_publish
 
 
 class PublishError(RuntimeError):
-    """What kept a folder from being published, in one line that holds no token."""
+    """Says what kept a folder from being published, in one line that holds no token."""
 
 
 def publish(
@@ -78,7 +78,31 @@ def publish(
                 if token.encode() in file.read():
                     raise ValueError(f"{operation.path_in_repo} must not hold the token, which everyone could read")
 
-    api = HfApi(endpoint=endpoint, token=token)
+    return _commit(
+        HfApi(endpoint=endpoint, token=token),
+        repo_id,
+        operations,
+        private=private,
+        revision=revision or "main",
+        tag=tag,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    operations: list[CommitOperationAdd],
+    *,
+    private: bool | None,
+    revision: str,
+    tag: str | None,
+    create_pr: bool,
+    commit_message: str,
+) -> CommitInfo | None:
+    """The commit of all operations on top of the latest one, and its tag."""
+    token = api.token
     unchanged = f"{repo_id} is as it was"
     with _in_one_line(token, unchanged):
         try:
@@ -91,7 +115,6 @@ def publish(
         raise ValueError(f"private is {private}, but {repo_id} exists and is {'private' if is_private else 'public'}")
     heads = {branch.name: branch.target_commit for branch in refs.branches}
     heads |= {pull_request.ref: pull_request.target_commit for pull_request in refs.pull_requests}
-    revision = revision or "main"
     if revision not in heads:
         raise ValueError(f"revision must be a branch of {repo_id} ({', '.join(heads)}), found {revision!r}")
     head = heads[revision]
@@ -142,7 +165,7 @@ def _holds(api: HfApi, repo_id: str, revision: str, operations: list[CommitOpera
 @contextmanager
 def _in_one_line(token: str, outcome: str, in_doubt: str | None = None) -> Iterator[None]:
     """
-    Turns whatever goes wrong into a [`PublishError`] of one line: the reason and the outcome, never the token. Without
+    Turn whatever goes wrong into a [`PublishError`] of one line: the reason and the outcome, never the token. Without
     a clear refusal, the answer to what was done may have been lost: the outcome is `in_doubt`.
     """
     try:

@@ -23,7 +23,7 @@ from .tables import (
     table,
     training_rows,
 )
-from .trial import load_pipeline, read_json, recommend_example
+from .trial import MODEL_FILES, load_pipeline, read_json, recommend_example
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,9 +36,6 @@ TAGS = (TASK, "recommender-system", "elastic_hf")
 
 # With fewer users than this the figures say little about others.
 FEW_USERS = 500
-
-# What the card's example is made from, where a folder has all of it.
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "items.parquet")
 
 # Figures that a card shows where its folder has them, and what they show.
 FIGURES = {
@@ -87,7 +84,7 @@ def render_model_card(
     - `all_results.json`: the run's own results;
     - `config.json`, which must be of that run's model. Where it has an `auto_map`, the folder holds the model's code,
       and the card says how to load it with `trust_remote_code`;
-    - the model and its tokenizer, where they are there: they recommend for the card's example;
+    - the model and its tokenizer, where they are there beside the results: they recommend for the card's example;
     - `training_curve.png` and `expert_horizons.png`, where they are there;
     - `results/*.json`: results of other seeds and of baselines to compare with, on the same data, split and length,
       and `benchmark-inference.json` of `examples/benchmarks/run_benchmark.py`.
@@ -116,7 +113,8 @@ def render_model_card(
             raise ValueError(
                 f"{results_file} must be of the model in config.json, found {name} {value!r} and {config[name]!r}"
             )
-    if example is None and all((folder / name).exists() for name in MODEL_FILES):
+    # In the middle of a training the folder may hold an older model.
+    if example is None and results and all((folder / name).exists() for name in MODEL_FILES):
         example = recommend_example(load_pipeline(folder))
     others = {str(file): read_json(file) for file in sorted((folder / "results").glob("*.json"))}
     benchmark = others.pop(str(folder / "results" / "benchmark-inference.json"), None)

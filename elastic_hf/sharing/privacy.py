@@ -28,7 +28,8 @@ def without_personal_data(results: dict[str, Any]) -> dict[str, Any]:
     """
     public = {}
     for key, value in results.items():
-        if value is None or isinstance(value, bool | int | float) or key in PUBLIC_KEYS:
+        is_number = isinstance(value, bool | int | float | None) and not key.startswith(("user", "target"))
+        if is_number or key in PUBLIC_KEYS:
             public[key] = _without_paths(value)
     hub_dataset = results.get("hub_dataset")
     if isinstance(results.get("dataset"), str) and results["dataset"] != hub_dataset:

@@ -10,28 +10,19 @@ from ..models.configuration_elastic import ElasticConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
 from ..models.modeling_elastic import ElasticForSequentialRecommendation
 from ..models.pipeline import SequentialRecommendationPipeline
-from .model_card import render_model_card
+from .model_card import FIGURES, TEMPLATES, render_model_card
 from .privacy import find_local_path, without_personal_data
-from .trial import load_pipeline, read_json, recommend_example
+from .trial import MODEL_FILES, check_files, load_pipeline, read_json, recommend_example
 
 
-# All that is ever published of a folder.
-REQUIRED_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "items.parquet",
-    "README.md",
-)
+# All that is ever published of a folder, beside the figures of a card.
+REQUIRED_FILES = (*MODEL_FILES, "README.md")
 CONFIGURATIONS = ("config.json", "tokenizer_config.json")
 RESULTS_FILES = ("all_results.json", "results/*.json")
-FIGURES = ("training_curve.png", "expert_horizons.png")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What a repository of ELASTIC holds beside that, so that it needs public packages alone: the model's code, the handler
 # of Inference Endpoints, and the packages that they import. These files are copied, never imported.
 CODE_FOLDER = Path(__file__).parents[1] / "models"
-TEMPLATES = Path(__file__).parent / "templates"
 CODE_FILES = (*CODE_FOLDER.glob("[!_]*.py"), TEMPLATES / "handler.py", TEMPLATES / "requirements.txt")
 
 
@@ -63,13 +54,11 @@ def files_to_publish(
             path. The message names the file.
     """
     folder = Path(folder)
-    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"folder {folder} must hold {', '.join(REQUIRED_FILES)}, found no {', '.join(missing)}")
+    check_files(folder, REQUIRED_FILES)
     pipeline = load_pipeline(folder)
     has_code = pipeline.model.config.model_type == ElasticConfig.model_type
     contents: dict[str, Path | bytes] = {name: folder / name for name in REQUIRED_FILES}
-    contents |= {name: folder / name for name in FIGURES if _is_image(folder / name)}
+    contents |= {f"{name}.png": folder / f"{name}.png" for name in FIGURES if _is_image(folder / f"{name}.png")}
     if not include_personal_data:
         with safe_open(folder / "model.safetensors", framework="pt") as weights:
             _refuse_local_path(folder / "model.safetensors", str(weights.metadata()))

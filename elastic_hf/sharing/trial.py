@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ..models.pipeline import SequentialRecommendationPipeline
 from ..registry import MODELS
 
 
+# What a folder holds of a model and its tokenizer.
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "items.parquet")
 # Items of the catalogue that a trial reads, as far as the model reads so many.
 TRIAL_ITEMS = 1_000
 # Items that an example reads, and recommendations that it shows.
@@ -41,6 +43,7 @@ def load_pipeline(folder: str | Path) -> SequentialRecommendationPipeline:
             or if model, tokenizer and items do not belong together. The message names the file.
     """
     folder = Path(folder)
+    check_files(folder, MODEL_FILES)
     model = _load_model(folder)
     tokenizer = _load_tokenizer(folder)
     if len(tokenizer) != model.config.vocab_size:
@@ -77,6 +80,17 @@ def recommend_example(pipeline: SequentialRecommendationPipeline) -> dict[str, l
     rows = items[:num_items].to_pylist()
     history = [row["title"] if row["title"] and names[row["title"]] == 1 else row["item_id"] for row in rows]
     return {"history": history, "recommended": pipeline(history, top_k=min(EXAMPLE_ITEMS, len(items) - num_items))}
+
+
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder that lacks one of these files.
+
+    Raises:
+        ValueError: if it does, with the names of all that it lacks.
+    """
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"folder {folder} must hold {', '.join(names)}, found no {', '.join(missing)}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -116,8 +130,11 @@ def _load_model(folder: Path) -> PreTrainedModel:
     model_class = MODELS[model_type]
     with _refusing(config_file, "a model's configuration"):
         config = model_class.config_class.from_pretrained(folder)
+    saved_dtype, default_dtype = config.dtype or torch.float32, torch.get_default_dtype()
     with _refusing(weights_file, "the weights of the model in config.json"):
-        model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True)
+        # In PyTorch's default type: Transformers makes the type that it loads in the default of all threads, one of
+        # which may be training.
+        model, info = model_class.from_pretrained(folder, config=config, dtype=default_dtype, output_loading_info=True)
     for names, fault in ((info["missing_keys"], "without"), (info["unexpected_keys"], "with")):
         if names:
             raise ValueError(
@@ -126,7 +143,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{weights_file} must hold finite numbers, found NaN or infinity in {name}")
-    return model
+    return model.to(saved_dtype)
 
 
 def _load_tokenizer(folder: Path) -> ElasticItemTokenizer:

@@ -316,8 +316,7 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
         shutil.copy(Path(self.args.output_dir, "README.md"), checkpoint_folder)
         message = f"Training in progress, step {self.state.global_step}"
-        job = hf_api().run_as_future(self._publish, checkpoint_folder, message)
-        job.add_done_callback(_warn_of_failure)
+        job = hf_api().run_as_future(self._try_to_publish, checkpoint_folder, message)
         if is_busy:
             self.push_in_progress.jobs.append(job)
         else:
@@ -334,13 +333,14 @@ class SequentialRecommendationTrainer(ResumableTrainer):
             token=token or self.args.hub_token,
         )
 
+    def _try_to_publish(self, folder: str, commit_message: str) -> None:
+        try:
+            self._publish(folder, commit_message)
+        except Exception as error:
+            logger.warning(f"push_to_hub: {error}")
+
     def _metrics_for_card(self) -> dict[str, float] | None:
         logs = [log for log in self.state.log_history if "eval_ndcg@10" in log and "eval_coverage@10" in log]
         if self.args.load_best_model_at_end and self.state.best_global_step:
             logs = [log for log in logs if log["step"] == self.state.best_global_step]
         return logs[-1] if logs else None
-
-
-def _warn_of_failure(push: Future) -> None:
-    if push.exception() is not None:
-        logger.warning(f"push_to_hub: {push.exception()}")

@@ -182,6 +182,13 @@ def test_duplicates_are_counted_and_reported(tmp_path, load, caplog):
     assert "dropped 1 rows" in caplog.text
 
 
+@pytest.mark.parametrize("unit", [1, 1_000, 1_000_000])
+def test_timestamps_that_are_no_seconds_are_reported(tmp_path, load, caplog, unit):
+    path = write(tmp_path / "rows.csv", frame([(1, item, (1_700_000_000 + item) * unit) for item in range(3)]))
+    assert split_rows(load(path), "test")[0]["timestamps"] == [1_700_000_000 * unit, 1_700_000_001 * unit]
+    assert ("divide them first if they are milliseconds" in caplog.text) == (unit > 1)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -250,7 +257,9 @@ def test_few_evaluated_users_are_reported(tmp_path, load, caplog, num_users):
     )
     counts = load(path).counts
     assert counts["num_validation_users"] == counts["num_test_users"] == num_users
-    expected = "validation and test have only 499 and 499 users: a metric over fewer than 500 is mostly chance"
+    expected = (
+        "few users are evaluated (499 in validation, 499 in test): a metric over fewer than 500 is mostly chance"
+    )
     assert (expected in caplog.text) == (num_users < 500)
 
 

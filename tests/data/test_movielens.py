@@ -45,6 +45,7 @@ def test_movielens_folder_with_other_files_is_refused(tmp_path, load):
     write(folder / "ratings-2024.csv", frame())
     with pytest.raises(ValueError, match=r"and no others, found \['ratings-2024.csv'\]"):
         load(folder)
+    assert load("ml-latest-small", data_dir=folder).counts["num_rows"] == 10  # named, it is no matter
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict, List, Value
 from transformers import AutoTokenizer
 
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 
 
@@ -279,6 +280,14 @@ def test_a_catalogue_grows_from_its_items(integer_tokenizer):
     assert slow(grown, histories) == [[3, 4, 5, 6, 7, 8, 10], [9, 1]]
     assert grown.encode_histories(pa.array(histories)).to_pylist() == slow(grown, histories)
     assert grown.convert_ids_to_titles([8, 9, 10]) == ["F", "G", "82"]
+
+    config = ElasticConfig(vocab_size=len(integer_tokenizer), hidden_size=16, num_memory_subkeys=4)
+    model = ElasticForSequentialRecommendation(config).eval()
+    old_scores = model(torch.tensor([[3, 4]])).logits
+    model.resize_token_embeddings(len(grown))
+    torch.testing.assert_close(model(torch.tensor([[3, 4]])).logits[..., : len(integer_tokenizer)], old_scores)
+    recommended = model.recommend(torch.tensor([[3, 10]]), top_k=6).token_ids
+    assert set(recommended[0].tolist()) == {4, 5, 6, 7, 8, 9}
 
 
 # ---- titles

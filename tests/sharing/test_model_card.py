@@ -12,8 +12,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 import render_cards
+from elastic_hf import ElasticItemTokenizer
 from elastic_hf.registry import MODELS
 from elastic_hf.sharing.model_card import DATA_SOURCES, DataSource, make_model_card, render_model_card
+from elastic_hf.sharing.trial import load_pipeline
+from factories import NUM_TOKENS, elastic_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -295,10 +298,26 @@ def test_the_example_has_titles_and_what_the_model_recommends():
         exec(python_of(card).split("\n", 4)[4], {"recommend": recommend})
     assert asked == [(['The "Heat"', 12], 2)]
     (output,) = re.findall(r"```text\n(.*?)```", card.text, flags=re.DOTALL)
-    assert output == printed.getvalue() == "7 Amélie\nsku 8 None\n"
+    assert output == printed.getvalue() == "Amélie\nsku 8\n"
     assert str(make_model_card("org/x", make_results(example=example))) == str(card)
     without = make_model_card("org/x", make_results())
     assert "```text" not in without.text and 'items["item_id"]' in python_of(without)
+
+
+def test_the_example_is_of_the_model_beside_the_results(tmp_path):
+    """In the middle of a training, before there are any, the folder may hold an older model, or a torn one."""
+    ElasticItemTokenizer.from_items(range(NUM_TOKENS - 3), model_max_length=11).save_pretrained(tmp_path)
+    elastic_model().save_pretrained(tmp_path)
+    in_training = render_model_card(tmp_path, "org/x", {"model_type": "elastic"})
+    assert "```text" not in in_training.text
+    (tmp_path / "all_results.json").write_text(json.dumps({"model_type": "elastic"}))
+    text = render_model_card(tmp_path, "org/x").text
+    recommended = load_pipeline(tmp_path)([0, 1, 2], top_k=3)
+    assert "```text\n" + "".join(f"{row['item']}\n" for row in recommended) + "```" in text
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert str(render_model_card(tmp_path, "org/x", example={"history": [1], "recommended": recommended}))
+    with pytest.raises(ValueError, match="model.safetensors must be the weights"):
+        render_model_card(tmp_path, "org/x")
 
 
 def test_the_numbers_of_users_and_the_standard_errors_stand_beside_the_metrics():

@@ -18,6 +18,8 @@ def test_no_user_is_shown():
         "first_user": "ada@example.org",
         "user_ids": ["ada@example.org"],
         "target": "Kes",
+        "user_id": 17,
+        "target_id": 4,
     }
     public = without_personal_data(results)
     assert public == {key: results[key] for key in ("model_type", "test_ndcg@10", "main_row", "variant", "config")}

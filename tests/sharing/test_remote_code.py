@@ -69,7 +69,7 @@ def test_the_code_of_the_card_runs_without_the_package_and_prints_what_it_says(p
     assert lines == printed and len(lines.splitlines()) == 3
     answer, modules = rest.splitlines()
     of_three, of_one = json.loads(answer)
-    assert [f"{row['item']} {row['title']}" for row in of_three] == lines.splitlines() and len(of_one) == 3
+    assert [row["title"] for row in of_three] == lines.splitlines() and len(of_one) == 3
     assert modules == "{'transformers_modules'}"
 
 

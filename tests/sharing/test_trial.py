@@ -146,12 +146,25 @@ def test_missing_files_are_named(folder, name):
         files_to_publish(folder)
 
 
-def test_a_whole_folder_is_loaded_and_the_random_state_stays(folder):
-    """Publishing in the middle of a training changes nothing in the rest of it."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trial_in_the_middle_of_a_training_changes_nothing_in_it(folder, dtype, monkeypatch):
+    """Neither the random state nor, for a moment and in all threads, the default type."""
+    elastic_model().to(dtype).save_pretrained(folder)
+    defaults, set_default_dtype = [], torch.set_default_dtype
+    monkeypatch.setattr(
+        torch, "set_default_dtype", lambda default: (defaults.append(default), set_default_dtype(default))
+    )
     state = torch.get_rng_state()
     pipeline = load_pipeline(folder)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and {*defaults} == {torch.float32}
     assert pipeline.model.device.type == "cpu" and not pipeline.model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_can_be_tried(folder, dtype):
+    elastic_model().to(dtype).save_pretrained(folder)
+    pipeline = load_pipeline(folder)
+    assert pipeline.model.dtype == dtype and len(recommend_example(pipeline)["recommended"]) == 3
 
 
 @pytest.mark.parametrize("model_type", MODELS)
