@@ -1,9 +1,12 @@
 """Figures of a run, for its folder and its model card, and of a recommendation. They need matplotlib."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from textwrap import fill
+from typing import BinaryIO
 
 from matplotlib.figure import Figure
 
@@ -13,10 +16,17 @@ TITLE_WIDTH = 36
 HEADING_WIDTH = 60
 
 
-def figures_of(results: dict) -> list[str]:
-    """Return the names of the figures that [`plot_results`] draws for the results of a run."""
-    keys = {"training_curve": "log_history", "expert_horizons": "expert_half_lives"}
-    return [name for name, key in keys.items() if results.get(key)]
+def figures_of(results: dict) -> dict[str, Callable[[str | os.PathLike | BinaryIO], None]]:
+    """Return what draws each figure of a run, by its name; `results` are those of `all_results.json`."""
+    figures = {}
+    if log_history := results.get("log_history"):
+        best_epoch, popularity = results.get("best_epoch"), results.get("popularity_ndcg@10")
+        figures["training_curve"] = partial(
+            plot_training_curve, log_history, best_epoch=best_epoch, popularity=popularity
+        )
+    if half_lives := results.get("expert_half_lives"):
+        figures["expert_horizons"] = partial(plot_expert_horizons, half_lives)
+    return figures
 
 
 def plot_results(results: dict, folder: str | os.PathLike) -> None:
@@ -27,20 +37,14 @@ def plot_results(results: dict, folder: str | os.PathLike) -> None:
         results (`dict`): As in `all_results.json`.
         folder (`str` or `os.PathLike`): Where the images go; it is made if there is something to draw.
     """
-    folder = Path(folder)
-    for name in figures_of(results):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{name}.png"
-        if name == "training_curve":
-            best_epoch, popularity = results.get("best_epoch"), results.get("popularity_ndcg@10")
-            plot_training_curve(results["log_history"], file, best_epoch, popularity)
-        else:
-            plot_expert_horizons(results["expert_half_lives"], file)
+    for name, draw in figures_of(results).items():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        draw(Path(folder, f"{name}.png"))
 
 
 def plot_training_curve(
     log_history: list[dict],
-    file: str | os.PathLike,
+    file: str | os.PathLike | BinaryIO,
     best_epoch: float | None = None,
     popularity: float | None = None,
 ) -> None:
@@ -50,7 +54,7 @@ def plot_training_curve(
     Args:
         log_history (`list[dict]`):
             As `TrainerState.log_history`: entries with `epoch` and `loss` (nats per target), `eval_ndcg@10`, or both.
-        file (`str` or `os.PathLike`): The image, in the format of its suffix.
+        file (`str`, `os.PathLike` or `BinaryIO`): The image, in the format of its suffix, or PNG.
         best_epoch (`float`, *optional*): Epoch of the chosen checkpoint, which is marked.
         popularity (`float`, *optional*):
             NDCG@10 of recommending what is popular, on the test items: the line to be above.
@@ -82,14 +86,14 @@ def plot_training_curve(
     figure.savefig(file, dpi=120)
 
 
-def plot_expert_horizons(half_lives: list[list[float]], file: str | os.PathLike) -> None:
+def plot_expert_horizons(half_lives: list[list[float]], file: str | os.PathLike | BinaryIO) -> None:
     """
     Draw how far back each interest expert of ELASTIC looks, one row of points for each head.
 
     Args:
         half_lives (nested `list` of shape `(num_heads, num_experts)`):
             Half-life of each expert, in items: after so many new items, what it has read counts half.
-        file (`str` or `os.PathLike`): The image, in the format of its suffix.
+        file (`str`, `os.PathLike` or `BinaryIO`): The image, in the format of its suffix, or PNG.
 
     Raises:
         ValueError: if there is no expert, or a half-life is not positive.
@@ -124,7 +128,7 @@ def plot_contributions(
         contributions (`list[float]`):
             One for each of them, as `explain` of ELASTIC returns them: the part of the recommendation's score that
             goes with the item, to first order; negative where it spoke against it.
-        file (`str` or `os.PathLike`): The image, in the format of its suffix.
+        file (`str`, `os.PathLike` or `BinaryIO`): The image, in the format of its suffix, or PNG.
         recommended (`str`, *optional*): Title of the recommended item, for the heading.
 
     Raises:

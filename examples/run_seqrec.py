@@ -57,7 +57,7 @@ from elastic_hf.data.histories import Histories, load_histories
 from elastic_hf.data.windows import split_into_windows
 from elastic_hf.models.configuration_recommender import RecommenderConfig
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
-from elastic_hf.plots import plot_expert_horizons, plot_training_curve
+from elastic_hf.plots import figures_of
 from elastic_hf.registry import MODELS
 from elastic_hf.results import CUTOFFS, git_commit, processor, write_json, written_whole
 from elastic_hf.sharing.hub import publish
@@ -65,7 +65,6 @@ from elastic_hf.sharing.model_card import render_model_card
 from elastic_hf.training.checkpoints import find_checkpoint
 from elastic_hf.training.metrics import popularity_bias
 from elastic_hf.training.output_folder import LOCK, lock_output_dir, make_folder
-from elastic_hf.training.rows import leave_out_short_histories
 from elastic_hf.training.trainer import SequentialRecommendationTrainer
 
 
@@ -312,12 +311,6 @@ def make_tokenizer(model_args: ModelArguments, data_args: DataArguments, items: 
     return tokenizer
 
 
-def make_train_dataset(histories: Dataset, data_args: DataArguments) -> Dataset:
-    """Return the rows to train on: histories with something to predict, or all their windows."""
-    histories = leave_out_short_histories(histories)
-    return split_into_windows(histories, data_args.max_length) if data_args.split_into_windows else histories
-
-
 def make_config(
     model_args: ModelArguments, data_args: DataArguments, tokenizer: ElasticItemTokenizer
 ) -> RecommenderConfig:
@@ -544,10 +537,8 @@ def derived_files(
     if args.results_dir:
         whole = (output_dir / RESULTS_FILE).read_bytes
         files[Path(args.results_dir, f"{run_name}.json")] = lambda stream: stream.write(whole())
-    if args.do_train and results.get("log_history"):
-        files[output_dir / "training_curve.png"] = partial(plot_training_curve, results["log_history"])
-    if args.do_train and "expert_half_lives" in results:
-        files[output_dir / "expert_horizons.png"] = partial(plot_expert_horizons, results["expert_half_lives"])
+    if args.do_train:
+        files |= {output_dir / f"{name}.png": draw for name, draw in figures_of(results).items()}
     return files
 
 
@@ -614,7 +605,9 @@ def run(
     with training_args.main_process_first(local=False, desc="tokenizing the histories"):
         splits = tokenizer.tokenize_histories(histories, num_proc=data_args.preprocessing_num_workers)
     splits = splits.with_format("numpy")
-    train_dataset = make_train_dataset(splits["train"], data_args)
+    train_dataset = splits["train"]
+    if data_args.split_into_windows:
+        train_dataset = split_into_windows(train_dataset, data_args.max_length)
 
     # 2. Model and trainer
     config = make_config(model_args, data_args, tokenizer)

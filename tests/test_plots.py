@@ -54,7 +54,7 @@ def test_results_are_drawn_as_far_as_they_are_there(figures, tmp_path):
     results = {"log_history": log_history, "best_epoch": 3.0, "popularity_ndcg@10": 0.02, "expert_half_lives": [[2.0]]}
     plot_results(results, tmp_path / "new")
     assert {file.stem for file in (tmp_path / "new").iterdir()} == {*figures_of(results)}
-    assert figures_of(results) == ["training_curve", "expert_horizons"]
+    assert [*figures_of(results)] == ["training_curve", "expert_horizons"]
     assert [set(line.get_xdata()) for line in figures[0].axes[1].get_lines()[1:2]] == [{3.0}]
     plot_results({"log_history": [], "best_epoch": None}, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
 import run_seqrec
+from elastic_hf import plots
 from elastic_hf.sharing.model_card import render_model_card
 from elastic_hf.sharing.privacy import without_personal_data
 from faults import PAGE, read_state, state_after_full_disk, states_after_kills, write_state
@@ -455,11 +456,11 @@ def outcome(folder):
 
 @pytest.fixture
 def figures_without_matplotlib(monkeypatch):
-    def draw(figures, stream):
+    def draw(figures, stream, **options):
         stream.write(bytes(3 * PAGE))
 
-    monkeypatch.setattr(run_seqrec, "plot_training_curve", draw)
-    monkeypatch.setattr(run_seqrec, "plot_expert_horizons", draw)
+    monkeypatch.setattr(plots, "plot_training_curve", draw)
+    monkeypatch.setattr(plots, "plot_expert_horizons", draw)
 
 
 def test_a_killed_run_ends_with_the_results_of_a_whole_one(shop, tmp_path, figures_without_matplotlib):
