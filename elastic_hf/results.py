@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 
 CUTOFFS = (1, 5, 10, 20)
+FEW_USERS = 500  # metrics of fewer are mostly chance
 
 
 def processor() -> str:

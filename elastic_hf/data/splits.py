@@ -4,13 +4,13 @@ import logging
 
 import numpy as np
 
+from ..results import FEW_USERS
 from .interactions import Interactions
 
 
 logger = logging.getLogger(__name__)
 
 MIN_TRAINING_ITEMS = 2  # of a user in the train split: one to read and one to predict
-FEW_USERS = 500  # so few make metrics that are mostly chance
 
 # The users in a split, and how many interactions of each come before the target.
 Prefixes = tuple[np.ndarray, np.ndarray]

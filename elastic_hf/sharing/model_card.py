@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..registry import MODELS
+from ..results import FEW_USERS
 from .privacy import without_personal_data
 from .tables import (
     METRICS,
@@ -34,13 +35,10 @@ REQUIREMENTS = (TEMPLATES / "requirements.txt").read_text(encoding="utf-8").spli
 TASK = "sequential-recommendation"
 TAGS = (TASK, "recommender-system", "elastic_hf")
 
-# With fewer users than this the figures say little about others.
-FEW_USERS = 500
-
 # Figures that a card shows where its folder has them, and what they show.
 FIGURES = {
     "training_curve": "Training loss and validation NDCG@10 by epoch",
-    "expert_horizons": "Half-life of each interest expert, in items, by layer and head",
+    "expert_horizons": "Half-life of each interest expert, in items, by head",
 }
 
 
