@@ -154,13 +154,16 @@ class ResumableTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        seed = self._data_seed()
         base = loader.base_dataloader  # of Accelerate's, which has no collator of its own
         base.collate_fn = SeededCollator(base.collate_fn, seed, self._epoch)
         if self.args.dataloader_persistent_workers:
             # A loader that is resumed starts its workers once more, for which it would draw from the global generator.
             base.generator = torch.Generator().manual_seed(seed)
         return loader
+
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
         self._check_weights()

@@ -110,9 +110,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(train_dataset, datasets.Dataset):
             return super()._get_train_sampler(train_dataset)
         num_inputs = np.minimum(history_lengths(train_dataset) - 1, self.data_collator.max_length)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedEpochSampler(batch_size, num_inputs.tolist(), seed)
+        return LengthGroupedEpochSampler(batch_size, num_inputs.tolist(), self._data_seed())
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler | None:
         # Always the order of the dataset: the stock sampler shuffles the predictions with group_by_length.
