@@ -61,8 +61,8 @@ class ElasticModelOutput(BaseModelOutput):
 
 
 class ElasticStream(nn.Module):
-    """x = conv(norm(e)), and a feed-forward block if there is one: what the experts read. Position by position, but for
-    the latest items."""
+    """x = conv(norm(e)), and a feed-forward block if there is one: what the experts read. Position by position, but
+    for the latest items."""
 
     def __init__(self, config: ElasticConfig):
         super().__init__()
