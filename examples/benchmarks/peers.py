@@ -152,7 +152,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     for name in SIDES:
         table = pl.read_parquet(folder / RECOMMENDED.format(name)).select("user_id", "item_id", "rank")
         hits = targets.join(table, on=["user_id", "item_id"], how="left")
-        ranks = hits["rank"].fill_null(num_items).to_numpy().astype(np.int64)
+        ranks = hits["rank"].fill_null(num_items + TOP_K).to_numpy().astype(np.int64)
         ranks = np.stack([ranks, ranks], axis=1)
         metrics = ranking_metrics(ranks, np.zeros((len(ranks), TOP_K), dtype=np.int64), num_items)
         errors = standard_errors(ranks)
