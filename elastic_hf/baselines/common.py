@@ -177,15 +177,19 @@ def eager_attention(
 
 
 class PostNormLayer(GradientCheckpointingLayer):
-    """h = norm(h + dropout(A(h)));   h = norm(h + dropout(FFN(h))), around any attention A and with GELU."""
+    """
+    h = norm(h + dropout(A(h)));   h = norm(h + dropout(FFN(h))), around any attention A.
 
-    def __init__(self, config: TransformerConfig, attention: nn.Module):
+    The feed-forward network's activation is GELU, then a dropout with the probability `activation_dropout`.
+    """
+
+    def __init__(self, config: RecommenderConfig, attention: nn.Module, activation_dropout: float = 0.0):
         super().__init__()
         self.attention = attention
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.GELU(),
+            nn.Sequential(nn.GELU(), nn.Dropout(activation_dropout)),
             nn.Linear(config.intermediate_size, config.hidden_size),
         )
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
