@@ -4,6 +4,7 @@ import math
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -56,6 +57,7 @@ class SASRecConfig(TransformerConfig):
     hidden_act: str = "relu"
     attention_output: bool = False
     residual_gate: bool = False
+    xavier: bool = False
     max_position_embeddings: int = 200
     layer_norm_eps: float = 1e-8
 
@@ -104,6 +106,11 @@ class SASRecPreTrainedModel(BaselinePreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SASRecLayer"]
     _can_record_outputs = {"hidden_states": SASRecLayer, "attentions": SELF_ATTENTIONS}
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear) and self.config.xavier:
+            init.xavier_normal_(module.weight)
 
 
 class SASRecModel(BaselineModel, SASRecPreTrainedModel):
