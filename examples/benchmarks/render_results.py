@@ -26,6 +26,8 @@ NAMES = {
     "sasrec": "SASRec",
     "bert4rec": "BERT4Rec",
     "gru4rec": "GRU4Rec",
+    "hstu": "HSTU",
+    "lrurec": "LRURec",
     "linrec": "LinRec",
     "lightsans": "LightSANs",
     "popularity": "popularity",
