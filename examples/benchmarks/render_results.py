@@ -12,7 +12,7 @@ from pathlib import Path
 
 from elastic_hf.baselines import BASELINES
 from elastic_hf.results import RunResults
-from elastic_hf.sharing.tables import mean_and_deviation, table
+from elastic_hf.sharing.tables import describe_metric, mean_and_deviation, table
 
 
 FOLDER = Path(__file__).parent
@@ -558,6 +558,19 @@ def tokenizer() -> str:
     return table(header, rows)
 
 
+def peers() -> str:
+    """Both libraries' recommendations by both libraries' metrics."""
+    rows = []
+    for run in read_results("peers-*.json").values():
+        versions = " ".join(["RecTools", run["peer_versions"]["rectools"]])
+        for side, model in (("elastic_hf", "SASRec of this package"), ("peer", f"SASRec of {versions}")):
+            ours, theirs = run["metrics_of_elastic_hf"][side], run["metrics_of_peer"][side]
+            row = [run["dataset"], model, *(describe_metric(ours, key) for key in ("hr@10", "ndcg@10"))]
+            rows.append([*row, *(f"{theirs[key]:.4f}" for key in ("hr@10", "ndcg@10"))])
+    header = ["dataset", "model", "HR@10", "NDCG@10", "HR@10 by RecTools", "NDCG@10 by RecTools"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
@@ -589,6 +602,7 @@ TABLES = {
         data,
         tokenizer,
         recommendations,
+        peers,
         inference,
         training,
         inference_memory,
