@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.interest_memory import ElasticInterestMemory
-from ..models.modeling_elastic import ElasticFeedForward
+from ..models.modeling_elastic import ElasticFeedForward, ElasticForSequentialRecommendation
 from ..models.modeling_recommender import leave_out_special_tokens, validate_histories
 from .common import BaselineForSequentialRecommendation, BaselineModel, BaselinePreTrainedModel
 
@@ -299,16 +299,7 @@ class ElasticPaperForSequentialRecommendation(BaselineForSequentialRecommendatio
         "experts, and every position reads them, in each of several layers. This is an implementation "
         "independent of the paper's authors, who published no code."
     )
-    citation = r"""
-    @misc{deng2024elastic,
-      title = {{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression},
-      author = {Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun and
-        Xu, Peixing and Zhou, Guorui},
-      year = {2024},
-      eprint = {2408.09380},
-      archivePrefix = {arXiv},
-    }
-    """
+    citation = ElasticForSequentialRecommendation.citation
 
     @torch.no_grad()
     def get_retrieved_slots(

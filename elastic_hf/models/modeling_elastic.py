@@ -374,6 +374,23 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     supports_cache = True
+    paper = "Deng et al. 2024, in this package's own form: compressed once, read deep"
+    description = (
+        "ELASTIC compresses a history of any length into a fixed number of interest experts by linear dispatcher "
+        "attention, once: a deep reader looks at the result, and a user's state of fixed size takes one more item at "
+        "the same cost after any history. This is the package's own form and not the paper's, and independent of the "
+        "paper's authors, who published no code."
+    )
+    citation = r"""
+    @misc{deng2024elastic,
+      title = {{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression},
+      author = {Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun and
+        Xu, Peixing and Zhou, Guorui},
+      year = {2024},
+      eprint = {2408.09380},
+      archivePrefix = {arXiv},
+    }
+    """
 
     def __init__(self, config: ElasticConfig):
         super().__init__(config)

@@ -238,8 +238,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class SequentialRecommenderMixin:
-    """The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items."""
+    """
+    The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items.
 
+    A subclass says what documents and model cards state: the `paper` as a reader looks for it, a `description` of the
+    model in a sentence or two, and the paper's BibTeX as the `citation`, empty where there is none.
+    """
+
+    paper: str
+    description: str
+    citation: str = ""
     supports_cache = False
 
     @classmethod
