@@ -84,33 +84,23 @@ class ElasticPaperConfig(RecommenderConfig):
             raise ValueError("is_causal must be False for elastic_paper, found True")
 
     def validate_sizes(self):
-        """Every size is positive, or not negative where 0 turns a part off."""
+        """Every size is positive; a kernel of 0 items is no convolution."""
         self._validate_at_least(
-            1,
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_interest_experts",
-            "intermediate_size",
-            "num_memory_heads",
+            1, "num_hidden_layers", "num_attention_heads", "num_interest_experts", "intermediate_size"
         )
-        self._validate_at_least(0, "conv_kernel_size", "num_memory_subkeys")
+        self._validate_at_least(0, "conv_kernel_size")
         self._validate_fractions("hidden_dropout")
         self._validate_heads()
 
     def validate_memory(self):
-        """The memory has as many slots as there are experts, the same number for each of its heads."""
+        """The memory has as many slots as there are experts, the same number for each of its heads; 0 sub-keys are
+        no memory."""
+        self._validate_at_least(0, "num_memory_subkeys")
+        self._validate_at_least(1, "num_memory_heads")
         if self.num_memory_subkeys == 0:
             return
-        if self.hidden_size % (2 * self.num_memory_heads) != 0:
-            raise ValueError(
-                "hidden_size must be a multiple of 2 * num_memory_heads, "
-                f"found {self.hidden_size} and {self.num_memory_heads}"
-            )
-        if self.num_interest_experts % self.num_memory_heads != 0:
-            raise ValueError(
-                "num_interest_experts must be a multiple of num_memory_heads, "
-                f"found {self.num_interest_experts} and {self.num_memory_heads}"
-            )
+        self._validate_multiple("hidden_size", "num_memory_heads", times=2)
+        self._validate_multiple("num_interest_experts", "num_memory_heads")
         if self.memory_top_k > self.num_memory_subkeys**2:
             raise ValueError(
                 f"num_interest_experts asks for {self.memory_top_k} slots per memory head, "
