@@ -52,8 +52,8 @@ class BaselineModel(BaselinePreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         last_position_only: bool = False,
         **kwargs,
     ) -> BaseModelOutput:

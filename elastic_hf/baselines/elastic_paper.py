@@ -292,9 +292,7 @@ class ElasticPaperForSequentialRecommendation(BaselineForSequentialRecommendatio
     citation = ElasticForSequentialRecommendation.citation
 
     @torch.no_grad()
-    def get_retrieved_slots(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
-    ) -> torch.LongTensor:
+    def get_retrieved_slots(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the slots of the interest memory that are each history's experts.
 
         Args:

@@ -81,7 +81,7 @@ class ElasticConfig(RecommenderConfig):
         """The slots asked for exist; 0 sub-keys are no memory."""
         self._validate_at_least(0, "num_memory_subkeys")
         self._validate_at_least(1, "num_memory_heads", "memory_top_k")
-        if self.num_memory_subkeys == 0:
+        if not self.num_memory_subkeys:
             return
         self._validate_multiple("hidden_size", "num_memory_heads", times=2)
         if self.memory_top_k > self.num_memory_subkeys**2:

@@ -174,7 +174,7 @@ class ElasticLayer(nn.Module):
 
     def __init__(self, config: ElasticConfig, index: int):
         super().__init__()
-        has_memory = config.num_memory_subkeys > 0 and index == config.num_hidden_layers - 1
+        has_memory = bool(config.num_memory_subkeys) and index == config.num_hidden_layers - 1
         self.attention = ElasticAttention(config, is_first=index == 0)
         self.retrieval = ElasticRetrieval(config) if has_memory else None
         self.feed_forward = ElasticFeedForward(config)
@@ -237,8 +237,8 @@ class ElasticModel(ElasticPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         last_position_only: bool = False,
         cache: ElasticCache | None = None,
         use_cache: bool = False,
@@ -398,16 +398,12 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def explain(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, top_k: int = 10
-    ) -> ElasticExplanation:
+    def explain(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 10) -> ElasticExplanation:
         """Explain recommendations, see [`~explanation_elastic.explain`]."""
         return explain(self, input_ids, attention_mask, top_k)
 
     @torch.no_grad()
-    def get_retrieved_slots(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
-    ) -> torch.LongTensor:
+    def get_retrieved_slots(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the slots of the interest memory that answer for each history.
 
         Args:
