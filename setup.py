@@ -27,6 +27,7 @@ setup(
         "elastic_hf": ["py.typed"],
         "elastic_hf.sharing": ["data_sources.yaml", "templates/*"],
     },
+    entry_points={"console_scripts": ["elastic-hf = elastic_hf.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10",

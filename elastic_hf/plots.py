@@ -10,31 +10,35 @@ from typing import BinaryIO
 
 from matplotlib.figure import Figure
 
+from .results import RunResults
+
 
 # Characters of a title on one line.
 TITLE_WIDTH = 36
 HEADING_WIDTH = 60
 
 
-def figures_of(results: dict) -> dict[str, Callable[[str | os.PathLike | BinaryIO], None]]:
-    """Return what draws each figure of a run, by its name; `results` are those of `all_results.json`."""
+def figures_of(results: RunResults) -> dict[str, Callable[[str | os.PathLike | BinaryIO], None]]:
+    """Return what draws each figure of a run, by its name."""
     figures = {}
-    if log_history := results.get("log_history"):
-        best_epoch, popularity = results.get("best_epoch"), results.get("popularity_ndcg@10")
+    if results.log_history:
         figures["training_curve"] = partial(
-            plot_training_curve, log_history, best_epoch=best_epoch, popularity=popularity
+            plot_training_curve,
+            results.log_history,
+            best_epoch=results.best_epoch,
+            popularity=results.metrics.get("popularity_ndcg@10"),
         )
-    if half_lives := results.get("expert_half_lives"):
-        figures["expert_horizons"] = partial(plot_expert_horizons, half_lives)
+    if results.expert_half_lives:
+        figures["expert_horizons"] = partial(plot_expert_horizons, results.expert_half_lives)
     return figures
 
 
-def plot_results(results: dict, folder: str | os.PathLike) -> None:
+def plot_results(results: RunResults, folder: str | os.PathLike) -> None:
     """
     Draw the figures of a run, each as a PNG image of its name in [`figures_of`].
 
     Args:
-        results (`dict`): As in `all_results.json`.
+        results ([`RunResults`]): What is known of the run.
         folder (`str` or `os.PathLike`): Where the images go; it is made if there is something to draw.
     """
     for name, draw in figures_of(results).items():

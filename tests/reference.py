@@ -48,7 +48,7 @@ def user_embeddings(model, input_ids, attention_mask):
     """The user embedding of an `ElasticModel` at every item of (B, L) histories, zeros at padding: (B, L, D).
 
     One user, position, layer, head and expert at a time, from the compressed interests themselves. The interest memory
-    and the feed-forward block work on one vector alone, and so are called on it.
+    and the feed-forward blocks work on one vector alone, and so are called on it.
     """
     config = model.config
     D, H, E = config.hidden_size, config.num_attention_heads, config.num_interest_experts
@@ -63,7 +63,8 @@ def user_embeddings(model, input_ids, attention_mask):
             embedded.append(model.embed_tokens.weight[item])
             normed.append(model.stream.norm(embedded[-1]))
             t = len(stream)
-            stream.append(normed[t] + sum(convolution[i] * normed[t - i] for i in range(min(len(convolution), t + 1))))
+            x = normed[t] + sum(convolution[i] * normed[t - i] for i in range(min(len(convolution), t + 1)))
+            stream.append(x if model.stream.feed_forward is None else model.stream.feed_forward(x))
             h = math.sqrt(D) * embedded[t]
             for n, layer in enumerate(model.layers):
                 attention = layer.attention
@@ -109,6 +110,65 @@ def attend(query, key, value, attention_mask):
                 weights = logits.softmax(dim=0)
                 rows.append(sum(weights[n] * value[b, h, j] for n, j in enumerate(real)))
     return torch.stack(rows).reshape(B, H, Q, K)
+
+
+def hstu(model, input_ids, attention_mask):
+    """The vectors of an `HSTUModel` at the items of each history: a list of (n, D), one position after the other."""
+    config = model.config
+    D, H, n = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    def norm(x):
+        centred = x - x.mean()
+        return centred / torch.sqrt((centred**2).mean() + config.layer_norm_eps)
+
+    output = []
+    for ids, mask in zip(input_ids, attention_mask, strict=True):
+        ids = ids[mask == 1]
+        positions = model.embeddings.embed_positions.weight[n - len(ids) :]
+        x = list(math.sqrt(D) * model.embeddings.embed_tokens.weight[ids] + positions)
+        for layer in model.layers:
+            attention = layer.attention
+            u, q, k, v = (
+                [silu(projection.weight @ norm(row)) for row in x]
+                for projection in (layer.gate, attention.query, attention.key, attention.value)
+            )
+            bias = attention.position_bias.weight[:, 0]
+            for t in range(len(ids)):
+                heads = []
+                for part in torch.arange(D).chunk(H):
+                    weights = [silu(q[t][part] @ k[j][part] + bias[t - j]) / n for j in range(t + 1)]
+                    heads.append(sum(weights[j] * v[j][part] for j in range(t + 1)))
+                x[t] = x[t] + layer.output.weight @ (u[t] * norm(torch.cat(heads))) + layer.output.bias
+        output.append(torch.stack([norm(row) * model.norm.weight + model.norm.bias for row in x]))
+    return output
+
+
+def lrurec(model, input_ids, attention_mask):
+    """The vectors of an `LRURecModel` at the items of each history: a list of (n, D), one item after the other."""
+    output = []
+    for ids, mask in zip(input_ids, attention_mask, strict=True):
+        rows = [model.norm(model.embed_tokens.weight[item]) for item in ids[mask == 1]]
+        for layer in model.layers:
+            unit = layer.attention
+            B, b, C = unit.input.weight, unit.input.bias, unit.output.weight
+            modulus, angle = torch.exp(-torch.exp(unit.log_decay)), torch.exp(unit.log_angle)
+            real = imaginary = torch.zeros_like(modulus)
+            for t, x in enumerate(rows):
+                read = torch.exp(unit.log_scale), B @ x + b
+                real, imaginary = (
+                    modulus * (angle.cos() * real - angle.sin() * imaginary) + read[0] * read[1][0::2],
+                    modulus * (angle.sin() * real + angle.cos() * imaginary) + read[0] * read[1][1::2],
+                )
+                x = layer.attention_norm(x + C[:, 0::2] @ real + C[:, 1::2] @ imaginary + unit.output.bias)
+                first, _, second = layer.feed_forward
+                inner = first.weight @ x + first.bias
+                inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+                rows[t] = layer.feed_forward_norm(x + second.weight @ inner + second.bias)
+        output.append(torch.stack(rows))
+    return output
 
 
 def bidirectional_layer(hidden_states, experts, attention_mask, attention):

@@ -7,8 +7,10 @@ from .bert4rec import *
 from .common import BaselineForSequentialRecommendation
 from .elastic_paper import *
 from .gru4rec import *
+from .hstu import *
 from .lightsans import *
 from .linrec import *
+from .lrurec import *
 from .popularity import *
 from .sasrec import *
 

@@ -1,6 +1,7 @@
 """What the baselines share: the configuration, item embeddings, softmax self-attention and the post-norm layer."""
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -117,10 +118,11 @@ class ItemEmbeddings(nn.Module):
 class SelfAttention(nn.Module):
     """Softmax self-attention by the implementation that the configuration names, `"sdpa"` or `"eager"`."""
 
-    def __init__(self, config: TransformerConfig, has_output_projection: bool):
+    def __init__(self, config: TransformerConfig, has_output_projection: bool, dropout: float = 0.0):
         super().__init__()
         self.config = config
         self.is_causal = config.is_causal
+        self.dropout = dropout
         self.head_size = config.hidden_size // config.num_attention_heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
@@ -143,7 +145,8 @@ class SelfAttention(nn.Module):
             for projection, states in ((self.query, readers), (self.key, hidden_states), (self.value, hidden_states))
         )  # (B, H, L, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attend(self, query, key, value, mask, dropout=0.0, scaling=self.head_size**-0.5)
+        dropout = self.dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.head_size**-0.5)
         return self.output(output.flatten(2)), weights  # from (B, Q, H, K)
 
 
@@ -158,26 +161,31 @@ def eager_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
+    dropout: float,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention that holds all (B, H, L, L) weights: (B, H, L, K) -> (B, L, H, K), and the weights."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
     return (weights @ value).transpose(1, 2), weights
 
 
 class PostNormLayer(GradientCheckpointingLayer):
-    """h = norm(h + dropout(A(h)));   h = norm(h + dropout(FFN(h))), around any attention A and with GELU."""
+    """
+    h = norm(h + dropout(A(h)));   h = norm(h + dropout(FFN(h))), around any attention A.
 
-    def __init__(self, config: TransformerConfig, attention: nn.Module):
+    The feed-forward network's activation is GELU, then a dropout with the probability `activation_dropout`.
+    """
+
+    def __init__(self, config: RecommenderConfig, attention: nn.Module, activation_dropout: float = 0.0):
         super().__init__()
         self.attention = attention
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.GELU(),
+            nn.Sequential(nn.GELU(), nn.Dropout(activation_dropout)),
             nn.Linear(config.intermediate_size, config.hidden_size),
         )
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -205,7 +205,7 @@ class ElasticPaperLayer(nn.Module):
     def __init__(self, config: ElasticPaperConfig):
         super().__init__()
         self.dispatch = ElasticPaperDispatch(config)
-        self.feed_forward = ElasticFeedForward(config)
+        self.feed_forward = ElasticFeedForward(config, config.intermediate_size)
 
     def forward(
         self, hidden_states: Tensor, experts: Tensor, attention_mask: Tensor, last_position_only: bool

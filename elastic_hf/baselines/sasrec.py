@@ -4,6 +4,8 @@ import math
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,6 +35,14 @@ class SASRecConfig(TransformerConfig):
             Width of the point-wise feed-forward network.
         hidden_dropout (`float`, defaults to 0.2):
             Dropout probability of the embeddings and of each residual branch.
+        attention_dropout (`float`, defaults to 0.0):
+            Dropout probability of the attention weights.
+        hidden_act (`str`, defaults to `"relu"`):
+            Activation of the feed-forward network, one of Transformers' names.
+        attention_output (`bool`, defaults to `False`):
+            Mix the heads by a linear layer.
+        residual_gate (`bool`, defaults to `False`):
+            Multiply what each residual branch adds by a gate, sigmoid(W h + b), as LiGR does (Borisyuk et al. 2025).
         max_position_embeddings (`int`, defaults to 200):
             Number of learned absolute positions: the longest history that can be read.
         layer_norm_eps (`float`, defaults to 1e-8):
@@ -43,6 +53,11 @@ class SASRecConfig(TransformerConfig):
 
     num_attention_heads: int = 1
     intermediate_size: int = 64
+    attention_dropout: float | int = 0.0
+    hidden_act: str = "relu"
+    attention_output: bool = False
+    residual_gate: bool = False
+    xavier: bool = False
     max_position_embeddings: int = 200
     layer_norm_eps: float = 1e-8
 
@@ -58,20 +73,31 @@ class SASRecLayer(GradientCheckpointingLayer):
     def __init__(self, config: SASRecConfig):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = SelfAttention(config, has_output_projection=False)
+        self.attention = SelfAttention(config, config.attention_output, config.attention_dropout)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.ReLU(),
+            ACT2FN[config.hidden_act],
             nn.Linear(config.intermediate_size, config.hidden_size),
         )
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.attention_gate = self.feed_forward_gate = None
+        if config.residual_gate:
+            self.attention_gate = nn.Linear(config.hidden_size, config.hidden_size)
+            self.feed_forward_gate = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def add(self, hidden_states: Tensor, branch: Tensor, gate: nn.Module | None) -> Tensor:
+        branch = self.dropout(branch)
+        return hidden_states + (branch if gate is None else branch * gate(hidden_states).sigmoid())
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None, last_position_only: bool = False) -> Tensor:
         """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
         attended, _ = self.attention(self.attention_norm(hidden_states), mask, last_position_only)
-        hidden_states = (hidden_states[:, -1:] if last_position_only else hidden_states) + self.dropout(attended)
-        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        if last_position_only:
+            hidden_states = hidden_states[:, -1:]
+        hidden_states = self.add(hidden_states, attended, self.attention_gate)
+        read = self.feed_forward(self.feed_forward_norm(hidden_states))
+        return self.add(hidden_states, read, self.feed_forward_gate)
 
 
 class SASRecPreTrainedModel(BaselinePreTrainedModel):
@@ -80,6 +106,11 @@ class SASRecPreTrainedModel(BaselinePreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SASRecLayer"]
     _can_record_outputs = {"hidden_states": SASRecLayer, "attentions": SELF_ATTENTIONS}
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear) and self.config.xavier:
+            init.xavier_normal_(module.weight)
 
 
 class SASRecModel(BaselineModel, SASRecPreTrainedModel):

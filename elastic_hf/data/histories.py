@@ -19,6 +19,7 @@ from .cache import move_to_content_name, temporary_folder
 from .columns import ColumnRequest
 from .encoding import encode_ids
 from .interactions import (
+    MIN_INTERACTIONS,
     Interactions,
     drop_duplicates,
     encode_rows,
@@ -40,6 +41,7 @@ from .splits import (
 
 logger = logging.getLogger(__name__)
 
+SPLITS = ("leave_one_out", "temporal", "none")
 USERS_PER_BATCH = 1_000  # rows of one Arrow record batch
 
 
@@ -96,8 +98,9 @@ def load_histories(
        order in which the source has them.
     3. Rows equal in user, item and timestamp are one interaction: the first is kept, the others are counted in
        `counts["num_duplicates"]` and reported as a warning. A source without time keeps its repeats.
-    4. Users with fewer than `k_core` or three interactions and items with fewer than `k_core` are removed, again and
-       again until none is left, and counted in `counts["num_filtered_users"]` and `counts["num_filtered"]`.
+    4. Users with fewer than `k_core` or three interactions (one, where nothing is held out) and items with fewer than
+       `k_core` are removed, again and again until none is left, and counted in `counts["num_filtered_users"]` and
+       `counts["num_filtered"]`.
     5. Users with fewer than two items to train on are left out of `train`, since there is nothing to predict, but not
        of `validation` and `test`.
 
@@ -149,6 +152,7 @@ def load_histories(
             before the first are for training; a user with an interaction between the cutoffs is in `validation`, one
             with an interaction at or after the second in `test`. The target is the user's first item there, and the
             history all items before it. Users without history before the cutoff are left out of a split and reported.
+            `"none"`: `train` alone, with the whole histories of all users, and nothing to evaluate on.
         validation_fraction, test_fraction (`float`, *optional*, default to 0.1):
             Shares of the interactions, the latest for test, that set the cutoffs of the temporal split.
         cache_dir (`str` or `os.PathLike`, *optional*):
@@ -189,15 +193,19 @@ def load_histories(
     warn_of_milliseconds(interactions)
     sort_by_time(interactions)
     num_duplicates = drop_duplicates(interactions)
-    num_filtered, num_filtered_users = filter_by_count(interactions, k_core)
+    min_per_user = 1 if split == "none" else MIN_INTERACTIONS
+    num_filtered, num_filtered_users = filter_by_count(interactions, k_core, min_per_user)
     lengths = np.bincount(interactions.users)
-    if split == "leave_one_out":
+    if split == "none":
+        prefixes = {"train": (np.arange(lengths.size), lengths)}
+    elif split == "leave_one_out":
         prefixes = leave_one_out(lengths)
     else:
         prefixes = temporal(interactions, lengths, validation_fraction, test_fraction)
     item_counts = count_items(interactions, lengths, prefixes["train"])
-    prefixes["train"] = leave_out_short(prefixes["train"])
-    warn_of_few_users(prefixes)
+    if split != "none":
+        prefixes["train"] = leave_out_short(prefixes["train"])
+        warn_of_few_users(prefixes)
 
     with temporary_folder(cache_dir) as temporary:
         _write_items(temporary, interactions.item_ids, item_counts, titles)
@@ -225,8 +233,8 @@ def _check_arguments(
     validation_fraction: float,
     test_fraction: float,
 ) -> None:
-    if split not in ("leave_one_out", "temporal"):
-        raise ValueError(f"split must be 'leave_one_out' or 'temporal', found {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, found {split!r}")
     if not isinstance(k_core, int) or k_core < 0:
         raise ValueError(f"k_core must be an integer of at least 0, found {k_core!r}")
     if split == "temporal" and not (

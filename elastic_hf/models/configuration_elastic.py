@@ -28,6 +28,9 @@ class ElasticConfig(RecommenderConfig):
             Dropout probability of the embeddings and of each residual branch.
         conv_kernel_size (`int`, defaults to 3):
             Items that the short causal depthwise convolution of the stream sees.
+        stream_intermediate_size (`int`, defaults to 0):
+            Width of a feed-forward block on the stream, 0 for none. No other block runs at every item of a history:
+            this one makes encoding slower.
         num_memory_subkeys (`int`, *optional*):
             Sub-keys S per half of the interest memory, which then has S * S slots; 0 for no memory. Defaults to the
             smallest power of two with a slot for every item of the catalogue, 128 at most.
@@ -48,6 +51,7 @@ class ElasticConfig(RecommenderConfig):
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.2
     conv_kernel_size: int = 3
+    stream_intermediate_size: int = 0
     num_memory_subkeys: int | None = None
     num_memory_heads: int = 4
     memory_top_k: int = 4
@@ -74,6 +78,7 @@ class ElasticConfig(RecommenderConfig):
             "intermediate_size",
             "conv_kernel_size",
         )
+        self._validate_at_least(0, "stream_intermediate_size")
         self._validate_fractions("hidden_dropout")
         self._validate_heads()
 

@@ -61,12 +61,15 @@ class ElasticModelOutput(BaseModelOutput):
 
 
 class ElasticStream(nn.Module):
-    """x = conv(norm(e)): what the experts read. Position by position, but for the latest items."""
+    """x = conv(norm(e)), and a feed-forward block if there is one: what the experts read. Position by position, but
+    for the latest items."""
 
     def __init__(self, config: ElasticConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.convolution = nn.Parameter(torch.empty(config.conv_kernel_size, config.hidden_size))
+        width = config.stream_intermediate_size
+        self.feed_forward = ElasticFeedForward(config, width) if width > 0 else None
 
     def forward(
         self, embeddings: Tensor, attention_mask: Tensor, conv_state: Tensor | None = None
@@ -84,6 +87,8 @@ class ElasticStream(nn.Module):
         stream = causal_convolution(inputs, self.convolution)
         if conv_state is not None:
             stream.mul_(attention_mask[..., None])  # what came earlier is convolved into the padding, too
+        if self.feed_forward is not None:
+            stream = self.feed_forward(stream) * attention_mask[..., None]
         return stream, inputs[:, inputs.shape[1] - num_earlier :].clone()  # a view would keep all inputs
 
 
@@ -156,12 +161,12 @@ class ElasticRetrieval(GradientCheckpointingLayer):
 class ElasticFeedForward(GradientCheckpointingLayer):
     """h + W_down act(W_up norm(h))"""
 
-    def __init__(self, config: ElasticConfig):
+    def __init__(self, config: ElasticConfig, intermediate_size: int):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up = nn.Linear(config.hidden_size, intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down = nn.Linear(intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ class ElasticLayer(nn.Module):
         has_memory = bool(config.num_memory_subkeys) and index == config.num_hidden_layers - 1
         self.attention = ElasticAttention(config, is_first=index == 0)
         self.retrieval = ElasticRetrieval(config) if has_memory else None
-        self.feed_forward = ElasticFeedForward(config)
+        self.feed_forward = ElasticFeedForward(config, config.intermediate_size)
 
     def forward(
         self, hidden_states: Tensor, stream: Tensor, attention_mask: Tensor, read: Callable, *interests: Tensor

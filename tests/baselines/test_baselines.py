@@ -21,6 +21,14 @@ SIZES = {
     "intermediate_size": 20,
     "max_position_embeddings": 13,
 }
+HSTU = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
+LRUREC = {
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "recurrent_size": 18,
+    "intermediate_size": 20,
+}
 PAPER = {
     "vocab_size": 31,
     "hidden_size": 24,
@@ -38,6 +46,8 @@ MODELS = {
     "sasrec": ("sasrec", SIZES),
     "bert4rec": ("bert4rec", SIZES),
     "gru4rec": ("gru4rec", {"vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 2, "recurrent_size": 20}),
+    "hstu": ("hstu", HSTU),
+    "lrurec": ("lrurec", LRUREC),
     "linrec": ("linrec", SIZES),
     "linrec prefix": ("linrec", {**SIZES, **PREFIX}),
     "linrec masked": ("linrec", {**SIZES, **MASKED}),
@@ -181,7 +191,7 @@ def test_hidden_states_are_returned(model_type, settings, monkeypatch):
     length = 5 if model.config.training_objective == "masked_item" else 4  # with the mask token
     with torch.no_grad():
         hidden_states = model(input_ids, output_hidden_states=True).hidden_states
-    width = getattr(model.config, "recurrent_size", 24)
+    width = model.config.recurrent_size if model_type == "gru4rec" else 24
     assert [tuple(states.shape) for states in hidden_states] == [(2, length, 24), (2, length, width), (2, 1, 24)]
     for one, other in zip(hidden_states, model(input_ids, output_hidden_states=True).hidden_states, strict=True):
         torch.testing.assert_close(one, other)

@@ -250,6 +250,17 @@ def test_train_holds_no_user_with_one_item(tmp_path, load, caplog, split):
     assert dict(zip(result.items["item_id"], result.items["count"], strict=True))["a0"] == 1
 
 
+def test_nothing_is_held_out_where_nothing_is_to_be_evaluated(tmp_path, load, caplog):
+    rows = [("a", "x", 3), ("b", "x", 2), ("b", "y", 9), ("b", "x", 5)]
+    result = load(write(tmp_path / "rows.parquet", frame(rows)), split="none")
+    assert split_rows(result, "train") == [
+        {"user_id": "a", "item_ids": ["x"], "timestamps": [3]},
+        {"user_id": "b", "item_ids": ["x", "x", "y"], "timestamps": [2, 5, 9]},
+    ]
+    assert {*result.histories} == {"train"} and result.items["count"][:] == [3, 1] and not caplog.records
+    assert result.counts["num_train_users"] == 2 and "num_test_users" not in result.counts
+
+
 @pytest.mark.parametrize("num_users", [499, 500])
 def test_few_evaluated_users_are_reported(tmp_path, load, caplog, num_users):
     path = write(

@@ -6,13 +6,31 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from elastic_hf import ElasticConfig
-from elastic_hf.baselines import BERT4RecConfig, ElasticPaperConfig, GRU4RecConfig, LightSANsConfig, SASRecConfig
+from elastic_hf.baselines import (
+    BERT4RecConfig,
+    ElasticPaperConfig,
+    GRU4RecConfig,
+    HSTUConfig,
+    LightSANsConfig,
+    LRURecConfig,
+    SASRecConfig,
+)
+
+
+CONFIGS = [
+    ElasticConfig,
+    BERT4RecConfig,
+    ElasticPaperConfig,
+    GRU4RecConfig,
+    HSTUConfig,
+    LightSANsConfig,
+    LRURecConfig,
+    SASRecConfig,
+]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.5])
-@pytest.mark.parametrize(
-    "config_class", [ElasticConfig, BERT4RecConfig, ElasticPaperConfig, GRU4RecConfig, LightSANsConfig, SASRecConfig]
-)
+@pytest.mark.parametrize("config_class", CONFIGS)
 def test_every_number_must_be_finite_and_not_negative(config_class, value):
     defaults = config_class()
     names = [field.name for field in fields(defaults) if isinstance(getattr(defaults, field.name), float)]
