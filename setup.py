@@ -12,8 +12,8 @@ examples = ["matplotlib>=3.8", "tensorboard>=2.16"]
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
-test = [*examples, *faiss, *onnx, "ipykernel>=7", "nbclient>=0.10", "pytest>=8", "pytest-xdist>=3.6"]
-test += ["ruff>=0.12", "setuptools>=77"]
+test = [*examples, *faiss, *onnx, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9", "pytest>=8"]
+test += ["pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
 
 setup(
     name="elastic_hf",

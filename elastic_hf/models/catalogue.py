@@ -6,10 +6,10 @@ layers, offloading and sharding work.
 Axis letters: B batch, D hidden size, V vocabulary, S seen items, C candidates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ def first_read(token_ids: Tensor, rows: Tensor, items: Tensor) -> Tensor:
     return torch.where(keys[indices] == wanted, order[indices] % length, length)
 
 
-def is_plain_linear(lm_head: nn.Module) -> bool:
+def is_plain_linear(lm_head: nn.Module) -> TypeGuard[nn.Linear]:
     """Tell whether scores are the inner products with the rows of `lm_head.weight` and nothing else: no adapter, bias
     or hook, and no quantised, sharded or offloaded weight."""
     return (
@@ -257,7 +257,7 @@ class _Precision(TorchFunctionMode):
     """Compute in one floating-point type, in this thread: every plain tensor that goes into an operation is cast, and
     those of a list once."""
 
-    def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
+    def __init__(self, dtype: torch.dtype, weights: Sequence[Tensor]):
         super().__init__()
         self.dtype = dtype
         self.weights = {id(weight): weight for weight in weights}

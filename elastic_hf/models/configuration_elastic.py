@@ -69,7 +69,7 @@ class ElasticConfig(RecommenderConfig):
             raise ValueError("is_causal must be True for elastic, found False (the paper's form is elastic_paper)")
 
     def validate_sizes(self):
-        """Every size is positive; 0 sub-keys are no memory."""
+        """Every size is positive."""
         self._validate_at_least(
             1,
             "num_hidden_layers",
@@ -77,22 +77,18 @@ class ElasticConfig(RecommenderConfig):
             "num_interest_experts",
             "intermediate_size",
             "conv_kernel_size",
-            "num_memory_heads",
-            "memory_top_k",
         )
-        self._validate_at_least(0, "stream_intermediate_size", "num_memory_subkeys")
+        self._validate_at_least(0, "stream_intermediate_size")
         self._validate_fractions("hidden_dropout")
         self._validate_heads()
 
     def validate_memory(self):
-        """The slots asked for exist."""
-        if self.num_memory_subkeys == 0:
+        """The slots asked for exist; 0 sub-keys are no memory."""
+        self._validate_at_least(0, "num_memory_subkeys")
+        self._validate_at_least(1, "num_memory_heads", "memory_top_k")
+        if not self.num_memory_subkeys:
             return
-        if self.hidden_size % (2 * self.num_memory_heads) != 0:
-            raise ValueError(
-                "hidden_size must be a multiple of 2 * num_memory_heads, "
-                f"found {self.hidden_size} and {self.num_memory_heads}"
-            )
+        self._validate_multiple("hidden_size", "num_memory_heads", times=2)
         if self.memory_top_k > self.num_memory_subkeys**2:
             raise ValueError(
                 f"memory_top_k asks for {self.memory_top_k} slots per memory head, "

@@ -63,8 +63,8 @@ class RecommenderConfig(PreTrainedConfig):
     num_negatives: int = 256
     gbce_calibration: float | int = 0.75
     num_special_tokens: int = 3
-    pad_token_id: int | None = 0
-    mask_token_id: int | None = 2
+    pad_token_id: int = 0
+    mask_token_id: int = 2
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -88,7 +88,7 @@ class RecommenderConfig(PreTrainedConfig):
             )
         for name in ("pad_token_id", "mask_token_id"):
             token_id = getattr(self, name)
-            if token_id is None or not 0 <= token_id < self.num_special_tokens:
+            if not 0 <= token_id < self.num_special_tokens:
                 raise ValueError(
                     f"{name} must be between 0 and num_special_tokens - 1 ({self.num_special_tokens - 1}), "
                     f"found {token_id}"
@@ -122,12 +122,15 @@ class RecommenderConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
 
-    def _validate_heads(self):
-        if self.hidden_size % self.num_attention_heads != 0:
+    def _validate_multiple(self, name: str, of: str, times: int = 1):
+        if getattr(self, name) % (times * getattr(self, of)) != 0:
+            factor = "" if times == 1 else f"{times} * "
             raise ValueError(
-                "hidden_size must be a multiple of num_attention_heads, "
-                f"found {self.hidden_size} and {self.num_attention_heads}"
+                f"{name} must be a multiple of {factor}{of}, found {getattr(self, name)} and {getattr(self, of)}"
             )
+
+    def _validate_heads(self):
+        self._validate_multiple("hidden_size", "num_attention_heads")
 
 
 __all__ = ["RecommenderConfig"]

@@ -179,7 +179,7 @@ class ElasticLayer(nn.Module):
 
     def __init__(self, config: ElasticConfig, index: int):
         super().__init__()
-        has_memory = config.num_memory_subkeys > 0 and index == config.num_hidden_layers - 1
+        has_memory = bool(config.num_memory_subkeys) and index == config.num_hidden_layers - 1
         self.attention = ElasticAttention(config, is_first=index == 0)
         self.retrieval = ElasticRetrieval(config) if has_memory else None
         self.feed_forward = ElasticFeedForward(config, config.intermediate_size)
@@ -242,8 +242,8 @@ class ElasticModel(ElasticPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         last_position_only: bool = False,
         cache: ElasticCache | None = None,
         use_cache: bool = False,
@@ -379,6 +379,23 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     supports_cache = True
+    paper = "Deng et al. 2024, in this package's own form: compressed once, read deep"
+    description = (
+        "ELASTIC compresses a history of any length into a fixed number of interest experts by linear dispatcher "
+        "attention, once: a deep reader looks at the result, and a user's state of fixed size takes one more item at "
+        "the same cost after any history. This is the package's own form and not the paper's, and independent of the "
+        "paper's authors, who published no code."
+    )
+    citation = r"""
+    @misc{deng2024elastic,
+      title = {{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression},
+      author = {Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun and
+        Xu, Peixing and Zhou, Guorui},
+      year = {2024},
+      eprint = {2408.09380},
+      archivePrefix = {arXiv},
+    }
+    """
 
     def __init__(self, config: ElasticConfig):
         super().__init__(config)
@@ -386,16 +403,12 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def explain(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, top_k: int = 10
-    ) -> ElasticExplanation:
+    def explain(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 10) -> ElasticExplanation:
         """Explain recommendations, see [`~explanation_elastic.explain`]."""
         return explain(self, input_ids, attention_mask, top_k)
 
     @torch.no_grad()
-    def get_retrieved_slots(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
-    ) -> torch.LongTensor:
+    def get_retrieved_slots(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the slots of the interest memory that answer for each history.
 
         Args:

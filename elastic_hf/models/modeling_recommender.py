@@ -50,22 +50,22 @@ class SequentialRecommendationOutput(ModelOutput):
             What to go on from when the histories grow, by models with `supports_cache`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    user_embeddings: torch.FloatTensor | None = None
-    token_ids: torch.LongTensor | None = None
-    scores: torch.FloatTensor | None = None
-    ranks: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    user_embeddings: Tensor | None = None
+    token_ids: Tensor | None = None
+    scores: Tensor | None = None
+    ranks: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     cache: Any = None
 
 
 class Recommendations(NamedTuple):
     """Token ids, best first, and their scores, both of shape `(batch_size, top_k)`."""
 
-    token_ids: torch.LongTensor
-    scores: torch.FloatTensor
+    token_ids: Tensor
+    scores: Tensor
 
 
 def validate_histories(input_ids: Tensor, attention_mask: Tensor | None, config: RecommenderConfig) -> Tensor:
@@ -238,8 +238,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class SequentialRecommenderMixin:
-    """The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items."""
+    """
+    The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items.
 
+    A subclass says what documents and model cards state: the `paper` as a reader looks for it, a `description` of the
+    model in a sentence or two, and the paper's BibTeX as the `citation`, empty where there is none.
+    """
+
+    paper: str
+    description: str
+    citation: str = ""
     supports_cache = False
 
     @classmethod
@@ -288,9 +296,9 @@ class SequentialRecommenderMixin:
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Any = None,
         use_cache: bool = False,
@@ -426,9 +434,7 @@ class SequentialRecommenderMixin:
         return gbce_loss(*arguments, config.gbce_calibration, is_seen)
 
     @torch.no_grad()
-    def get_user_embeddings(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
-    ) -> Tensor:
+    def get_user_embeddings(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return what the histories say about the next item, without scoring the catalogue, in evaluation mode.
 
         Args:
@@ -447,13 +453,13 @@ class SequentialRecommenderMixin:
     @torch.no_grad()
     def recommend(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         top_k: int = 10,
         exclude_seen: bool = True,
-        candidate_ids: torch.LongTensor | None = None,
+        candidate_ids: Tensor | None = None,
         index=None,
-        seen_ids: torch.LongTensor | None = None,
+        seen_ids: Tensor | None = None,
     ) -> Recommendations:
         """Recommend the items most likely to come next, in evaluation mode.
 

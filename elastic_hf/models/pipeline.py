@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
-from .item_tokenizer import NUM_SPECIAL_TOKENS
+from .item_tokenizer import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
     parameter_names = ("top_k", "exclude_seen", "candidates", "unknown", "fallback")
 
+    tokenizer: ElasticItemTokenizer
     _load_tokenizer = True
     _load_processor = False
     _load_image_processor = False
@@ -145,10 +146,10 @@ class SequentialRecommendationPipeline(Pipeline):
                 f"{name} must have at least one item that the model knows, found none (fallback='popularity' "
                 "recommends what is popular)"
             )
-        if candidate_ids is None:
-            candidate_ids = range(NUM_SPECIAL_TOKENS, len(self.tokenizer))
+        all_items = range(NUM_SPECIAL_TOKENS, len(self.tokenizer))
+        candidates = all_items if candidate_ids is None else candidate_ids
         seen = set(token_ids) if exclude_seen else set()
-        num_left = len(candidate_ids) - sum(token_id in candidate_ids for token_id in seen)
+        num_left = len(candidates) - sum(token_id in candidates for token_id in seen)
         if top_k > num_left:
             raise ValueError(
                 f"{name}: top_k must be at most the {num_left} items left to recommend "

@@ -235,8 +235,7 @@ def _public(results: RunResults) -> RunResults:
 
 def _describe_model(results: RunResults, data_source: DataSource | None) -> dict[str, Any]:
     """What the card says about the model whatever the run was like."""
-    # The code of ELASTIC, which repositories hold a copy of, leaves what is said about it to the card.
-    about = MODELS.get({"elastic": "elastic_paper"}.get(results.model_type, results.model_type))
+    about = MODELS.get(results.model_type)
     sources = [source for source in (about, data_source) if source and source.citation]
     return {
         "config": results.config,

@@ -223,10 +223,9 @@ def test_the_caller_describes_other_data():
 def test_every_model_type_says_what_it_is(model_type):
     card = make_model_card("org/x", make_results(model_type=model_type))
     check_text(card)
-    about = MODELS["elastic_paper" if model_type == "elastic" else model_type]
+    about = MODELS[model_type]
     assert inspect.cleandoc(about.citation) in card.text and model_type in card.data.tags
-    description = "ELASTIC compresses a history" if model_type == "elastic" else about.description
-    assert card.text.count(description) == 1
+    assert card.text.count(about.description) == 1
     assert ("interest memory of 36 vectors" in card.text) == (model_type == "elastic")
     assert ("not the paper's" in card.text) == (model_type in ("elastic", "linrec"))
     bidirectional = make_model_card("org/x", make_results(model_type=model_type, config={"is_causal": False}))
