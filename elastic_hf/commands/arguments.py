@@ -77,6 +77,13 @@ class DataArguments(ColumnArguments):
     split: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal."})
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
+    validation_users: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of users, drawn at random, who have a validation item (all, if not set); the others train "
+            "on it. leave_one_out only."
+        },
+    )
     max_length: int | None = field(
         default=None,
         metadata={
@@ -100,6 +107,19 @@ class DataArguments(ColumnArguments):
         """What the results call it."""
         return self.dataset_name or self.source
 
+    @property
+    def regime(self) -> str | None:
+        """What tells the split from the usual one, leave-one-out with all users validated, in the name of a run."""
+        if self.split != "leave_one_out":
+            return self.split
+        return None if self.validation_users is None else "sampled"
+
+    @property
+    def protocol(self) -> str:
+        """How the results say that the data were split and the catalogue ranked."""
+        sampled = "" if self.validation_users is None else "sampled validation, "
+        return f"{self.split}, {sampled}full ranking"
+
 
 def _stock(name: str, default: Any) -> Any:
     """Return an argument of [`TrainingArguments`] with another default."""
@@ -118,7 +138,10 @@ class SeqRecTrainingArguments(TrainingArguments):
 
     output_dir: str = field(
         default="",
-        metadata={"help": "Folder of the model and its checkpoints; outputs/<dataset>-<model>-<seed>[-<variant>]."},
+        metadata={
+            "help": "Folder of the model and its checkpoints; "
+            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-<variant>]."
+        },
     )
     num_train_epochs: float = _stock("num_train_epochs", 16)
     per_device_train_batch_size: int = _stock("per_device_train_batch_size", 8)
@@ -140,7 +163,10 @@ class SeqRecTrainingArguments(TrainingArguments):
     )
     results_dir: str | None = field(
         default=None,
-        metadata={"help": "Where to copy all_results.json to: <dataset>-<model>-<seed>[-<variant>].json."},
+        metadata={
+            "help": "Where to copy all_results.json to: "
+            "<dataset>-<model>-<seed>[-temporal or -sampled][-<variant>].json."
+        },
     )
     variant: str | None = field(
         default=None,

@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
         splits = tokenize(tokenizer, histories, data_args, training_args)
         model = AutoModel.from_pretrained(args.model_name_or_path)
         trainer = make_trainer(model, tokenizer, None, splits["validation"], data_args, training_args)
-        results = RunResults(model.config.model_type, **counts, protocol=f"{data_args.split}, full ranking")
+        results = RunResults(model.config.model_type, **counts, protocol=data_args.protocol)
         validate(trainer, splits["validation"], results)
         test(trainer, splits["test"], splits["train"], results)
         if trainer.is_world_process_zero():

@@ -55,6 +55,7 @@ def read_histories(data_args: DataArguments, training_args: TrainingArguments) -
             split=data_args.split,
             validation_fraction=data_args.validation_fraction,
             test_fraction=data_args.test_fraction,
+            validation_users=data_args.validation_users,
             cache_dir=data_args.cache_dir,
         )
     logger.info(", ".join(f"{key}: {value:,}" for key, value in loaded.counts.items()))

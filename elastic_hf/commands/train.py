@@ -65,10 +65,9 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
-    """Return `<dataset>-<model>-<seed>[-<variant>]`."""
+    """Return `<dataset>-<model>-<seed>[-<regime>][-<variant>]`."""
     parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
-    if training_args.variant is not None:
-        parts.append(training_args.variant)
+    parts += [part for part in (data_args.regime, training_args.variant) if part is not None]
     return "-".join(parts)
 
 
@@ -170,7 +169,7 @@ def describe_run(
         main_row=args.variant is None,
         dataset=data_args.name,
         hub_dataset=source if "/" in source and not Path(source).exists() else None,
-        protocol=f"{data_args.split}, full ranking",
+        protocol=data_args.protocol,
         k_core=data_args.k_core,
         **counts,
         num_parameters=trainer.model.num_parameters(),

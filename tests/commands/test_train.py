@@ -181,6 +181,21 @@ def test_what_is_printed(finished):
     assert all("Product no. " in line for line in recommended)
 
 
+@pytest.mark.parametrize(
+    ("settings", "name", "protocol"),
+    [
+        ({}, "beauty-sasrec-42-wide", "leave_one_out, full ranking"),
+        ({"validation_users": 7}, "beauty-sasrec-42-sampled-wide", "leave_one_out, sampled validation, full ranking"),
+        ({"split": "temporal"}, "beauty-sasrec-42-temporal-wide", "temporal, full ranking"),
+    ],
+)
+def test_results_and_runs_are_named_by_how_the_data_are_split(settings, name, protocol):
+    data_args = DataArguments(train_file="data/beauty.txt", **settings)
+    training_args = SeqRecTrainingArguments(variant="wide", use_cpu=True)
+    assert train.make_run_name(ModelArguments("sasrec"), data_args, training_args) == name
+    assert data_args.protocol == protocol
+
+
 def test_nothing_is_overwritten(shop, finished):
     output_dir, _, _ = finished
     before = (output_dir / "all_results.json").read_bytes()

@@ -170,6 +170,11 @@ def test_the_protocol_stands_before_the_numbers(folder):
         assert 0 < text.index(words) < first_number
     temporal = make_model_card("org/x", make_results(protocol="temporal, full ranking")).text
     assert "Two dates cut" in temporal and "Leave-one-out" not in temporal
+    protocol = "leave_one_out, sampled validation, full ranking"
+    sampled = make_model_card("org/x", make_results(protocol=protocol, num_validation_users=2_048)).text
+    assert "sampled validation: each user's last item is the test target. The one before it is" in sampled
+    assert "the validation target of 2,048 users, drawn at random; all other users train on it" in sampled
+    assert "sampled" not in make_model_card("org/x", make_results()).text
 
 
 def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
