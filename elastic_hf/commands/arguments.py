@@ -153,7 +153,13 @@ class SeqRecTrainingArguments(TrainingArguments):
     logging_strategy: str = _stock("logging_strategy", "epoch")
     save_total_limit: int | None = _stock("save_total_limit", 2)
     load_best_model_at_end: bool = _stock("load_best_model_at_end", True)
-    metric_for_best_model: str | None = _stock("metric_for_best_model", "ndcg@10")
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric that the checkpoint is chosen by: ndcg@10 or, where the model recommends seen items, too, "
+            "ndcg@10_seen_kept."
+        },
+    )
     greater_is_better: bool | None = _stock("greater_is_better", True)
     ddp_find_unused_parameters: bool | None = _stock("ddp_find_unused_parameters", False)
     dataloader_pin_memory: bool = _stock("dataloader_pin_memory", torch.cuda.is_available())
@@ -178,10 +184,11 @@ class SeqRecTrainingArguments(TrainingArguments):
             self.do_train = self.do_eval = self.do_predict = True
         if self.eval_strategy == "no":
             self.load_best_model_at_end, self.early_stopping_patience = False, 0
-        do_eval = self.do_eval
+        do_eval, metric = self.do_eval, self.metric_for_best_model
         super().__post_init__()
-        # The evaluation after training is asked for by name; the stock arguments infer it from eval_strategy.
-        self.do_eval = do_eval
+        # The evaluation after training is asked for by name; the stock arguments infer it from eval_strategy. A metric
+        # that is not named is chosen when the model is there; the stock arguments take the loss.
+        self.do_eval, self.metric_for_best_model = do_eval, metric
 
 
 def parse_arguments(command: str, description: str, argv: Sequence[str], *dataclass_types: type) -> tuple:

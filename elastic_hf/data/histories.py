@@ -31,6 +31,7 @@ from .sources import read_source, read_titles
 from .splits import (
     Prefixes,
     count_items,
+    count_seen_targets,
     flat_indices,
     leave_one_out,
     leave_out_short,
@@ -62,6 +63,8 @@ class Histories(NamedTuple):
             `num_duplicates` (exact duplicates dropped), `num_filtered` and `num_filtered_users` (removed interactions
             and users, of users and items with too few), `num_train_users`, `num_validation_users` and `num_test_users`
             (rows of the splits). `num_rows` is the sum of `num_interactions`, `num_duplicates` and `num_filtered`.
+            Where something is held out, `num_seen_targets`: how many users of `validation` had their target before.
+            Where that is a large share, users come back to items: set `exclude_seen=False` in the configuration.
     """
 
     histories: DatasetDict
@@ -208,7 +211,12 @@ def load_histories(
     else:
         prefixes = temporal(interactions, lengths, validation_fraction, test_fraction)
     item_counts = count_items(interactions, lengths, prefixes["train"])
+    seen_targets = {}
     if split != "none":
+        seen_targets["num_seen_targets"] = count_seen_targets(interactions, lengths, prefixes["validation"])
+        num_targets = prefixes["validation"][0].size
+        share = seen_targets["num_seen_targets"] / num_targets
+        logger.info(f"{share:.1%} of the {num_targets:,} validation targets are items that the user had before")
         prefixes["train"] = leave_out_short(prefixes["train"])
         warn_of_few_users(prefixes)
 
@@ -228,6 +236,7 @@ def load_histories(
             "num_filtered": num_filtered,
             "num_filtered_users": num_filtered_users,
             **{f"num_{name}_users": rows.size for name, (rows, _) in prefixes.items()},
+            **seen_targets,
         },
     )
 

@@ -102,6 +102,15 @@ def count_items(interactions: Interactions, lengths: np.ndarray, train: Prefixes
     return np.bincount(train_items, minlength=len(interactions.item_ids))
 
 
+def count_seen_targets(interactions: Interactions, lengths: np.ndarray, prefixes: Prefixes) -> int:
+    """Return how many users of a split have their target among the interactions before it."""
+    rows, before = prefixes
+    starts = (np.cumsum(lengths) - lengths)[rows]
+    targets = interactions.items[starts + before]
+    is_target = interactions.items[flat_indices(starts, before)] == np.repeat(targets, before)
+    return int(np.count_nonzero(np.logical_or.reduceat(is_target, np.cumsum(before) - before)))
+
+
 def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return `starts[0], starts[0] + 1, ...`, `lengths[0]` of them, then the same for `starts[1]` and so on."""
     ends = np.cumsum(lengths)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from elastic_hf.baselines import BASELINES
-from elastic_hf.results import RunResults
+from elastic_hf.results import SUFFIXES, RunResults
 from elastic_hf.sharing.tables import mean_and_deviation, table
 
 
@@ -44,13 +44,20 @@ def runs(pattern: str = "*.json") -> list[RunResults]:
     return [RunResults.from_dict(results, name) for name, results in files if "main_row" in results]
 
 
+# What figures are under unless a table says otherwise.
+USUAL_PROTOCOL = "leave_one_out, full ranking"
 ACCURACY = ["HR@10", "NDCG@10", "HR@10, seen kept", "NDCG@10, seen kept", "seeds", "parameters", "minutes", "hardware"]
 HEADERS = {"model_type": "model", "max_length": "length"}
 
 
 def with_protocol(chosen: list[RunResults], first: str, *keys: str) -> tuple[str, ...]:
-    """The fields that tell the rows of a table apart, the protocol among them where not all runs have the same."""
-    return (first, *(["protocol"] if len({run.protocol for run in chosen}) > 1 else []), *keys)
+    """The fields that tell the rows of a table apart, the protocol among them where it is not the usual one."""
+    return (first, *(["protocol"] if {protocol(run) for run in chosen} - {USUAL_PROTOCOL} else []), *keys)
+
+
+def protocol(run: RunResults) -> str:
+    """How the data were split and ranked, and whether seen items could be recommended."""
+    return str(run.protocol) if run.exclude_seen else f"{run.protocol}, seen items kept"
 
 
 def headers(keys: tuple[str, ...]) -> list[str]:
@@ -60,7 +67,12 @@ def headers(keys: tuple[str, ...]) -> list[str]:
 
 def cells(run: RunResults, keys: tuple[str, ...]) -> list[str]:
     """A run's values in these columns."""
-    return [str(getattr(run, key)) for key in keys]
+    return [protocol(run) if key == "protocol" else str(getattr(run, key)) for key in keys]
+
+
+def ndcg_of(run: RunResults) -> float:
+    """NDCG@10 on the test items, with seen items excluded or kept as the model recommends."""
+    return run.metrics[f"test_ndcg@10{run.suffix}"]
 
 
 def accuracy_table(chosen: list[RunResults], *keys: str) -> str:
@@ -70,15 +82,14 @@ def accuracy_table(chosen: list[RunResults], *keys: str) -> str:
     rows = []
     for _, group in itertools.groupby(sorted(chosen, key=setting), key=setting):
         seeds = list(group)
-        first, ndcg = seeds[0], [run.metrics["test_ndcg@10"] for run in seeds]
+        first = seeds[0]
         row = cells(first, keys)
-        row += [mean_and_deviation([run.metrics["test_hr@10"] for run in seeds]), f"**{mean_and_deviation(ndcg)}**"]
-        row += [
-            mean_and_deviation([run.metrics[f"test_{name}@10_seen_kept"] for run in seeds]) for name in ("hr", "ndcg")
-        ]
+        for name in (f"{name}@10{suffix}" for suffix in SUFFIXES.values() for name in ("hr", "ndcg")):
+            value = mean_and_deviation([run.metrics[f"test_{name}"] for run in seeds])
+            row.append(f"**{value}**" if name == f"ndcg@10{first.suffix}" else value)
         row += [f"{len(seeds)}", f"{first.num_parameters:,}"]
         row += [f"{statistics.mean(run.train_seconds or 0 for run in seeds) / 60:.0f}", first.hardware]
-        rows.append((first.dataset, str(first.protocol), -statistics.mean(ndcg), row))
+        rows.append((first.dataset, protocol(first), -statistics.mean(map(ndcg_of, seeds)), row))
     return table([*headers(keys), *ACCURACY], [row for *_, row in sorted(rows, key=lambda entry: entry[:3])])
 
 
@@ -94,7 +105,7 @@ def differences() -> str:
     values = {}
     for run in sorted(chosen, key=lambda run: run.max_length):
         models = values.setdefault(tuple(cells(run, keys)), {})
-        models.setdefault(run.model_type, []).append(run.metrics["test_ndcg@10"])
+        models.setdefault(run.model_type, []).append(ndcg_of(run))
     rows = []
     for setting, models in sorted(values.items(), key=lambda entry: entry[0][:-1]):
         repeated = [seeds for seeds in models.values() if len(seeds) > 1]
@@ -146,9 +157,10 @@ def trials() -> str:
         row = [*setting, f"{training['epochs']:g}", run.model_type, run.variant, str(run.seed)]
         row += [overrides.replace(",", ", "), f"{training['learning_rate']:g}", str(training["batch_size"])]
         row += ["yes" if run.split_into_windows else "no"]
-        row += [f"{run.metrics['validation_hr@10']:.4f}", f"**{run.metrics['validation_ndcg@10']:.4f}**"]
+        hit_rate, ndcg = (run.metrics[f"validation_{name}@10{run.suffix}"] for name in ("hr", "ndcg"))
+        row += [f"{hit_rate:.4f}", f"**{ndcg:.4f}**"]
         row += [f"{run.num_parameters:,}", f"{run.train_seconds / 60:.0f}"]
-        rows.append((setting, training["epochs"], -run.metrics["validation_ndcg@10"], row))
+        rows.append((setting, training["epochs"], -ndcg, row))
     header = [*keys, "epochs", "model", "trial", "seed", "configuration", "learning rate", "batch", "windows"]
     header += ["validation HR@10", "validation NDCG@10", "parameters", "minutes"]
     return table(header, [row for *_, row in sorted(rows)])
@@ -200,8 +212,8 @@ def lengths() -> str:
     keys = with_protocol(chosen, "dataset", "model_type")
     for run in sorted(chosen, key=lambda run: (cells(run, keys), run.max_length)):
         row = [*cells(run, keys), f"{run.max_length:,}"]
-        row += [f"{run.metrics[f'test_{metric}']:.4f}" for metric in ("hr@10", "ndcg@10")]
-        row += [f"{run.metrics['popularity_ndcg@10']:.4f}", f"{run.epochs:g}"]
+        names = ("test_hr@10", "test_ndcg@10", "popularity_ndcg@10")
+        row += [*(f"{run.metrics[f'{name}{run.suffix}']:.4f}" for name in names), f"{run.epochs:g}"]
         rows.append([*row, f"{run.train_seconds / run.epochs:.0f}"])
     header = ["items read", "HR@10", "NDCG@10", "popularity NDCG@10", "epochs", "seconds per epoch"]
     return table([*headers(keys), *header], rows)
@@ -415,14 +427,11 @@ def gpu() -> str:
     return "\n\n".join(parts) or "Nothing has been measured on a GPU yet."
 
 
-FRONT_PAGE_PROTOCOL = "leave_one_out, full ranking"  # what the README says above its table
-
-
 def main_runs(dataset: str) -> dict[str, list[RunResults]]:
-    """The runs of the main rows of a dataset, all users validated, by model: ELASTIC first, then the best first."""
+    """The main rows' runs of a dataset under the usual protocol, by model: ELASTIC first, then the best first."""
     models = {}
     for run in runs(f"{dataset}-*.json"):
-        if run.main_row and run.protocol == FRONT_PAGE_PROTOCOL:
+        if run.main_row and protocol(run) == USUAL_PROTOCOL:
             models.setdefault(run.model_type, []).append(run)
 
     def order(model: str) -> tuple:

@@ -68,6 +68,7 @@ def test_leave_one_out_by_hand(tmp_path, load, suffix):
         "num_train_users": 1,
         "num_validation_users": 3,
         "num_test_users": 3,
+        "num_seen_targets": 1,  # that of user 1
     }
 
 
@@ -115,7 +116,24 @@ def test_equal_to_loops(tmp_path, load, monkeypatch, makers, suffix, users_per_b
         "num_train_users": len(histories),
         "num_validation_users": len(histories),
         "num_test_users": len(histories),
+        "num_seen_targets": sum(
+            history[-2][0] in {item for item, _ in history[:-2]} for history in histories.values()
+        ),
     }
+    assert 0 < result.counts["num_seen_targets"] < len(histories)
+
+
+def test_targets_seen_before_are_counted_and_their_share_is_reported(tmp_path, load, caplog):
+    items = {"a": "xyxyz", "b": "xyzyx", "c": "xyzwv", "d": "xxxx", "e": "xyz"}
+    rows = [(user, item, time) for user, history in items.items() for time, item in enumerate(history)]
+    path = write(tmp_path / "rows.parquet", frame(rows))
+    with caplog.at_level(logging.INFO, logger="elastic_hf"):
+        assert load(path).counts["num_seen_targets"] == 3  # y of a and of b, x of d: their last items do not count
+    assert "60.0% of the 5 validation targets are items that the user had before" in caplog.text
+    # times 0 to 4: validation targets are at time 3, test targets at 4
+    temporal = load(path, split="temporal", validation_fraction=4 / 21, test_fraction=2 / 21).counts
+    assert (temporal["num_validation_users"], temporal["num_seen_targets"]) == (4, 3)
+    assert "num_seen_targets" not in load(path, split="none").counts
 
 
 def test_sampled_validation_by_hand(tmp_path, load):

@@ -103,6 +103,21 @@ def test_figures_of_two_protocols_are_not_mixed(results, tmp_path):
     assert [len(seeds) for seeds in render_results.main_runs("ml-1m").values()] == [2, 1]
 
 
+def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path):
+    write_run(tmp_path, "ml-1m-elastic-42", 0.25)
+    places = {"dataset": "places", "config": {"exclude_seen": False}}
+    for model, excluded, kept in (("elastic", 0.125, 0.5), ("sasrec", 0.25, 0.375)):
+        write_run(tmp_path, f"places-{model}-42", excluded, model_type=model, **places)
+        file = tmp_path / "results" / f"places-{model}-42.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"test_ndcg@10_seen_kept": kept}))
+    _, elastic, sasrec = rows_of(render_results.accuracy())
+    assert (elastic["model"], sasrec["model"]) == ("elastic", "sasrec")
+    assert elastic["protocol"] == "leave_one_out, full ranking, seen items kept"
+    assert (elastic["NDCG@10"], elastic["NDCG@10, seen kept"]) == ("0.1250", "**0.5000**")
+    (difference,) = rows_of(render_results.differences())
+    assert difference["protocol"] == elastic["protocol"] and difference["NDCG@10"] == "+0.1250"
+
+
 def test_what_was_not_measured_is_not_stated(results):
     for name in ("ratios", "claims", "inference", "training_memory", "streaming", "profile", "onnx", "training_cost"):
         assert render_results.TABLES[name]() == "Not measured yet."
