@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from matplotlib.figure import Figure
 
-from .results import RunResults
+from .results import SUFFIXES, RunResults
 
 
 # Characters of a title on one line.
@@ -26,7 +26,8 @@ def figures_of(results: RunResults) -> dict[str, Callable[[str | os.PathLike | B
             plot_training_curve,
             results.log_history,
             best_epoch=results.best_epoch,
-            popularity=results.metrics.get("popularity_ndcg@10"),
+            popularity=results.metrics.get(f"popularity_ndcg@10{results.suffix}"),
+            exclude_seen=results.exclude_seen,
         )
     if results.expert_half_lives:
         figures["expert_horizons"] = partial(plot_expert_horizons, results.expert_half_lives)
@@ -51,17 +52,20 @@ def plot_training_curve(
     file: str | os.PathLike | BinaryIO,
     best_epoch: float | None = None,
     popularity: float | None = None,
+    exclude_seen: bool = True,
 ) -> None:
     """
     Draw the training loss and the validation NDCG@10 by epoch.
 
     Args:
         log_history (`list[dict]`):
-            As `TrainerState.log_history`: entries with `epoch` and `loss` (nats per target), `eval_ndcg@10`, or both.
+            As `TrainerState.log_history`: entries with `epoch` and `loss` (nats per target), `eval_ndcg@10`, or both;
+            `eval_ndcg@10_seen_kept` where seen items are not excluded.
         file (`str`, `os.PathLike` or `BinaryIO`): The image, in the format of its suffix, or PNG.
         best_epoch (`float`, *optional*): Epoch of the chosen checkpoint, which is marked.
         popularity (`float`, *optional*):
             NDCG@10 of recommending what is popular, on the test items: the line to be above.
+        exclude_seen (`bool`, defaults to `True`): Whether the NDCG@10 is with seen items excluded, or kept.
 
     Raises:
         ValueError: if no entry has a loss or a metric.
@@ -70,7 +74,8 @@ def plot_training_curve(
     loss_axis = figure.subplots()
     metric_axis = loss_axis.twinx()
     axes = {"loss": (loss_axis, "training loss (nats per target)", "tab:gray")}
-    axes["eval_ndcg@10"] = (metric_axis, "validation NDCG@10, seen items excluded", "tab:blue")
+    label = f"validation NDCG@10, seen items {'excluded' if exclude_seen else 'kept'}"
+    axes[f"eval_ndcg@10{SUFFIXES[exclude_seen]}"] = (metric_axis, label, "tab:blue")
     if not any(key in log for log in log_history for key in axes):
         raise ValueError(f"log_history must have entries with {' or '.join(axes)}, found {len(log_history)} without")
     for key, (axis, label, color) in axes.items():

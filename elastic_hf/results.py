@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 RESULTS_FILE = "all_results.json"
 CUTOFFS = (1, 5, 10, 20)
 FEW_USERS = 500  # metrics of fewer are mostly chance
+# Of the metrics, by whether the items seen are excluded from the ranking.
+SUFFIXES = {True: "", False: "_seen_kept"}
 
 
 @dataclass
@@ -33,7 +35,7 @@ class RunResults:
         k_core (`int`): Fewest interactions of each user and item.
         num_rows, num_users, num_items, num_interactions, num_duplicates, num_filtered, num_filtered_users (`int`):
             As `counts` of [`~data.histories.Histories`].
-        num_train_users, num_validation_users, num_test_users (`int`): As there.
+        num_train_users, num_validation_users, num_test_users, num_seen_targets (`int`): As there.
         num_parameters (`int`): Weights of the model.
         max_length (`int`): Number of most recent items that the model sees.
         split_into_windows (`bool`): Whether longer histories were trained on in windows, and not the latest one alone.
@@ -45,7 +47,8 @@ class RunResults:
         resumed_from_checkpoint (`str`): The checkpoint it last went on from.
         train_loss (`float`): Mean over all steps, in nats per target.
         train_seconds, total_seconds (`float`): Time of the training with its evaluations, and of the whole run.
-        log_history (`list[dict]`): The loss and the validation NDCG@10 by epoch.
+        log_history (`list[dict]`):
+            The loss and the validation NDCG@10 by epoch, with seen items excluded or kept as the model recommends.
         metrics (`dict[str, float]`):
             By `<on>_<metric>`, where `<on>` is `validation`, `test`, `popularity` (that of popularity on the test
             items) or `eval`, and the metric is one of [`~training.metrics.ranking_metrics`], its `_standard_error`
@@ -81,6 +84,7 @@ class RunResults:
     num_train_users: int | None = None
     num_validation_users: int | None = None
     num_test_users: int | None = None
+    num_seen_targets: int | None = None
     num_parameters: int | None = None
     max_length: int | None = None
     split_into_windows: bool | None = None
@@ -110,6 +114,16 @@ class RunResults:
     torch_version: str | None = None
     transformers_version: str | None = None
     elastic_hf_version: str | None = None
+
+    @property
+    def exclude_seen(self) -> bool:
+        """Whether the model leaves seen items out of what it recommends."""
+        return self.config.get("exclude_seen", True)
+
+    @property
+    def suffix(self) -> str:
+        """That of the metrics which count: with seen items excluded or kept, as the model recommends."""
+        return SUFFIXES[self.exclude_seen]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], name: str = "results") -> "RunResults":

@@ -50,6 +50,18 @@ def test_training_curve_marks_the_chosen_epoch_and_popularity(figures, tmp_path)
     assert not figures[1].legends and len(figures[1].axes[1].get_lines()) == 1
 
 
+def test_the_training_curve_is_of_the_metric_that_counts(figures, tmp_path):
+    log_history = [{"epoch": 1.0, "eval_ndcg@10": 0.1, "eval_ndcg@10_seen_kept": 0.3}]
+    metrics = {"popularity_ndcg@10": 0.02, "popularity_ndcg@10_seen_kept": 0.04}
+    for exclude_seen in (True, False):
+        config = {"exclude_seen": exclude_seen}
+        plot_results(RunResults("elastic", config=config, log_history=log_history, metrics=metrics), tmp_path)
+    for figure, ndcg, popularity, words in zip(figures, (0.1, 0.3), (0.02, 0.04), ("excluded", "kept"), strict=True):
+        axis = figure.axes[1]
+        assert [line.get_ydata()[0] for line in axis.get_lines()] == [ndcg, popularity]
+        assert axis.get_ylabel() == f"validation NDCG@10, seen items {words}"
+
+
 def test_results_are_drawn_as_far_as_they_are_there(figures, tmp_path):
     log_history = [{"epoch": 1.0, "loss": 5.0}, {"epoch": 3.0, "eval_ndcg@10": 0.1}]
     results = RunResults(

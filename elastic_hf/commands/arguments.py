@@ -77,6 +77,13 @@ class DataArguments(ColumnArguments):
     split: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal."})
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
+    validation_users: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of users, drawn at random, who have a validation item (all, if not set); the others train "
+            "on it. leave_one_out only."
+        },
+    )
     max_length: int | None = field(
         default=None,
         metadata={
@@ -100,6 +107,19 @@ class DataArguments(ColumnArguments):
         """What the results call it."""
         return self.dataset_name or self.source
 
+    @property
+    def regime(self) -> str | None:
+        """What tells the split from the usual one, leave-one-out with all users validated, in the name of a run."""
+        if self.split != "leave_one_out":
+            return self.split
+        return None if self.validation_users is None else "sampled"
+
+    @property
+    def protocol(self) -> str:
+        """How the results say that the data were split and the catalogue ranked."""
+        sampled = "" if self.validation_users is None else "sampled validation, "
+        return f"{self.split}, {sampled}full ranking"
+
 
 def _stock(name: str, default: Any) -> Any:
     """Return an argument of [`TrainingArguments`] with another default."""
@@ -118,7 +138,10 @@ class SeqRecTrainingArguments(TrainingArguments):
 
     output_dir: str = field(
         default="",
-        metadata={"help": "Folder of the model and its checkpoints; outputs/<dataset>-<model>-<seed>[-<variant>]."},
+        metadata={
+            "help": "Folder of the model and its checkpoints; "
+            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-<variant>]."
+        },
     )
     num_train_epochs: float = _stock("num_train_epochs", 16)
     per_device_train_batch_size: int = _stock("per_device_train_batch_size", 8)
@@ -130,7 +153,13 @@ class SeqRecTrainingArguments(TrainingArguments):
     logging_strategy: str = _stock("logging_strategy", "epoch")
     save_total_limit: int | None = _stock("save_total_limit", 2)
     load_best_model_at_end: bool = _stock("load_best_model_at_end", True)
-    metric_for_best_model: str | None = _stock("metric_for_best_model", "ndcg@10")
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Metric that the checkpoint is chosen by: ndcg@10 or, where the model recommends seen items, too, "
+            "ndcg@10_seen_kept."
+        },
+    )
     greater_is_better: bool | None = _stock("greater_is_better", True)
     ddp_find_unused_parameters: bool | None = _stock("ddp_find_unused_parameters", False)
     dataloader_pin_memory: bool = _stock("dataloader_pin_memory", torch.cuda.is_available())
@@ -140,7 +169,10 @@ class SeqRecTrainingArguments(TrainingArguments):
     )
     results_dir: str | None = field(
         default=None,
-        metadata={"help": "Where to copy all_results.json to: <dataset>-<model>-<seed>[-<variant>].json."},
+        metadata={
+            "help": "Where to copy all_results.json to: "
+            "<dataset>-<model>-<seed>[-temporal or -sampled][-<variant>].json."
+        },
     )
     variant: str | None = field(
         default=None,
@@ -152,10 +184,11 @@ class SeqRecTrainingArguments(TrainingArguments):
             self.do_train = self.do_eval = self.do_predict = True
         if self.eval_strategy == "no":
             self.load_best_model_at_end, self.early_stopping_patience = False, 0
-        do_eval = self.do_eval
+        do_eval, metric = self.do_eval, self.metric_for_best_model
         super().__post_init__()
-        # The evaluation after training is asked for by name; the stock arguments infer it from eval_strategy.
-        self.do_eval = do_eval
+        # The evaluation after training is asked for by name; the stock arguments infer it from eval_strategy. A metric
+        # that is not named is chosen when the model is there; the stock arguments take the loss.
+        self.do_eval, self.metric_for_best_model = do_eval, metric
 
 
 def parse_arguments(command: str, description: str, argv: Sequence[str], *dataclass_types: type) -> tuple:

@@ -16,11 +16,11 @@ from transformers.trainer_utils import PredictionOutput
 from ..baselines.popularity import PopularityConfig, PopularityForSequentialRecommendation
 from ..models.item_tokenizer import ElasticItemTokenizer
 from ..results import CUTOFFS, RunResults
-from ..sharing.tables import describe_metric
+from ..sharing.tables import describe_metric, rankings
 from ..training.metrics import popularity_bias, standard_errors
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, parse_arguments
-from .steps import make_tokenizer, make_trainer, read_histories, set_up_process, tokenize
+from .steps import make_tokenizer, make_trainer, read_histories, set_up_process, settings_of, tokenize
 
 
 @dataclass
@@ -44,7 +44,8 @@ def validate(trainer: SequentialRecommendationTrainer, users: Dataset, results: 
 def test(trainer: SequentialRecommendationTrainer, users: Dataset, histories: Dataset, results: RunResults) -> None:
     """Add the metrics on the test items, beside those of the popularity in the training `histories`."""
     prediction = trainer.predict(users)
-    config = PopularityConfig(vocab_size=trainer.model.config.vocab_size)
+    model_config = trainer.model.config
+    config = PopularityConfig(vocab_size=model_config.vocab_size, exclude_seen=model_config.exclude_seen)
     popularity = PopularityForSequentialRecommendation(config)
     popularity.count_items(histories)
     counter = SequentialRecommendationTrainer(popularity, trainer.args, trainer.data_collator, eval_dataset=users)
@@ -55,7 +56,7 @@ def test(trainer: SequentialRecommendationTrainer, users: Dataset, histories: Da
     item_counts = popularity.get_output_embeddings().weight[:, 0].detach().cpu().numpy()
     bias = popularity_bias(top_ids, prediction.label_ids, item_counts, config.num_special_tokens)
     results.metrics |= {f"test_{key}": value for key, value in bias.items()}
-    if getattr(trainer.model.config, "num_memory_subkeys", 0):
+    if getattr(model_config, "num_memory_subkeys", 0):
         describe_memory(trainer, users, results)
     results.sample = describe_first_user(trainer.processing_class, users, top_ids)
 
@@ -94,18 +95,23 @@ def describe_first_user(tokenizer: ElasticItemTokenizer, users: Dataset, top_ids
 
 
 def print_test(results: RunResults) -> None:
-    """Print the metrics beside those of popularity, and the recommendations for the first test user."""
+    """Print the metrics beside those of popularity, and the recommendations for the first test user.
+
+    The metrics that count come first: with seen items excluded or kept, as the model recommends.
+    """
     metrics, sample = results.metrics, results.sample
-    print(f"\n{results.num_test_users:,} test users{'seen items excluded':>24}{'popularity':>12}", end="")
-    print(f"{'seen items kept':>20}{'popularity':>12}")
+    print(f"\n{f'{results.num_test_users:,} test users':16}", end="")
+    for _, words in rankings(results):
+        print(f"{f'seen items {words}':>20}{'popularity':>12}", end="")
+    print()
     for name in ("hr", "ndcg", "mrr"):
         for k in CUTOFFS:
-            print(f"{f'{name.upper()}@{k}':10}", end="")
-            for key, width in ((f"{name}@{k}", 26), (f"{name}@{k}_seen_kept", 20)):
-                value = describe_metric(metrics, f"test_{key}")
-                print(f"{value:>{width}}{metrics[f'popularity_{key}']:12.4f}", end="")
+            print(f"{f'{name.upper()}@{k}':16}", end="")
+            for suffix, _ in rankings(results):
+                key = f"{name}@{k}{suffix}"
+                print(f"{describe_metric(metrics, f'test_{key}'):>20}{metrics[f'popularity_{key}']:12.4f}", end="")
             print()
-    print(f"{'Coverage@10':10}{metrics['test_coverage@10']:16.4f}{metrics['popularity_coverage@10']:21.4f}")
+    print(f"{'Coverage@10':16}{metrics['test_coverage@10']:11.4f}{metrics['popularity_coverage@10']:21.4f}")
     print("After ± stands the standard error over the users.")
 
     print(f"\nThe last items of user {sample['user_id']}:")
@@ -134,7 +140,9 @@ def main(argv: Sequence[str]) -> None:
         splits = tokenize(tokenizer, histories, data_args, training_args)
         model = AutoModel.from_pretrained(args.model_name_or_path)
         trainer = make_trainer(model, tokenizer, None, splits["validation"], data_args, training_args)
-        results = RunResults(model.config.model_type, **counts, protocol=f"{data_args.split}, full ranking")
+        results = RunResults(
+            model.config.model_type, **counts, protocol=data_args.protocol, config=settings_of(model.config)
+        )
         validate(trainer, splits["validation"], results)
         test(trainer, splits["test"], splits["train"], results)
         if trainer.is_world_process_zero():

@@ -34,7 +34,10 @@ class RecommendationArguments(ColumnArguments):
     input_file: str | None = field(default=None, metadata={"help": "File or folder of interactions instead."})
     output_file: str | None = field(default=None, metadata={"help": "Parquet file of the recommendations for a file."})
     top_k: int = field(default=10, metadata={"help": "Number of items for each history."})
-    exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
+    exclude_seen: bool | None = field(
+        default=None,
+        metadata={"help": "Leave out the items of the history; if not given, as the model's own setting."},
+    )
     unknown: str = field(
         default="error", metadata={"help": "What becomes of items that the model does not know: error or ignore."}
     )

@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 
 from ..data.collator import SequentialRecommendationCollator
 from ..data.histories import Histories, load_histories
+from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DEFAULT_MAX_LENGTH, DataArguments
@@ -55,6 +57,7 @@ def read_histories(data_args: DataArguments, training_args: TrainingArguments) -
             split=data_args.split,
             validation_fraction=data_args.validation_fraction,
             test_fraction=data_args.test_fraction,
+            validation_users=data_args.validation_users,
             cache_dir=data_args.cache_dir,
         )
     logger.info(", ".join(f"{key}: {value:,}" for key, value in loaded.counts.items()))
@@ -88,6 +91,13 @@ def tokenize(
     with training_args.main_process_first(local=False, desc="tokenizing the histories"):
         splits = tokenizer.tokenize_histories(histories, num_proc=data_args.preprocessing_num_workers)
     return splits.with_format("numpy")
+
+
+def settings_of(config: RecommenderConfig) -> dict[str, Any]:
+    """Return the fields that this package's configurations add to those of Transformers, as they are in effect."""
+    classes = [base for base in type(config).__mro__ if issubclass(base, RecommenderConfig)]
+    names = sorted({name for base in classes for name in base.__annotations__})
+    return {name: getattr(config, name) for name in names} | {"mask_seen_in_loss": config.masks_seen}
 
 
 def make_trainer(

@@ -33,7 +33,7 @@ from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
 from ..plots import figures_of
 from ..registry import MODELS
-from ..results import RESULTS_FILE, RunResults, describe_machine, git_commit, written_whole
+from ..results import RESULTS_FILE, SUFFIXES, RunResults, describe_machine, git_commit, written_whole
 from ..sharing.hub import publish
 from ..sharing.model_card import render_model_card
 from ..sharing.trial import load_pipeline, recommend_example
@@ -42,12 +42,16 @@ from ..training.output_folder import LOCK, lock_output_dir, make_folder
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, ModelArguments, SeqRecTrainingArguments, parse_arguments
 from .evaluate import print_test, test, validate
-from .steps import make_tokenizer, make_trainer, read_histories, set_up_process, tokenize
+from .steps import make_tokenizer, make_trainer, read_histories, set_up_process, settings_of, tokenize
 
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
+# Where so many of the validation targets were seen before, coming back to items is part of what is to be predicted: no
+# hit rate without seen items can exceed one less that share. Films are rated once (MovieLens, no target was seen);
+# places are visited again (Foursquare, four in five were).
+MIN_SHARE_SEEN = 0.2
 
 
 def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, SeqRecTrainingArguments]:
@@ -65,10 +69,9 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
-    """Return `<dataset>-<model>-<seed>[-<variant>]`."""
+    """Return `<dataset>-<model>-<seed>[-<regime>][-<variant>]`."""
     parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
-    if training_args.variant is not None:
-        parts.append(training_args.variant)
+    parts += [part for part in (data_args.regime, training_args.variant) if part is not None]
     return "-".join(parts)
 
 
@@ -104,8 +107,21 @@ def read_results(args: SeqRecTrainingArguments, run_name: str) -> RunResults | N
     )
 
 
-def make_config(model_args: ModelArguments, tokenizer: ElasticItemTokenizer) -> RecommenderConfig:
-    """Return the configuration with the overrides."""
+def infer_exclude_seen(counts: dict[str, int]) -> bool:
+    """Return whether seen items are to be left out of the recommendations, judging by the validation targets."""
+    share = counts["num_seen_targets"] / counts["num_validation_users"]
+    exclude_seen = share < MIN_SHARE_SEEN
+    logger.info(
+        f"exclude_seen={exclude_seen}: {share:.1%} of the validation targets were seen before; seen items are kept "
+        f"from {MIN_SHARE_SEEN:.0%} on (--config_overrides exclude_seen={not exclude_seen} sets it otherwise)"
+    )
+    return exclude_seen
+
+
+def make_config(
+    model_args: ModelArguments, tokenizer: ElasticItemTokenizer, counts: dict[str, int]
+) -> RecommenderConfig:
+    """Return the configuration with the overrides; whether a new model leaves out seen items is inferred."""
     is_new = model_args.model_name_or_path is None
     if is_new:
         config = AutoConfig.for_model(model_args.model_type, vocab_size=len(tokenizer))
@@ -113,6 +129,10 @@ def make_config(model_args: ModelArguments, tokenizer: ElasticItemTokenizer) -> 
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     try:
         overrides = model_args.config_overrides or ""
+        if is_new and "exclude_seen" not in overrides:
+            config.exclude_seen = infer_exclude_seen(counts)
+        if "mask_seen_in_loss" in overrides:
+            config.mask_seen_in_loss = config.masks_seen  # Transformers updates no field that is None
         if overrides:
             config.update_from_string(overrides)
         if is_new and hasattr(config, "max_position_embeddings") and "max_position_embeddings" not in overrides:
@@ -127,17 +147,11 @@ def make_config(model_args: ModelArguments, tokenizer: ElasticItemTokenizer) -> 
     return config
 
 
-def fields_of(config: RecommenderConfig) -> list[str]:
-    """Return the names of the fields that this package's configurations add to those of Transformers."""
-    classes = [base for base in type(config).__mro__ if issubclass(base, RecommenderConfig)]
-    return sorted({name for base in classes for name in base.__annotations__})
-
-
 def check_checkpoint(checkpoint: str, config: RecommenderConfig, tokenizer: ElasticItemTokenizer) -> None:
     """Refuse to go on from a checkpoint of another model or another catalogue."""
-    trained_config = AutoConfig.from_pretrained(checkpoint)
+    trained = settings_of(AutoConfig.from_pretrained(checkpoint))
     trained_items = ElasticItemTokenizer.from_pretrained(checkpoint).items
-    changed = [name for name in fields_of(config) if getattr(config, name) != getattr(trained_config, name)]
+    changed = [name for name, value in settings_of(config).items() if value != trained.get(name)]
     if not trained_items["item_id"].equals(tokenizer.items["item_id"]):
         changed.append("catalogue")
     if changed:
@@ -170,13 +184,13 @@ def describe_run(
         main_row=args.variant is None,
         dataset=data_args.name,
         hub_dataset=source if "/" in source and not Path(source).exists() else None,
-        protocol=f"{data_args.split}, full ranking",
+        protocol=data_args.protocol,
         k_core=data_args.k_core,
         **counts,
         num_parameters=trainer.model.num_parameters(),
         max_length=trainer.data_collator.max_length,
         split_into_windows=data_args.split_into_windows,
-        config={name: getattr(config, name) for name in fields_of(config)},
+        config=settings_of(config),
         training=trainer.training_settings(),
         git_commit=git_commit(),
         command=f"{launcher} {shlex.join(argv)}".strip(),
@@ -200,10 +214,11 @@ def train(
     results.stopped_early = state.global_step < state.max_steps
     results.resumed_from_checkpoint = checkpoint
     results.train_seconds, results.train_loss = metrics.get("train_runtime"), metrics.get("train_loss")
+    metric = f"eval_ndcg@10{results.suffix}"
     results.log_history = [
-        {key: log[key] for key in ("epoch", "step", "loss", "eval_ndcg@10") if key in log}
+        {key: log[key] for key in ("epoch", "step", "loss", metric) if key in log}
         for log in state.log_history
-        if "loss" in log or "eval_ndcg@10" in log
+        if "loss" in log or metric in log
     ]
 
 
@@ -290,7 +305,10 @@ def run(
         train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length)
 
     # 2. Model and trainer
-    config = make_config(model_args, tokenizer)
+    config = make_config(model_args, tokenizer, counts)
+    training_args.metric_for_best_model = (
+        training_args.metric_for_best_model or f"ndcg@10{SUFFIXES[config.exclude_seen]}"
+    )
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, tokenizer)
     model = make_model(model_args, config)

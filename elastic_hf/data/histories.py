@@ -31,6 +31,7 @@ from .sources import read_source, read_titles
 from .splits import (
     Prefixes,
     count_items,
+    count_seen_targets,
     flat_indices,
     leave_one_out,
     leave_out_short,
@@ -62,6 +63,8 @@ class Histories(NamedTuple):
             `num_duplicates` (exact duplicates dropped), `num_filtered` and `num_filtered_users` (removed interactions
             and users, of users and items with too few), `num_train_users`, `num_validation_users` and `num_test_users`
             (rows of the splits). `num_rows` is the sum of `num_interactions`, `num_duplicates` and `num_filtered`.
+            Where something is held out, `num_seen_targets`: how many users of `validation` had their target before.
+            Where that is a large share, users come back to items: set `exclude_seen=False` in the configuration.
     """
 
     histories: DatasetDict
@@ -86,6 +89,7 @@ def load_histories(
     split: str = "leave_one_out",
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
+    validation_users: int | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Histories:
     """
@@ -155,6 +159,10 @@ def load_histories(
             `"none"`: `train` alone, with the whole histories of all users, and nothing to evaluate on.
         validation_fraction, test_fraction (`float`, *optional*, default to 0.1):
             Shares of the interactions, the latest for test, that set the cutoffs of the temporal split.
+        validation_users (`int`, *optional*):
+            With `"leave_one_out"`, so many users, drawn at random, have a validation target; all others train on their
+            second last item, too. The draw has a seed of its own, 42, whatever the seed of a training: the same data
+            always have the same validation users. If not given, all users have a validation target.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Where downloads and the result's Arrow files are kept; a folder in the cache of `datasets` if not given.
 
@@ -166,7 +174,7 @@ def load_histories(
             line, row or column.
         OSError: if a download fails.
     """
-    _check_arguments(split, k_core, validation_fraction, test_fraction)
+    _check_arguments(split, k_core, validation_fraction, test_fraction, validation_users)
     if title_column is not None and items_file is not None:
         raise ValueError("title_column and items_file both give titles: set only one of them")
     if isinstance(column_names, str):
@@ -199,11 +207,16 @@ def load_histories(
     if split == "none":
         prefixes = {"train": (np.arange(lengths.size), lengths)}
     elif split == "leave_one_out":
-        prefixes = leave_one_out(lengths)
+        prefixes = leave_one_out(lengths, validation_users)
     else:
         prefixes = temporal(interactions, lengths, validation_fraction, test_fraction)
     item_counts = count_items(interactions, lengths, prefixes["train"])
+    seen_targets = {}
     if split != "none":
+        seen_targets["num_seen_targets"] = count_seen_targets(interactions, lengths, prefixes["validation"])
+        num_targets = prefixes["validation"][0].size
+        share = seen_targets["num_seen_targets"] / num_targets
+        logger.info(f"{share:.1%} of the {num_targets:,} validation targets are items that the user had before")
         prefixes["train"] = leave_out_short(prefixes["train"])
         warn_of_few_users(prefixes)
 
@@ -223,6 +236,7 @@ def load_histories(
             "num_filtered": num_filtered,
             "num_filtered_users": num_filtered_users,
             **{f"num_{name}_users": rows.size for name, (rows, _) in prefixes.items()},
+            **seen_targets,
         },
     )
 
@@ -232,6 +246,7 @@ def _check_arguments(
     k_core: int,
     validation_fraction: float,
     test_fraction: float,
+    validation_users: int | None,
 ) -> None:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, found {split!r}")
@@ -244,6 +259,12 @@ def _check_arguments(
             "validation_fraction and test_fraction must be positive and sum to less than 1, "
             f"found {validation_fraction} and {test_fraction}"
         )
+    if validation_users is None:
+        return
+    if isinstance(validation_users, bool) or not isinstance(validation_users, int) or validation_users < 1:
+        raise ValueError(f"validation_users must be an integer of at least 1, found {validation_users!r}")
+    if split != "leave_one_out":
+        raise ValueError(f"validation_users must be given with split='leave_one_out' alone, found split={split!r}")
 
 
 def _request_columns(

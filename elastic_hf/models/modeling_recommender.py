@@ -36,7 +36,7 @@ class SequentialRecommendationOutput(ModelOutput):
         user_embeddings (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, returned without `labels`):
             The vectors that the head turns into scores.
         token_ids (`torch.LongTensor` of shape `(batch_size, top_k)`, returned with a `query` for the `top_k`):
-            The best items that were not seen, best first; -1 where there are no more.
+            The best items, without those seen where these are excluded, best first; -1 where there are no more.
         scores (`torch.FloatTensor` of shape `(batch_size, top_k)`, returned with a `query` for the `top_k`):
             Their scores, in float32 at least; `-inf` where there are no more.
         ranks (`torch.LongTensor` of shape `(batch_size, 2)`, returned with a `query` for `target_ids`):
@@ -404,7 +404,7 @@ class SequentialRecommenderMixin:
         if targets.numel() and int(targets.max()) >= config.vocab_size:
             raise ValueError(f"labels must be below vocab_size ({config.vocab_size}), found {int(targets.max())}")
         seen = None
-        if config.mask_seen_in_loss:
+        if config.masks_seen:
             last_read = positions if config.is_causal else torch.full_like(positions, labels.shape[1] - 1)
             seen = SeenItems(input_ids.long(), rows, last_read)
         if config.training_loss == "full_softmax":
@@ -456,7 +456,7 @@ class SequentialRecommenderMixin:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         top_k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidate_ids: Tensor | None = None,
         index=None,
         seen_ids: Tensor | None = None,
@@ -472,7 +472,8 @@ class SequentialRecommenderMixin:
             attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
                 1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
             top_k (`int`, defaults to 10): how many items for each history.
-            exclude_seen (`bool`, defaults to `True`): leave out what `seen_ids` holds.
+            exclude_seen (`bool`, *optional*):
+                Leave out what `seen_ids` holds. Defaults to the configuration's `exclude_seen`.
             candidate_ids (`torch.LongTensor` of shape `(num_candidates,)`, *optional*):
                 The token ids to choose from. Defaults to the whole catalogue.
             index ([`~elastic_hf.ItemIndex`], *optional*):
@@ -512,15 +513,15 @@ class SequentialRecommenderMixin:
             if index is not None:
                 raise ValueError("candidate_ids must not be given with an index, which searches all items")
             candidate_ids = as_token_ids("candidate_ids", candidate_ids, device)
-        query = CatalogueQuery(top_k, seen_ids, candidate_ids)
+        if exclude_seen is None:
+            exclude_seen = config.exclude_seen
+        query = CatalogueQuery(top_k, seen_ids, candidate_ids, exclude_seen=exclude_seen)
         validate_query(query, len(input_ids), config)
         num_candidates = config.vocab_size - config.num_special_tokens
         if candidate_ids is not None:
             num_candidates = len(candidate_ids)
         if top_k > num_candidates:
             raise ValueError(f"top_k must be at most the number of candidate items ({num_candidates}), found {top_k}")
-        if not exclude_seen:
-            query = query._replace(seen_ids=None)
 
         if index is None:
             with evaluating(self):
@@ -528,7 +529,8 @@ class SequentialRecommenderMixin:
             token_ids, scores = output.token_ids, output.scores
         else:
             index.validate_model(self)
-            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask), top_k, query.seen_ids)
+            left_out = seen_ids if exclude_seen else None
+            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask), top_k, left_out)
         if bool(scores.isnan().any()):
             raise ValueError("the model's scores contain NaN: its weights or its input are broken")
         if bool((token_ids < 0).any()):

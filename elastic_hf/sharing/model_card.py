@@ -11,16 +11,17 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..registry import MODELS
-from ..results import FEW_USERS, RESULTS_FILE, RunResults, read_json
+from ..results import FEW_USERS, RESULTS_FILE, SUFFIXES, RunResults, read_json
 from .privacy import without_personal_data
 from .tables import (
     METRICS,
-    comparison_rows,
+    comparison_table,
     cost_rows,
     group_by_model,
     latency_table,
-    metric_rows,
+    metric_table,
     name_of_model,
+    rankings,
     table,
     training_rows,
 )
@@ -63,6 +64,9 @@ DATA_SOURCES = {
     name: DataSource(**texts)
     for name, texts in yaml.safe_load(Path(__file__).with_name("data_sources.yaml").read_text("utf-8")).items()
 }
+
+# What results have in common that stand in one table.
+COMPARED = ("dataset", "protocol", "num_users", "num_items", "num_interactions", "max_length", "exclude_seen")
 
 # The first of these that was measured is what a card reports.
 EVALUATIONS = {"test": "test items", "validation": "validation items", "eval": "evaluation dataset"}
@@ -108,7 +112,7 @@ def render_model_card(
     results = RunResults.read(results_file) if results_file.exists() else None
     config = read_json(config_file) if config_file.exists() else {}
     for name, value in results.config.items() if results else ():
-        if config.get(name, value) != value:
+        if config.get(name, value) not in (value, None):  # null follows other fields
             raise ValueError(
                 f"{results_file} must be of the model in config.json, found {name} {value!r} and {config[name]!r}"
             )
@@ -192,7 +196,8 @@ def make_model_card(
     benchmark = benchmark and without_personal_data(benchmark)
     if data_source is None and results.dataset:
         data_source = DATA_SOURCES.get(results.dataset, DataSource(results.dataset))
-    evaluation = next((prefix for prefix in EVALUATIONS if f"{prefix}_ndcg@10" in results.metrics), None)
+    metric = f"ndcg@10{results.suffix}"
+    evaluation = next((prefix for prefix in EVALUATIONS if f"{prefix}_{metric}" in results.metrics), None)
     eval_results = _eval_results(results, evaluation, data_source)
     datasets = datasets or results.hub_dataset
     name = model_name or repo_id.rstrip("/").split("/")[-1]
@@ -254,12 +259,13 @@ def _describe_results(results: RunResults, others: dict[str, RunResults], evalua
         "num_users": {items: number for items, number in num_users.items() if number is not None},
         "few_users": FEW_USERS,
         "selection": _selection(results),
+        "share_seen": _share_seen(results),
         "coverage": results.metrics.get(f"{evaluation}_coverage@10"),
         "models": models,
         "own_seeds": models[name_of_model(results)],
         "table": table,
-        "metric_rows": metric_rows(results, evaluation),
-        "comparison_rows": comparison_rows(results, models),
+        "metric_table": metric_table(results, evaluation),
+        "comparison_table": comparison_table(results, models),
         "training_rows": training_rows(results),
         "cost_rows": cost_rows(models),
     }
@@ -269,11 +275,11 @@ def _check_comparable(results: RunResults, others: dict[str, RunResults]) -> Non
     """The same data, split and length for all, and the same settings for all seeds of a model."""
     runs = {"the model's own results": results}
     for file, other in others.items():
-        for key in ("dataset", "protocol", "num_users", "num_items", "num_interactions", "max_length"):
+        for key in COMPARED:
             value, expected = getattr(other, key), getattr(results, key)
             if value != expected:
                 raise ValueError(f"{file}: {key} must be {expected!r}, as for the card's model, found {value!r}")
-        if "test_ndcg@10" not in other.metrics:
+        if f"test_ndcg@10{results.suffix}" not in other.metrics:
             raise ValueError(f"{file}: a model to compare with must have been evaluated on the test items")
         for earlier_file, earlier in runs.items():
             if name_of_model(earlier) != name_of_model(other):
@@ -294,7 +300,7 @@ def _eval_results(results: RunResults, evaluation: str | None, data_source: Data
         return []
     metrics = {
         f"{evaluation}_{name.lower()}{suffix}": (name, f"{name}, full ranking, seen items {words}")
-        for suffix, words in (("", "excluded"), ("_seen_kept", "kept"))
+        for suffix, words in rankings(results)
         for name in METRICS
     }
     return [
@@ -313,6 +319,13 @@ def _eval_results(results: RunResults, evaluation: str | None, data_source: Data
     ]
 
 
+def _share_seen(results: RunResults) -> float | None:
+    """The share of the validation targets that the users had before, where that is known."""
+    if results.num_seen_targets is None or not results.num_validation_users:
+        return None
+    return results.num_seen_targets / results.num_validation_users
+
+
 def _selection(results: RunResults) -> str:
     """What the checkpoint was chosen by."""
     on = EVALUATIONS["validation" if "validation_ndcg@10" in results.metrics else "eval"]
@@ -321,4 +334,7 @@ def _selection(results: RunResults) -> str:
         return f"chosen on the {on}"
     metric = metric.removeprefix("eval_")
     values = [results.metrics[key] for key in (f"validation_{metric}", f"eval_{metric}") if key in results.metrics]
-    return f"the one with the best {metric.upper()} on the {on}" + "".join(f": {value:.4f}" for value in values[:1])
+    name = metric.removesuffix(SUFFIXES[False])
+    kept = "" if name == metric else " with seen items kept"
+    value = f": {values[0]:.4f}" if values else ""
+    return f"the one with the best {name.upper()}{kept} on the {on}{value}"

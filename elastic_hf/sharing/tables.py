@@ -2,7 +2,7 @@
 
 import statistics
 
-from ..results import RunResults
+from ..results import SUFFIXES, RunResults
 
 
 # What a card states of all that was measured, each with seen items excluded and kept.
@@ -42,33 +42,45 @@ def group_by_model(results: RunResults, others: dict[str, RunResults]) -> dict[s
     return models
 
 
-def metric_rows(results: RunResults, evaluation: str | None) -> list[list[str]]:
+def rankings(results: RunResults) -> list[tuple[str, str]]:
+    """Return the metrics' suffix in each ranking, and what becomes of seen items in it, that of the model first."""
+    words = {True: "excluded", False: "kept"}
+    return [(SUFFIXES[excluded], words[excluded]) for excluded in (results.exclude_seen, not results.exclude_seen)]
+
+
+def metric_table(results: RunResults, evaluation: str | None) -> str | None:
     """Return each of `METRICS` with seen items excluded and kept."""
     rows = []
     for name in METRICS:
-        keys = [f"{evaluation}_{name.lower()}{suffix}" for suffix in ("", "_seen_kept")]
+        keys = [f"{evaluation}_{name.lower()}{suffix}" for suffix, _ in rankings(results)]
         if keys[0] in results.metrics:
             rows.append([name, *(describe_metric(results.metrics, key) for key in keys)])
-    return rows
+    return table(["metric", *(f"seen items {words}" for _, words in rankings(results))], rows) if rows else None
 
 
-def comparison_rows(results: RunResults, models: dict[str, list[RunResults]]) -> list[list[str]]:
+def comparison_table(results: RunResults, models: dict[str, list[RunResults]]) -> str | None:
     """Return every model on the test items, the most accurate first."""
-    if "test_ndcg@10" not in results.metrics:
-        return []
+    ndcg = f"ndcg@10{results.suffix}"
+    if f"test_{ndcg}" not in results.metrics:
+        return None
+    columns = {
+        f"{name.lower()}{suffix}": f"{name}, seen {words}" if suffix else name
+        for suffix, words in rankings(results)
+        for name in ("HR@10", "NDCG@10")
+    } | {"coverage@10": "coverage@10"}
     measured = {name: [(run, "test") for run in runs] for name, runs in models.items()}
-    if "popularity_ndcg@10" in results.metrics:
+    if f"popularity_{ndcg}" in results.metrics:
         measured.setdefault("popularity", [(results, "popularity")])
     rows = []
     for name, runs in measured.items():
         values = {
             key: [run.metrics[f"{prefix}_{key}"] for run, prefix in runs if f"{prefix}_{key}" in run.metrics]
-            for key in ("hr@10", "ndcg@10", "hr@10_seen_kept", "ndcg@10_seen_kept", "coverage@10")
+            for key in columns
         }
         label = f"**{name}**, this model" if name == name_of_model(results) else name
         row = [label, str(len(runs)), *(mean_and_deviation(seeds) for seeds in values.values())]
-        rows.append((-statistics.mean(values["ndcg@10"]), row))
-    return [row for _, row in sorted(rows)]
+        rows.append((-statistics.mean(values[ndcg]), row))
+    return table(["model", "seeds", *columns.values()], [row for _, row in sorted(rows)])
 
 
 def cost_rows(models: dict[str, list[RunResults]]) -> list[list[str]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..results import CUTOFFS
+from ..results import CUTOFFS, SUFFIXES
 
 
 def ranking_metrics(ranks: np.ndarray, top_ids: np.ndarray, num_items: int) -> dict[str, float]:
@@ -15,7 +15,7 @@ def ranking_metrics(ranks: np.ndarray, top_ids: np.ndarray, num_items: int) -> d
         ranks (`np.ndarray` of shape `(num_users, 2)`):
             Ranks from [`~catalogue.search_catalogue`]: seen items excluded, seen items kept.
         top_ids (`np.ndarray` of shape `(num_users, top_k)`):
-            The recommended token ids, best first, seen items excluded; -1 where there was nothing left to recommend.
+            The recommended token ids, best first; -1 where there was nothing left to recommend.
         num_items (`int`):
             Number of items in the catalogue.
 
@@ -58,7 +58,7 @@ def standard_errors(ranks: np.ndarray) -> dict[str, float]:
 
 def _metrics_of_users(ranks: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the names of the metrics and their values for all users, (num_users,)."""
-    for column, suffix in enumerate(("", "_seen_kept")):
+    for column, suffix in enumerate(SUFFIXES.values()):
         rank = ranks[:, column].astype(np.float64)
         for k in CUTOFFS:
             hit = rank <= k

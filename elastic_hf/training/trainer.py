@@ -41,13 +41,14 @@ class SequentialRecommendationTrainer(ResumableTrainer):
     - Datasets have rows of `input_ids` (a user's whole history of token ids, oldest first) and, for evaluation, a
       `target` (the token id of the item to rank). Other columns are ignored. Training histories of fewer than 2 items
       are left out, with a warning.
-    - Evaluation ranks each target in the full catalogue, chunk by chunk, and gathers ranks and the 20 best unseen
+    - Evaluation ranks each target in the full catalogue, chunk by chunk, and gathers ranks and the 20 best
       items, never logits. The metrics are those of [`ranking_metrics`], for example `eval_ndcg@10`; there is no
       `eval_loss`. `predict` returns `predictions = (ranks, top_ids)` in the order of the dataset: ranks of shape
       `(num_users, 2)` (seen items excluded, seen items kept) and top_ids of shape `(num_users, 20)`, -1 where nothing
-      is left to recommend. Seen means the whole history, also what the model's window cuts off. No user is dropped,
-      whatever `dataloader_drop_last` says.
-    - A training prints one line per evaluation.
+      is left to recommend. Seen means the whole history, also what the model's window cuts off; whether top_ids are
+      without these is the configuration's `exclude_seen`. No user is dropped, whatever `dataloader_drop_last` says.
+    - A training prints one line per evaluation: its metrics are with seen items excluded or kept as `exclude_seen`
+      says. `metric_for_best_model` is to be `"ndcg@10"` or, where they are kept, `"ndcg@10_seen_kept"`.
     - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
     - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
     - Weight decay applies to the weights of linear layers only: not to embeddings, the head, norms and biases.
@@ -261,7 +262,7 @@ class SequentialRecommendationTrainer(ResumableTrainer):
             num_items=config.vocab_size - config.num_special_tokens,
             num_parameters=self.model.num_parameters(),
             max_length=self.data_collator.max_length,
-            config=config.to_dict(),
+            config=config.to_dict() | {"mask_seen_in_loss": config.masks_seen},
             training=self.training_settings(),
             epochs=self.state.epoch or None,
             best_epoch=self.best_epoch(),

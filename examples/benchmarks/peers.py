@@ -1,6 +1,6 @@
 """Compare SASRec of this package with that of RecTools: same users, split and metrics, each library by its own code.
 
-python -m venv peers && peers/bin/pip install torch==2.13.0 "rectools[torch]==0.19.0" pyarrow
+python -m venv peers && peers/bin/pip install torch==2.13.0 "rectools[torch]==0.19.0" "pyarrow<20"
 elastic-hf train examples/recipes/ml-100k-sasrec.yaml
 python examples/benchmarks/peers.py --peer_python peers/bin/python --model_name_or_path outputs/ml-100k-sasrec-42 \
     --dataset_name ml-100k --data_dir data/ml-100k

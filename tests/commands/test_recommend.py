@@ -53,6 +53,18 @@ def test_all_users_of_a_file(folder, tmp_path, capsys):
     assert len(table) == 9 and "3 items for each of 3 users" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_seen_items_are_left_out_as_the_model_says_unless_told_otherwise(folder, tmp_path, capsys, own):
+    elastic_model(exclude_seen=own).save_pretrained(tmp_path)
+    ElasticItemTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    pipe = pipeline("sequential-recommendation", model=str(tmp_path))
+    for arguments, exclude_seen in (([], own), (["--exclude_seen", str(not own)], not own)):
+        recommend.main(["--model_name_or_path", str(tmp_path), "--history", "3", "5", "--top_k", "26", *arguments])
+        printed = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+        assert printed == [str(item["item"]) for item in pipe([3, 5], top_k=26, exclude_seen=exclude_seen)]
+        assert ({"3", "5"} & {*printed} == set()) == exclude_seen
+
+
 def test_a_failure_leaves_an_older_file(folder, tmp_path):
     pl.DataFrame({"user": [1, 1], "item": [2, NUM_ITEMS + 7], "time": [1, 2]}).write_csv(tmp_path / "shop.csv")
     (tmp_path / "recommended.parquet").write_text("older")

@@ -181,6 +181,90 @@ def test_what_is_printed(finished):
     assert all("Product no. " in line for line in recommended)
 
 
+@pytest.mark.parametrize(
+    ("settings", "name", "protocol"),
+    [
+        ({}, "beauty-sasrec-42-wide", "leave_one_out, full ranking"),
+        ({"validation_users": 7}, "beauty-sasrec-42-sampled-wide", "leave_one_out, sampled validation, full ranking"),
+        ({"split": "temporal"}, "beauty-sasrec-42-temporal-wide", "temporal, full ranking"),
+    ],
+)
+def test_results_and_runs_are_named_by_how_the_data_are_split(settings, name, protocol):
+    data_args = DataArguments(train_file="data/beauty.txt", **settings)
+    training_args = SeqRecTrainingArguments(variant="wide", use_cpu=True)
+    assert train.make_run_name(ModelArguments("sasrec"), data_args, training_args) == name
+    assert data_args.protocol == protocol
+
+
+@pytest.fixture(scope="module")
+def cafes(tmp_path_factory):
+    """A folder with `shop.csv`, in which every user goes around three items."""
+    folder = tmp_path_factory.mktemp("cafes")
+    users, steps = np.repeat(np.arange(NUM_USERS), 12), np.tile(np.arange(12), NUM_USERS)
+    items = (7 * users + steps % 3) % NUM_ITEMS
+    pl.DataFrame({"customer": users, "product": items, "when": 1_700_000_000 + steps}).write_csv(folder / "shop.csv")
+    return folder
+
+
+def test_where_users_come_back_everything_follows_one_setting(cafes, tmp_path, caplog):
+    changes = {"items_file": None, "num_train_epochs": 12, "learning_rate": 2e-2, "validation_users": 30}
+    with caplog.at_level("INFO"):
+        output = run(command_line(arguments_for(cafes, tmp_path, **changes)))
+    assert "exclude_seen=False: 100.0% of the validation targets were seen before" in caplog.text
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["protocol"] == "leave_one_out, sampled validation, full ranking"
+    assert results["num_seen_targets"] == results["num_validation_users"] == 30 and results["num_test_users"] == 40
+    assert results["config"]["exclude_seen"] is False and results["config"]["mask_seen_in_loss"] is False
+    assert results["training"]["metric_for_best_model"] == "ndcg@10_seen_kept"
+    logs = {log["epoch"]: log["eval_ndcg@10_seen_kept"] for log in results["log_history"] if "loss" not in log}
+    assert logs[results["best_epoch"]] == max(logs.values()) == pytest.approx(results["validation_ndcg@10_seen_kept"])
+    assert results["test_hr@20"] == 0 and results["test_hr@10_seen_kept"] > 0.9
+    assert output.count("NDCG@10 seen kept ") == 12
+    header, line = (next(line for line in output.splitlines() if word in line) for word in ("test users", "HR@10 "))
+    assert header.index("seen items kept") < header.index("seen items excluded")
+    line = next(line for line in output.splitlines() if line.startswith("HR@10 "))
+    assert line.split()[1:4] == describe(results, "test_hr@10_seen_kept").split()
+    sample = results["sample"]
+    assert {*sample["recommended"][:3]} == {*sample["history"]}
+    card = (tmp_path / "README.md").read_text()
+    assert "had had 100% of the validation targets before" in card and "of 30 users, drawn at random" in card
+    assert "| metric | seen items kept | seen items excluded |" in card
+
+    model = AutoModel.from_pretrained(tmp_path)
+    assert not model.config.exclude_seen and model.config.mask_seen_in_loss is None
+    popular = results["example"]["history"]
+    pipe = elastic_hf.SequentialRecommendationPipeline(model, AutoTokenizer.from_pretrained(tmp_path), device="cpu")
+    assert [item["item"] for item in results["example"]["recommended"]] == [
+        item["item"] for item in pipe(popular, top_k=3, exclude_seen=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_seen_targets", "overrides", "exclude_seen", "masks_seen"),
+    [
+        (19, None, True, True),
+        (20, None, False, False),
+        (20, "exclude_seen=True", True, True),
+        (19, "exclude_seen=False,hidden_size=32", False, False),
+        (20, "mask_seen_in_loss=True", False, True),
+        (19, "mask_seen_in_loss=False", True, False),
+    ],
+)
+def test_whether_seen_items_are_kept_is_inferred_unless_it_is_said(
+    num_seen_targets, overrides, exclude_seen, masks_seen
+):
+    tokenizer = elastic_hf.ElasticItemTokenizer.from_items(range(NUM_ITEMS), model_max_length=10)
+    counts = {"num_seen_targets": num_seen_targets, "num_validation_users": 100}
+    config = train.make_config(ModelArguments("elastic", config_overrides=overrides), tokenizer, counts)
+    assert (config.exclude_seen, config.masks_seen) == (exclude_seen, masks_seen)
+
+
+def test_a_trained_model_keeps_its_own_setting(finished):
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    counts = {"num_seen_targets": 100, "num_validation_users": 100}
+    assert train.make_config(ModelArguments(model_name_or_path=str(finished[0])), tokenizer, counts).exclude_seen
+
+
 def test_nothing_is_overwritten(shop, finished):
     output_dir, _, _ = finished
     before = (output_dir / "all_results.json").read_bytes()

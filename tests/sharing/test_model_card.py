@@ -170,6 +170,11 @@ def test_the_protocol_stands_before_the_numbers(folder):
         assert 0 < text.index(words) < first_number
     temporal = make_model_card("org/x", make_results(protocol="temporal, full ranking")).text
     assert "Two dates cut" in temporal and "Leave-one-out" not in temporal
+    protocol = "leave_one_out, sampled validation, full ranking"
+    sampled = make_model_card("org/x", make_results(protocol=protocol, num_validation_users=2_048)).text
+    assert "sampled validation: each user's last item is the test target. The one before it is" in sampled
+    assert "the validation target of 2,048 users, drawn at random; all other users train on it" in sampled
+    assert "sampled" not in make_model_card("org/x", make_results()).text
 
 
 def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
@@ -186,6 +191,36 @@ def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
     minutes = {row[0]: row[2] for row in cost}
     assert minutes == {"elastic": "25", "sasrec": "5.0"}
     assert "elastic, seed 44, commit `c0ffee`: `python examples/run_seqrec.py --seed 42`" in card.text
+
+
+def test_a_model_that_keeps_seen_items_is_judged_by_that(folder):
+    config = {"is_causal": True, "num_memory_subkeys": 6, "training_loss": "gbce", "exclude_seen": False}
+    training = {"batch_size": 64, "learning_rate": 0.004, "metric_for_best_model": "ndcg@10_seen_kept"}
+    changes = {"config": config, "training": training, "num_seen_targets": 810, "num_validation_users": 1_000}
+    changes |= {"test_ndcg@10_seen_kept": 0.5, "validation_ndcg@10_seen_kept": 0.375}
+    (folder / "all_results.json").write_text(json.dumps(results_file(**changes)))
+    with pytest.raises(ValueError, match="exclude_seen must be False, as for the card's model, found True"):
+        render_model_card(folder, "org/places")
+    for name, seed in (("elastic-43", 43), ("elastic-44", 44)):
+        write_other(folder, name, seed=seed, **changes)
+    changes |= {"config": {"is_causal": True, "exclude_seen": False}, "test_ndcg@10_seen_kept": 0.375}
+    write_other(folder, "sasrec-42", model_type="sasrec", ndcg=0.75, **changes)
+    card = render_model_card(folder, "org/places")
+    check_metadata(card)
+    check_text(card)
+    assert "recommends seen items, too, since users come back to items: they had had 81% of the val" in card.text
+    assert "the one with the best NDCG@10 with seen items kept on the validation items: 0.3750." in card.text
+    assert "| metric | seen items kept | seen items excluded |" in card.text
+    assert ["NDCG@10", "0.5000", "0.2500"] in rows(card, "metric")
+    assert "| model | seeds | HR@10, seen kept | NDCG@10, seen kept | HR@10 | NDCG@10 | coverage@10 |" in card.text
+    table = [(row[0], row[3], row[5]) for row in rows(card, "model")]
+    assert table[:2] == [
+        ("**elastic**, this model", "0.5000 ± 0.0000", "0.2500 ± 0.0000"),
+        ("sasrec", "0.3750", "0.7500"),
+    ]
+    first = card.data.eval_results[0]
+    assert first.metric_name == "HR@10, full ranking, seen items kept"
+    assert "recommends seen items, too" not in make_model_card("org/x", make_results()).text
 
 
 def test_a_popularity_run_stands_in_for_the_popularity_of_the_results(folder):
