@@ -4,7 +4,6 @@ import math
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -57,7 +56,6 @@ class SASRecConfig(TransformerConfig):
     hidden_act: str = "relu"
     attention_output: bool = False
     residual_gate: bool = False
-    xavier: bool = False
     max_position_embeddings: int = 200
     layer_norm_eps: float = 1e-8
 
@@ -68,7 +66,10 @@ class SASRecConfig(TransformerConfig):
 
 
 class SASRecLayer(GradientCheckpointingLayer):
-    """h = h + dropout(SA(norm(h)));   h = h + dropout(FFN(norm(h)))   (section III.B and III.C)"""
+    """h = h + dropout(SA(norm(h)));   h = h + dropout(FFN(norm(h)))   (section III.B and III.C)
+
+    With `residual_gate`, what either branch adds is multiplied by sigmoid(W h + b).
+    """
 
     def __init__(self, config: SASRecConfig):
         super().__init__()
@@ -87,6 +88,7 @@ class SASRecLayer(GradientCheckpointingLayer):
             self.feed_forward_gate = nn.Linear(config.hidden_size, config.hidden_size)
 
     def add(self, hidden_states: Tensor, branch: Tensor, gate: nn.Module | None) -> Tensor:
+        """Return the residual stream with what a branch adds, as its gate lets it: (B, L, D) twice -> (B, L, D)."""
         branch = self.dropout(branch)
         return hidden_states + (branch if gate is None else branch * gate(hidden_states).sigmoid())
 
@@ -106,11 +108,6 @@ class SASRecPreTrainedModel(BaselinePreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SASRecLayer"]
     _can_record_outputs = {"hidden_states": SASRecLayer, "attentions": SELF_ATTENTIONS}
-
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear) and self.config.xavier:
-            init.xavier_normal_(module.weight)
 
 
 class SASRecModel(BaselineModel, SASRecPreTrainedModel):

@@ -40,18 +40,32 @@ def sasrec(model, input_ids, mask):
                     weights = (keys @ query / math.sqrt(K)).softmax(dim=0)
                     heads.append(weights @ values)
                 attended.append(torch.cat(heads))
-            hidden = hidden + torch.stack(attended)
+            attended = torch.stack(attended)
+            if config.attention_output:
+                attended = layer.attention.output(attended)
+            if config.residual_gate:
+                attended = attended * torch.sigmoid(layer.attention_gate(hidden))
+            hidden = hidden + attended
             normed = layer.feed_forward_norm(hidden)
             first, _, second = layer.feed_forward
-            hidden = hidden + second(torch.relu(first(normed)))
+            activation = torch.nn.functional.gelu if config.hidden_act == "gelu" else torch.relu
+            read = second(activation(first(normed)))
+            if config.residual_gate:
+                read = read * torch.sigmoid(layer.feed_forward_gate(hidden))
+            hidden = hidden + read
         rows.append(model.norm(hidden))
     return rows
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_sasrec_is_the_paper_position_by_position(attention):
+@pytest.mark.parametrize("changes", [{}, {"attention_output": True, "residual_gate": True, "hidden_act": "gelu"}])
+def test_sasrec_is_the_paper_position_by_position(attention, changes):
     torch.manual_seed(0)
-    model = AutoModel.from_config(SASRecConfig(**SIZES), attn_implementation=attention).model.double().eval()
+    config = SASRecConfig(**SIZES, **changes)
+    model = AutoModel.from_config(config, attn_implementation=attention).model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     input_ids = torch.randint(3, 31, (3, 7))
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     mask[0, :5] = mask[1, :1] = False
