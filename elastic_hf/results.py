@@ -118,7 +118,8 @@ class RunResults:
     @property
     def exclude_seen(self) -> bool:
         """Whether the model leaves seen items out of what it recommends."""
-        return self.config.get("exclude_seen", True)
+        # Results from before there was `mask_seen_in_loss` call the loss's mask `exclude_seen`.
+        return self.config.get("exclude_seen", True) or "mask_seen_in_loss" not in self.config
 
     @property
     def suffix(self) -> str:

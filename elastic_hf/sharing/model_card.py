@@ -109,29 +109,24 @@ def render_model_card(
     results_file, config_file = folder / RESULTS_FILE, folder / "config.json"
     if known is None and not results_file.exists():
         raise ValueError(f"{folder} must hold {RESULTS_FILE}, as elastic-hf train writes it")
-    results = RunResults.read(results_file) if results_file.exists() else None
+    contents = read_json(results_file) if results_file.exists() else {}
     config = read_json(config_file) if config_file.exists() else {}
-    for name, value in results.config.items() if results else ():
+    for name, value in contents.get("config", {}).items():
         if config.get(name, value) not in (value, None):  # null follows other fields
             raise ValueError(
                 f"{results_file} must be of the model in config.json, found {name} {value!r} and {config[name]!r}"
             )
-    # In the middle of a training the folder may hold an older model.
-    if (
-        example is None
-        and results
-        and results.example is None
-        and all((folder / name).exists() for name in MODEL_FILES)
-    ):
+    results = RunResults.from_dict((known.to_dict() if known is not None else {}) | contents, str(results_file))
+    # In the middle of a training, before there are results, the folder may hold an older model.
+    has_model = bool(contents) and all((folder / name).exists() for name in MODEL_FILES)
+    if example is None and results.example is None and has_model:
         example = recommend_example(load_pipeline(folder))
-    if known is not None and results is not None:
-        results = RunResults.from_dict(known.to_dict() | results.to_dict())
     benchmark_file = folder / "results" / "benchmark-inference.json"
     files = sorted({*(folder / "results").glob("*.json")} - {benchmark_file})
     figures = {name: f"{name}.png" for name in FIGURES if (folder / f"{name}.png").exists()}
     return make_model_card(
         repo_id,
-        results or known,
+        results,
         {str(file): RunResults.read(file) for file in files},
         benchmark=read_json(benchmark_file) if benchmark_file.exists() else None,
         figures=figures,

@@ -259,6 +259,18 @@ def test_whether_seen_items_are_kept_is_inferred_unless_it_is_said(
     assert (config.exclude_seen, config.masks_seen) == (exclude_seen, masks_seen)
 
 
+def test_a_checkpoint_whose_loss_was_set_by_name_is_gone_on_from(finished, tmp_path):
+    tokenizer, config = AutoTokenizer.from_pretrained(finished[0]), AutoConfig.from_pretrained(finished[0])
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((finished[0] / "config.json").read_text())
+    del settings["exclude_seen"]
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"mask_seen_in_loss": True}))
+    train.check_checkpoint(str(tmp_path), config, tokenizer)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"mask_seen_in_loss": False}))
+    with pytest.raises(ValueError, match="was trained with another mask_seen_in_loss: choose another output_dir"):
+        train.check_checkpoint(str(tmp_path), config, tokenizer)
+
+
 def test_a_trained_model_keeps_its_own_setting(finished):
     tokenizer = AutoTokenizer.from_pretrained(finished[0])
     counts = {"num_seen_targets": 100, "num_validation_users": 100}
