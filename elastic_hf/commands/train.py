@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -253,10 +254,18 @@ def derived_files(
     return files
 
 
-def write_card(output_dir: str, repo_id: str) -> None:
-    """Write the card of a folder that has results."""
-    with written_whole(Path(output_dir, CARD_FILE)) as stream:
-        stream.write(str(render_model_card(output_dir, repo_id)).encode())
+def repo_id_of(args: SeqRecTrainingArguments) -> str:
+    """Return where the model will be loaded from, as the trainer says it: its repository on the Hub, or its folder."""
+    if not args.push_to_hub:
+        return args.hub_model_id or args.output_dir
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    return HfApi().create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+
+
+def write_card(args: SeqRecTrainingArguments, repo_id: str, has_code: bool) -> None:
+    """Write the card of a folder that has results, as the trainer does."""
+    with written_whole(Path(args.output_dir, CARD_FILE)) as stream:
+        stream.write(str(render_model_card(args.output_dir, repo_id, has_code=has_code)).encode())
 
 
 def finish_run(
@@ -356,5 +365,7 @@ def main(argv: Sequence[str]) -> None:
             run(model_args, data_args, training_args, run_name, argv)
         elif is_main_process:
             logger.info(f"{output_dir} holds results: what is made from them is made again")
-            repo_id = training_args.hub_model_id or output_dir
-            finish_run(training_args, run_name, results, partial(write_card, output_dir, repo_id), repo_id)
+            repo_id = repo_id_of(training_args)
+            has_code = training_args.push_to_hub and results.model_type == "elastic"
+            write = partial(write_card, training_args, repo_id, has_code)
+            finish_run(training_args, run_name, results, write, repo_id)

@@ -460,6 +460,17 @@ def test_a_run_that_is_pushed_ends_with_its_results(shop, tmp_path, hub):
     assert files["README.md"].decode() == str(card) and "trust_remote_code=True" in str(card)
     assert "modeling_elastic.py" in files and "training_args.bin" not in files
 
+    # Had it been killed before its card, the same command would write the same one and publish the same files.
+    written = (tmp_path / "out" / "README.md").read_bytes()
+    (tmp_path / "out" / "README.md").unlink()
+    run(command_line(arguments | {"hub_strategy": "end", "num_train_epochs": 1}))
+    assert (tmp_path / "out" / "README.md").read_bytes() == written
+    assert hub.files("ada/shop") == files
+    (tmp_path / "out" / "README.md").unlink()
+    del arguments["hub_model_id"]
+    run(command_line(arguments | {"hub_strategy": "end", "num_train_epochs": 1}))
+    assert hub.files("ada/out").keys() == files.keys()
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
