@@ -18,6 +18,12 @@ def test_what_is_written_is_read_again_and_what_is_unknown_is_not_written(tmp_pa
     assert results.read_json(tmp_path / "all_results.json") == expected | {"test_hr@10": 0.0}
 
 
+def test_the_mask_of_the_loss_in_old_results_is_not_taken_for_what_is_recommended():
+    assert RunResults("sasrec", config={"exclude_seen": False}).exclude_seen
+    assert not RunResults("sasrec", config={"exclude_seen": False, "mask_seen_in_loss": False}).exclude_seen
+    assert RunResults("sasrec").suffix == "" and RunResults("sasrec", config={"mask_seen_in_loss": False}).exclude_seen
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

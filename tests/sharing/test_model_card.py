@@ -194,7 +194,8 @@ def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
 
 
 def test_a_model_that_keeps_seen_items_is_judged_by_that(folder):
-    config = {"is_causal": True, "num_memory_subkeys": 6, "training_loss": "gbce", "exclude_seen": False}
+    config = {"is_causal": True, "num_memory_subkeys": 6, "training_loss": "gbce"}
+    config |= {"exclude_seen": False, "mask_seen_in_loss": False}
     training = {"batch_size": 64, "learning_rate": 0.004, "metric_for_best_model": "ndcg@10_seen_kept"}
     changes = {"config": config, "training": training, "num_seen_targets": 810, "num_validation_users": 1_000}
     changes |= {"test_ndcg@10_seen_kept": 0.5, "validation_ndcg@10_seen_kept": 0.375}
@@ -203,7 +204,7 @@ def test_a_model_that_keeps_seen_items_is_judged_by_that(folder):
         render_model_card(folder, "org/places")
     for name, seed in (("elastic-43", 43), ("elastic-44", 44)):
         write_other(folder, name, seed=seed, **changes)
-    changes |= {"config": {"is_causal": True, "exclude_seen": False}, "test_ndcg@10_seen_kept": 0.375}
+    changes |= {"config": config | {"num_memory_subkeys": 0}, "test_ndcg@10_seen_kept": 0.375}
     write_other(folder, "sasrec-42", model_type="sasrec", ndcg=0.75, **changes)
     card = render_model_card(folder, "org/places")
     check_metadata(card)
@@ -433,6 +434,7 @@ def test_files_that_are_missing_broken_or_of_another_model_are_named(folder):
     (folder / "all_results.json").unlink()
     with pytest.raises(ValueError, match="must hold all_results.json"):
         render_model_card(folder, "org/x")
+    (folder / "config.json").write_text("{}")
     (folder / "all_results.json").write_text("{}")
     with pytest.raises(ValueError, match="all_results.json must have a model_type, found nothing"):
         render_model_card(folder, "org/x")

@@ -15,7 +15,7 @@ FILES = sorted(FOLDER.glob("*.json"))
 RESULTS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
 TRAINED = [name for name, results in RESULTS.items() if results.get("model_type", "popularity") != "popularity"]
 # Runs from before results held their log. One that is made again leaves this list.
-WITHOUT_LOG = ["ml-1m-linrec-42", *(f"ml-1m-sasrec-{seed}" for seed in (42, 43, 44))]
+WITHOUT_LOG = ["ml-1m-linrec-42", "ml-1m-sasrec-43"]
 
 
 def trained(*old):
@@ -46,7 +46,7 @@ def test_the_seconds_of_a_run_agree(name):
     assert 0 < results["train_seconds"] <= results["total_seconds"]
 
 
-@pytest.mark.parametrize("name", trained(*WITHOUT_LOG, "beauty-sasrec-42"))
+@pytest.mark.parametrize("name", trained(*WITHOUT_LOG))
 def test_epochs_and_steps_of_a_run_agree_with_its_log(name):
     results = RESULTS[name]
     logs = results["log_history"]

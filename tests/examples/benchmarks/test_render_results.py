@@ -105,7 +105,7 @@ def test_figures_of_two_protocols_are_not_mixed(results, tmp_path):
 
 def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path):
     write_run(tmp_path, "ml-1m-elastic-42", 0.25)
-    places = {"dataset": "places", "config": {"exclude_seen": False}}
+    places = {"dataset": "places", "config": {"exclude_seen": False, "mask_seen_in_loss": False}}
     for model, excluded, kept in (("elastic", 0.125, 0.5), ("sasrec", 0.25, 0.375)):
         write_run(tmp_path, f"places-{model}-42", excluded, model_type=model, **places)
         file = tmp_path / "results" / f"places-{model}-42.json"
