@@ -54,7 +54,7 @@ def test_the_training_curve_is_of_the_metric_that_counts(figures, tmp_path):
     log_history = [{"epoch": 1.0, "eval_ndcg@10": 0.1, "eval_ndcg@10_seen_kept": 0.3}]
     metrics = {"popularity_ndcg@10": 0.02, "popularity_ndcg@10_seen_kept": 0.04}
     for exclude_seen in (True, False):
-        config = {"exclude_seen": exclude_seen}
+        config = {"exclude_seen": exclude_seen, "mask_seen_in_loss": exclude_seen}
         plot_results(RunResults("elastic", config=config, log_history=log_history, metrics=metrics), tmp_path)
     for figure, ndcg, popularity, words in zip(figures, (0.1, 0.3), (0.02, 0.04), ("excluded", "kept"), strict=True):
         axis = figure.axes[1]
