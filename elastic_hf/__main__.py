@@ -30,10 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of these:")
     name = parser.parse_args(argv[:1]).command
     # Of the commands only the one that is asked for is imported.
-    command = import_module(f".commands.{name}", __package__)
     try:
-        command.main(argv[1:])
-    except (FloatingPointError, OSError, ValueError) as error:
+        import_module(f".commands.{name}", __package__).main(argv[1:])
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
         print(f"elastic-hf {name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Figures of a run, for its folder and its model card, and of a recommendation. They need matplotlib."""
+"""Figures of a run, for its folder and its model card, and of a recommendation."""
 
 import os
 from collections.abc import Callable

@@ -18,13 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AutoModel, AutoTokenizer
 
 from ..models.cache_elastic import TENSORS, ElasticCache
+
+
+try:
+    import onnxruntime
+    import onnxscript  # noqa: F401, by which PyTorch writes ONNX programs
+except ImportError as error:
+    raise ImportError("elastic-hf export needs ONNX: pip install onnx onnxruntime onnxscript") from error
 
 
 class History(nn.Module):

@@ -72,3 +72,10 @@ def test_a_script_is_its_command(script, command):
         [sys.executable, EXAMPLES / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120
     )
     assert process.returncode == 0 and f"usage: elastic-hf {command}" in process.stdout
+
+
+def test_missing_onnx_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "elastic_hf.commands.export", raising=False)
+    assert main(["export", "--model_name_or_path", "here", "--output_dir", "there"]) == 1
+    assert "error: elastic-hf export needs ONNX: pip install onnx onnxruntime onnxscript" in capsys.readouterr().err
