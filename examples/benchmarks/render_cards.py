@@ -24,7 +24,7 @@ TAG = "v1"
 
 # The results file of the run behind each checkpoint.
 CHECKPOINTS = {
-    "elastic-ml1m": "ml-1m-elastic-42.json",
+    "elastic-ml1m": "ml-1m-elastic-42-stream256.json",
     "elastic-beauty": "beauty-elastic-42.json",
     "elastic-tiny": "synthetic-elastic-42-tiny.json",
 }

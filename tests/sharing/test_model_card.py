@@ -459,9 +459,10 @@ def test_render_cards_writes_cards_and_draws_their_figures(tmp_path, monkeypatch
     run = results_file(log_history=[{"epoch": 1.0, "loss": 2.0}], expert_half_lives=[[2.0, 300.0]], main_row=True)
     others = {"ml-1m-sasrec-42.json": run | {"model_type": "sasrec", "config": {}}}
     others |= {"trial.json": run | {"model_type": "gru4rec", "main_row": False}, "benchmark-data.json": {"rows": 1}}
-    files = {"ml-1m-elastic-42.json": run, **others}
+    files = {render_cards.CHECKPOINTS["elastic-ml1m"]: run, **others}
     monkeypatch.setattr(render_cards, "read_results", lambda pattern: dict(files))
     monkeypatch.setattr(render_cards, "CARDS", tmp_path / "model_cards")
+    monkeypatch.setattr(render_cards, "EXAMPLES", tmp_path)
     render_cards.main()
     assert [path.name for path in (tmp_path / "model_cards").glob("*.md")] == ["elastic-ml1m.md"]
     text = (tmp_path / "model_cards" / "elastic-ml1m.md").read_text()

@@ -15,7 +15,7 @@ FILES = sorted(FOLDER.glob("*.json"))
 RESULTS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
 TRAINED = [name for name, results in RESULTS.items() if results.get("model_type", "popularity") != "popularity"]
 # Runs from before results held their log. One that is made again leaves this list.
-WITHOUT_LOG = ["ml-1m-linrec-42", "ml-1m-sasrec-43"]
+WITHOUT_LOG = ["ml-1m-linrec-42"]
 
 
 def trained(*old):
