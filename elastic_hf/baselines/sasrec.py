@@ -58,6 +58,7 @@ class SASRecConfig(TransformerConfig):
     attention_output: bool = False
     residual_gate: bool = False
     xavier: bool = False
+    normed_residual: bool = False
     max_position_embeddings: int = 200
     layer_norm_eps: float = 1e-8
 
@@ -81,6 +82,7 @@ class SASRecLayer(GradientCheckpointingLayer):
             nn.Linear(config.intermediate_size, config.hidden_size),
         )
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.normed_residual = config.normed_residual
         self.attention_gate = self.feed_forward_gate = None
         if config.residual_gate:
             self.attention_gate = nn.Linear(config.hidden_size, config.hidden_size)
@@ -92,12 +94,17 @@ class SASRecLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None, last_position_only: bool = False) -> Tensor:
         """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
-        attended, _ = self.attention(self.attention_norm(hidden_states), mask, last_position_only)
+        normed = self.attention_norm(hidden_states)
+        attended, _ = self.attention(normed, mask, last_position_only)
+        if self.normed_residual:
+            hidden_states = normed
         if last_position_only:
             hidden_states = hidden_states[:, -1:]
         hidden_states = self.add(hidden_states, attended, self.attention_gate)
-        read = self.feed_forward(self.feed_forward_norm(hidden_states))
-        return self.add(hidden_states, read, self.feed_forward_gate)
+        normed = self.feed_forward_norm(hidden_states)
+        if self.normed_residual:
+            hidden_states = normed
+        return self.add(hidden_states, self.feed_forward(normed), self.feed_forward_gate)
 
 
 class SASRecPreTrainedModel(BaselinePreTrainedModel):
