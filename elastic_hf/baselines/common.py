@@ -1,7 +1,6 @@
 """What the baselines share: the configuration, item embeddings, softmax self-attention and the post-norm layer."""
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -118,11 +117,10 @@ class ItemEmbeddings(nn.Module):
 class SelfAttention(nn.Module):
     """Softmax self-attention by the implementation that the configuration names, `"sdpa"` or `"eager"`."""
 
-    def __init__(self, config: TransformerConfig, has_output_projection: bool, dropout: float = 0.0):
+    def __init__(self, config: TransformerConfig, has_output_projection: bool):
         super().__init__()
         self.config = config
         self.is_causal = config.is_causal
-        self.dropout = dropout
         self.head_size = config.hidden_size // config.num_attention_heads
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
@@ -145,8 +143,7 @@ class SelfAttention(nn.Module):
             for projection, states in ((self.query, readers), (self.key, hidden_states), (self.value, hidden_states))
         )  # (B, H, L, K)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.dropout if self.training else 0.0
-        output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.head_size**-0.5)
+        output, weights = attend(self, query, key, value, mask, dropout=0.0, scaling=self.head_size**-0.5)
         return self.output(output.flatten(2)), weights  # from (B, Q, H, K)
 
 
@@ -161,14 +158,13 @@ def eager_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    dropout: float,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention that holds all (B, H, L, L) weights: (B, H, L, K) -> (B, L, H, K), and the weights."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    weights = scores.softmax(dim=-1)
     return (weights @ value).transpose(1, 2), weights
 
 

@@ -1,4 +1,9 @@
-"""SASRec (Kang and McAuley 2018, "Self-Attentive Sequential Recommendation")."""
+"""SASRec (Kang and McAuley 2018, "Self-Attentive Sequential Recommendation").
+
+The defaults are the paper's. Layers may have what later work added: a wider feed-forward network, another activation, an
+output projection of the attention, and the gates of LiGR (Borisyuk et al. 2025, "From Features to Transformers:
+Redefining Ranking for Scalable Impact").
+"""
 
 import math
 
@@ -34,14 +39,12 @@ class SASRecConfig(TransformerConfig):
             Width of the point-wise feed-forward network.
         hidden_dropout (`float`, defaults to 0.2):
             Dropout probability of the embeddings and of each residual branch.
-        attention_dropout (`float`, defaults to 0.0):
-            Dropout probability of the attention weights.
         hidden_act (`str`, defaults to `"relu"`):
             Activation of the feed-forward network, one of Transformers' names.
         attention_output (`bool`, defaults to `False`):
-            Mix the heads by a linear layer.
+            Give the attention an output projection, which mixes its heads.
         residual_gate (`bool`, defaults to `False`):
-            Multiply what each residual branch adds by a gate, sigmoid(W h + b), as LiGR does (Borisyuk et al. 2025).
+            Multiply what each residual branch adds to h by sigmoid(W h + b), as LiGR does.
         max_position_embeddings (`int`, defaults to 200):
             Number of learned absolute positions: the longest history that can be read.
         layer_norm_eps (`float`, defaults to 1e-8):
@@ -52,7 +55,6 @@ class SASRecConfig(TransformerConfig):
 
     num_attention_heads: int = 1
     intermediate_size: int = 64
-    attention_dropout: float | int = 0.0
     hidden_act: str = "relu"
     attention_output: bool = False
     residual_gate: bool = False
@@ -64,17 +66,23 @@ class SASRecConfig(TransformerConfig):
         if not self.is_causal:
             raise ValueError("is_causal must be True for sasrec, found False")
 
+    def validate_activation(self):
+        """The activation is one that Transformers knows."""
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, found {self.hidden_act!r}")
+
 
 class SASRecLayer(GradientCheckpointingLayer):
-    """h = h + dropout(SA(norm(h)));   h = h + dropout(FFN(norm(h)))   (section III.B and III.C)
+    """
+    h = h + dropout(SA(norm(h)));   h = h + dropout(FFN(norm(h)))   (section III.B and III.C)
 
-    With `residual_gate`, what either branch adds is multiplied by sigmoid(W h + b).
+    With gates, the second terms are multiplied by sigmoid(W h + b).
     """
 
     def __init__(self, config: SASRecConfig):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = SelfAttention(config, config.attention_output, config.attention_dropout)
+        self.attention = SelfAttention(config, has_output_projection=config.attention_output)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.hidden_size, config.intermediate_size),
@@ -87,19 +95,19 @@ class SASRecLayer(GradientCheckpointingLayer):
             self.attention_gate = nn.Linear(config.hidden_size, config.hidden_size)
             self.feed_forward_gate = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def add(self, hidden_states: Tensor, branch: Tensor, gate: nn.Module | None) -> Tensor:
-        """Return the residual stream with what a branch adds, as its gate lets it: (B, L, D) twice -> (B, L, D)."""
-        branch = self.dropout(branch)
-        return hidden_states + (branch if gate is None else branch * gate(hidden_states).sigmoid())
-
     def forward(self, hidden_states: Tensor, mask: Tensor | None, last_position_only: bool = False) -> Tensor:
         """(B, L, D) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
         attended, _ = self.attention(self.attention_norm(hidden_states), mask, last_position_only)
         if last_position_only:
             hidden_states = hidden_states[:, -1:]
         hidden_states = self.add(hidden_states, attended, self.attention_gate)
-        read = self.feed_forward(self.feed_forward_norm(hidden_states))
-        return self.add(hidden_states, read, self.feed_forward_gate)
+        transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
+        return self.add(hidden_states, transformed, self.feed_forward_gate)
+
+    def add(self, hidden_states: Tensor, branch: Tensor, gate: nn.Module | None) -> Tensor:
+        """Return what goes on after a residual branch: twice (B, L, D) -> (B, L, D)."""
+        branch = self.dropout(branch)
+        return hidden_states + (branch if gate is None else gate(hidden_states).sigmoid() * branch)
 
 
 class SASRecPreTrainedModel(BaselinePreTrainedModel):

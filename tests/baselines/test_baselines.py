@@ -44,6 +44,7 @@ MODELS = {
     "elastic_paper masked": ("elastic_paper", {**PAPER, **MASKED}),
     "elastic_paper without memory": ("elastic_paper", {**PAPER, "num_memory_subkeys": 0}),
     "sasrec": ("sasrec", SIZES),
+    "sasrec modern": ("sasrec", {**SIZES, "hidden_act": "gelu", "attention_output": True, "residual_gate": True}),
     "bert4rec": ("bert4rec", SIZES),
     "gru4rec": ("gru4rec", {"vocab_size": 31, "hidden_size": 24, "num_hidden_layers": 2, "recurrent_size": 20}),
     "hstu": ("hstu", HSTU),

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch.nn.functional import gelu
 from transformers import AutoModel
 
 from elastic_hf.baselines.sasrec import SASRecConfig, SASRecForSequentialRecommendation
@@ -16,10 +17,12 @@ SIZES = {
     "intermediate_size": 10,
     "max_position_embeddings": 9,
 }
+MODERN = {"hidden_act": "gelu", "attention_output": True, "residual_gate": True}
 
 
 def sasrec(model, input_ids, mask):
-    """Equations 1 to 6 of the paper for each history by itself, one position and one head after the other."""
+    """Equations 1 to 6 of the paper, and the gates of LiGR, for each history by itself: position by position, head by
+    head."""
     config = model.config
     K = config.hidden_size // config.num_attention_heads
     rows = []
@@ -42,30 +45,29 @@ def sasrec(model, input_ids, mask):
                 attended.append(torch.cat(heads))
             attended = torch.stack(attended)
             if config.attention_output:
-                attended = layer.attention.output(attended)
+                attended = attended @ layer.attention.output.weight.T + layer.attention.output.bias
             if config.residual_gate:
-                attended = attended * torch.sigmoid(layer.attention_gate(hidden))
+                attended = attended / (1 + torch.exp(-layer.attention_gate(hidden)))
             hidden = hidden + attended
-            normed = layer.feed_forward_norm(hidden)
             first, _, second = layer.feed_forward
-            activation = torch.nn.functional.gelu if config.hidden_act == "gelu" else torch.relu
-            read = second(activation(first(normed)))
+            activation = {"relu": torch.relu, "gelu": gelu}[config.hidden_act]
+            transformed = second(activation(first(layer.feed_forward_norm(hidden))))
             if config.residual_gate:
-                read = read * torch.sigmoid(layer.feed_forward_gate(hidden))
-            hidden = hidden + read
+                transformed = transformed / (1 + torch.exp(-layer.feed_forward_gate(hidden)))
+            hidden = hidden + transformed
         rows.append(model.norm(hidden))
     return rows
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("changes", [{}, {"attention_output": True, "residual_gate": True, "hidden_act": "gelu"}])
-def test_sasrec_is_the_paper_position_by_position(attention, changes):
+@pytest.mark.parametrize("settings", [{}, MODERN], ids=["paper", "modern"])
+def test_sasrec_is_the_paper_position_by_position(settings, attention):
     torch.manual_seed(0)
-    config = SASRecConfig(**SIZES, **changes)
+    config = SASRecConfig(**SIZES, **settings)
     model = AutoModel.from_config(config, attn_implementation=attention).model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.2 * torch.randn_like(parameter))
     input_ids = torch.randint(3, 31, (3, 7))
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     mask[0, :5] = mask[1, :1] = False
@@ -92,6 +94,7 @@ def test_no_longer_than_its_positions():
         ("is_causal", False, "is_causal must be True for sasrec, found False"),
         ("num_attention_heads", 5, "multiple of num_attention_heads, found 64 and 5"),
         ("max_position_embeddings", 0, "max_position_embeddings must be at least 1, found 0"),
+        ("hidden_act", "sigmoud", "hidden_act must be one of .*relu.*, found 'sigmoud'"),
         ("hidden_dropout", 1.5, "hidden_dropout must be between 0 and 1, found 1.5"),
     ],
 )
