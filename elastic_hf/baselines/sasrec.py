@@ -1,7 +1,7 @@
 """SASRec (Kang and McAuley 2018, "Self-Attentive Sequential Recommendation").
 
-The defaults are the paper's. Layers may have what later work added: a wider feed-forward network, another activation, an
-output projection of the attention, and the gates of LiGR (Borisyuk et al. 2025, "From Features to Transformers:
+The defaults are the paper's. Layers may have what later work added: a wider feed-forward network, another activation,
+an output projection of the attention, and the gates of LiGR (Borisyuk et al. 2025, "From Features to Transformers:
 Redefining Ranking for Scalable Impact").
 """
 
