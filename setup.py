@@ -8,12 +8,12 @@ here = Path(__file__).parent
 source = (here / "elastic_hf" / "version.py").read_text(encoding="utf-8")
 version = re.search(r'__version__ = "(.+)"', source).group(1)
 
-examples = ["matplotlib>=3.8", "tensorboard>=2.16"]
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
+tensorboard = ["tensorboard>=2.16"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
-test = [*examples, *faiss, *onnx, "ipykernel>=7", "nbclient>=0.10", "pytest>=8", "pytest-xdist>=3.6"]
-test += ["ruff>=0.12", "setuptools>=77"]
+test = [*faiss, *onnx, *tensorboard, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9", "pytest>=8"]
+test += ["pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
 
 setup(
     name="elastic_hf",
@@ -27,6 +27,7 @@ setup(
         "elastic_hf": ["py.typed"],
         "elastic_hf.sharing": ["data_sources.yaml", "templates/*"],
     },
+    entry_points={"console_scripts": ["elastic-hf = elastic_hf.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.10",
@@ -34,6 +35,7 @@ setup(
         "filelock>=3.13",
         "huggingface-hub>=2.0",
         "jinja2>=3.1",
+        "matplotlib>=3.8",
         "numpy>=2.0",
         "polars>=1.30",
         "pyarrow>=20",
@@ -45,9 +47,9 @@ setup(
         "transformers>=5.20,<6",
     ],
     extras_require={
-        "examples": examples,
         "faiss": faiss,
         "onnx": onnx,
+        "tensorboard": tensorboard,
         "test": test,
         "docs": docs,
         "dev": [*test, *docs, "pre-commit>=4", "ty>=0.0.100"],

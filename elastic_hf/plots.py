@@ -1,4 +1,4 @@
-"""Figures of a run, for its folder and its model card, and of a recommendation. They need matplotlib."""
+"""Figures of a run, for its folder and its model card, and of a recommendation."""
 
 import os
 from collections.abc import Callable
@@ -10,31 +10,36 @@ from typing import BinaryIO
 
 from matplotlib.figure import Figure
 
+from .results import SUFFIXES, RunResults
+
 
 # Characters of a title on one line.
 TITLE_WIDTH = 36
 HEADING_WIDTH = 60
 
 
-def figures_of(results: dict) -> dict[str, Callable[[str | os.PathLike | BinaryIO], None]]:
-    """Return what draws each figure of a run, by its name; `results` are those of `all_results.json`."""
+def figures_of(results: RunResults) -> dict[str, Callable[[str | os.PathLike | BinaryIO], None]]:
+    """Return what draws each figure of a run, by its name."""
     figures = {}
-    if log_history := results.get("log_history"):
-        best_epoch, popularity = results.get("best_epoch"), results.get("popularity_ndcg@10")
+    if results.log_history:
         figures["training_curve"] = partial(
-            plot_training_curve, log_history, best_epoch=best_epoch, popularity=popularity
+            plot_training_curve,
+            results.log_history,
+            best_epoch=results.best_epoch,
+            popularity=results.metrics.get(f"popularity_ndcg@10{results.suffix}"),
+            exclude_seen=results.exclude_seen,
         )
-    if half_lives := results.get("expert_half_lives"):
-        figures["expert_horizons"] = partial(plot_expert_horizons, half_lives)
+    if results.expert_half_lives:
+        figures["expert_horizons"] = partial(plot_expert_horizons, results.expert_half_lives)
     return figures
 
 
-def plot_results(results: dict, folder: str | os.PathLike) -> None:
+def plot_results(results: RunResults, folder: str | os.PathLike) -> None:
     """
     Draw the figures of a run, each as a PNG image of its name in [`figures_of`].
 
     Args:
-        results (`dict`): As in `all_results.json`.
+        results ([`RunResults`]): What is known of the run.
         folder (`str` or `os.PathLike`): Where the images go; it is made if there is something to draw.
     """
     for name, draw in figures_of(results).items():
@@ -47,17 +52,20 @@ def plot_training_curve(
     file: str | os.PathLike | BinaryIO,
     best_epoch: float | None = None,
     popularity: float | None = None,
+    exclude_seen: bool = True,
 ) -> None:
     """
     Draw the training loss and the validation NDCG@10 by epoch.
 
     Args:
         log_history (`list[dict]`):
-            As `TrainerState.log_history`: entries with `epoch` and `loss` (nats per target), `eval_ndcg@10`, or both.
+            As `TrainerState.log_history`: entries with `epoch` and `loss` (nats per target), `eval_ndcg@10`, or both;
+            `eval_ndcg@10_seen_kept` where seen items are not excluded.
         file (`str`, `os.PathLike` or `BinaryIO`): The image, in the format of its suffix, or PNG.
         best_epoch (`float`, *optional*): Epoch of the chosen checkpoint, which is marked.
         popularity (`float`, *optional*):
             NDCG@10 of recommending what is popular, on the test items: the line to be above.
+        exclude_seen (`bool`, defaults to `True`): Whether the NDCG@10 is with seen items excluded, or kept.
 
     Raises:
         ValueError: if no entry has a loss or a metric.
@@ -66,7 +74,8 @@ def plot_training_curve(
     loss_axis = figure.subplots()
     metric_axis = loss_axis.twinx()
     axes = {"loss": (loss_axis, "training loss (nats per target)", "tab:gray")}
-    axes["eval_ndcg@10"] = (metric_axis, "validation NDCG@10, seen items excluded", "tab:blue")
+    label = f"validation NDCG@10, seen items {'excluded' if exclude_seen else 'kept'}"
+    axes[f"eval_ndcg@10{SUFFIXES[exclude_seen]}"] = (metric_axis, label, "tab:blue")
     if not any(key in log for log in log_history for key in axes):
         raise ValueError(f"log_history must have entries with {' or '.join(axes)}, found {len(log_history)} without")
     for key, (axis, label, color) in axes.items():

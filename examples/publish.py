@@ -1,74 +1,15 @@
 #!/usr/bin/env python
 """
-Publishes a trained model on the Hugging Face Hub: weights, configuration, item tokenizer, code, model card and
-results, in one commit.
+Publishes a trained model on the Hugging Face Hub: the command `elastic-hf publish`.
 
     python examples/publish.py outputs/shop org/shop-recommender --dry_run          # what would be published
     python examples/publish.py outputs/shop org/shop-recommender --private --tag v1
-
-It needs a token with write access, from `hf auth login` or the variable HF_TOKEN. The model is loaded and tried first.
-Where nothing has changed there is no commit; an upload that is refused or interrupted leaves the repository as it was.
 """
 
-import argparse
 import sys
 
-import huggingface_hub
-import transformers
-
-from elastic_hf.sharing.hub import PublishError, files_to_publish, publish
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="Output folder of run_seqrec.py.")
-    parser.add_argument("repo_id", help="Model repository, as namespace/name; it is created if there is none.")
-    parser.add_argument("--private", action="store_true", default=None, help="Create the repository as a private one.")
-    parser.add_argument("--revision", help="Branch to commit to, which must exist; main by default.")
-    parser.add_argument("--tag", help="Name for this version, made after the commit; the card asks for it.")
-    parser.add_argument("--create_pr", action="store_true", help="Propose the commit as a pull request.")
-    parser.add_argument("--license", help="Hub id of the licence of the weights, such as mit, for the card.")
-    parser.add_argument(
-        "--include_personal_data",
-        action="store_true",
-        help="Publish the results as they are, with a user's id, history and next item and the paths of this machine.",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="List the files, print the card, publish nothing.")
-    args = parser.parse_args()
-    for library in (huggingface_hub, transformers):
-        library.logging.set_verbosity_error()  # errors come out below, in one line
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()  # and those of huggingface_hub
-    options = {"license": args.license, "tag": args.tag, "include_personal_data": args.include_personal_data}
-    try:
-        if args.dry_run:
-            operations = files_to_publish(args.folder, args.repo_id, **options)
-            for operation in operations:
-                print(f"{operation.upload_info.size:14,}  {operation.path_in_repo}")
-            (card,) = [operation for operation in operations if operation.path_in_repo == "README.md"]
-            with card.as_file() as file:
-                print("", file.read().decode(), sep="\n", end="")
-            return 0
-        commit = publish(
-            args.folder,
-            args.repo_id,
-            private=args.private,
-            revision=args.revision,
-            create_pr=args.create_pr,
-            **options,
-        )
-    except (OSError, PublishError, ValueError) as error:
-        print(f"publish.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("publish.py: error: interrupted: a commit is made as a whole or not at all", file=sys.stderr)
-        return 1
-    if commit is None:
-        print(f"{args.repo_id} holds this model already: nothing to commit")
-    else:
-        print(f"{args.repo_id}: {commit.pr_url or commit.commit_url}")
-    return 0
+from elastic_hf.__main__ import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["publish", *sys.argv[1:]]))

@@ -67,7 +67,8 @@ class UserStore:
 
 @torch.inference_mode()
 def append(model, store: UserStore, user: str, token_id: int, top_k: int) -> torch.Tensor:
-    """Read one new item of a user and return the `top_k` unseen items most likely to come next, best first.
+    """Read one new item of a user and return the `top_k` items most likely to come next, best first, without those
+    seen where the model leaves them out.
 
     Raises:
         ValueError: if `token_id` is no item, another model made the user's state, or fewer than `top_k` items are

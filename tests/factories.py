@@ -17,6 +17,7 @@ def elastic_config(**changes) -> ElasticConfig:
         "num_interest_experts": 6,
         "intermediate_size": 20,
         "conv_kernel_size": 4,
+        "stream_intermediate_size": 10,
         "num_memory_subkeys": 5,
         "num_memory_heads": 2,
         "memory_top_k": 4,

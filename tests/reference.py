@@ -48,7 +48,7 @@ def user_embeddings(model, input_ids, attention_mask):
     """The user embedding of an `ElasticModel` at every item of (B, L) histories, zeros at padding: (B, L, D).
 
     One user, position, layer, head and expert at a time, from the compressed interests themselves. The interest memory
-    and the feed-forward block work on one vector alone, and so are called on it.
+    and the feed-forward blocks work on one vector alone, and so are called on it.
     """
     config = model.config
     D, H, E = config.hidden_size, config.num_attention_heads, config.num_interest_experts
@@ -63,7 +63,8 @@ def user_embeddings(model, input_ids, attention_mask):
             embedded.append(model.embed_tokens.weight[item])
             normed.append(model.stream.norm(embedded[-1]))
             t = len(stream)
-            stream.append(normed[t] + sum(convolution[i] * normed[t - i] for i in range(min(len(convolution), t + 1))))
+            x = normed[t] + sum(convolution[i] * normed[t - i] for i in range(min(len(convolution), t + 1)))
+            stream.append(x if model.stream.feed_forward is None else model.stream.feed_forward(x))
             h = math.sqrt(D) * embedded[t]
             for n, layer in enumerate(model.layers):
                 attention = layer.attention

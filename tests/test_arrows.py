@@ -15,11 +15,13 @@ ARROWS = {
     "registry": {"baselines", "models"},
     "data": {"results"},
     "item_index": {"models"},
-    "plots": set(),
-    "results": set(),
+    "plots": {"results"},
+    "results": {"version"},
     "version": set(),
     "sharing": {"models", "registry", "results"},
     "training": {"data", "models", "results", "sharing"},
+    "commands": {"baselines", "data", "models", "plots", "registry", "results", "sharing", "training"},
+    "__main__": {"version"},
     "": {"baselines", "models", "registry", "version"},
 }
 

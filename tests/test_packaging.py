@@ -1,10 +1,12 @@
 """What is distributed is what the repository holds, and what is pinned is pinned once."""
 
+import ast
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,21 @@ def test_one_version_of_ruff_and_of_the_package():
         assert hook["additional_dependencies"] == [f"ruff=={pins['ruff']}"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert str(citation["version"]) == elastic_hf.__version__
+
+
+def test_what_the_package_imports_is_installed_with_it():
+    """But for FAISS and ONNX, which are asked for by name where they are missing."""
+    imported = set()
+    for path in (ROOT / "elastic_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            imported |= {name.split(".")[0] for name in names}
+    imported -= sys.stdlib_module_names | {"faiss", "onnxruntime", "onnxscript"}
+    (required,) = re.findall(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), flags=re.DOTALL)
+    distributions = packages_distributions()
+    found = {re.sub("[-_.]+", "-", distributions[name][0]).lower() for name in imported}
+    assert {"matplotlib", "pyyaml", "torch"} <= found <= set(re.findall(r'"([\w-]+)>=', required))
 
 
 def test_every_extra_is_pinned():

@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from elastic_hf.plots import figures_of, plot_contributions, plot_expert_horizons, plot_results, plot_training_curve
+from elastic_hf.results import RunResults
 
 
 @pytest.fixture
@@ -49,14 +50,32 @@ def test_training_curve_marks_the_chosen_epoch_and_popularity(figures, tmp_path)
     assert not figures[1].legends and len(figures[1].axes[1].get_lines()) == 1
 
 
+def test_the_training_curve_is_of_the_metric_that_counts(figures, tmp_path):
+    log_history = [{"epoch": 1.0, "eval_ndcg@10": 0.1, "eval_ndcg@10_seen_kept": 0.3}]
+    metrics = {"popularity_ndcg@10": 0.02, "popularity_ndcg@10_seen_kept": 0.04}
+    for exclude_seen in (True, False):
+        config = {"exclude_seen": exclude_seen, "mask_seen_in_loss": exclude_seen}
+        plot_results(RunResults("elastic", config=config, log_history=log_history, metrics=metrics), tmp_path)
+    for figure, ndcg, popularity, words in zip(figures, (0.1, 0.3), (0.02, 0.04), ("excluded", "kept"), strict=True):
+        axis = figure.axes[1]
+        assert [line.get_ydata()[0] for line in axis.get_lines()] == [ndcg, popularity]
+        assert axis.get_ylabel() == f"validation NDCG@10, seen items {words}"
+
+
 def test_results_are_drawn_as_far_as_they_are_there(figures, tmp_path):
     log_history = [{"epoch": 1.0, "loss": 5.0}, {"epoch": 3.0, "eval_ndcg@10": 0.1}]
-    results = {"log_history": log_history, "best_epoch": 3.0, "popularity_ndcg@10": 0.02, "expert_half_lives": [[2.0]]}
+    results = RunResults(
+        "elastic",
+        log_history=log_history,
+        best_epoch=3.0,
+        expert_half_lives=[[2.0]],
+        metrics={"popularity_ndcg@10": 0.02},
+    )
     plot_results(results, tmp_path / "new")
     assert {file.stem for file in (tmp_path / "new").iterdir()} == {*figures_of(results)}
     assert [*figures_of(results)] == ["training_curve", "expert_horizons"]
     assert [set(line.get_xdata()) for line in figures[0].axes[1].get_lines()[1:2]] == [{3.0}]
-    plot_results({"log_history": [], "best_epoch": None}, tmp_path / "nothing")
+    plot_results(RunResults("elastic"), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 

@@ -52,8 +52,8 @@ class BaselineModel(BaselinePreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         last_position_only: bool = False,
         **kwargs,
     ) -> BaseModelOutput:
@@ -81,18 +81,10 @@ class BaselineModel(BaselinePreTrainedModel):
 
 
 class BaselineForSequentialRecommendation(SequentialRecommenderMixin, BaselinePreTrainedModel):
-    """
-    A baseline's base model under the head, losses and `recommend` that all models here share.
-
-    A subclass names its `base_model_class` and says what documents and model cards state: the `paper` as a reader
-    looks for it, how the model works in a sentence or two, and the paper's BibTeX, empty where there is none.
-    """
+    """A baseline's base model, its `base_model_class`, under the head that all models here share."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.embed_tokens.weight"}
     base_model_class: type[BaselineModel]
-    paper: str
-    description: str
-    citation: str = ""
 
     def __init__(self, config: RecommenderConfig):
         super().__init__(config)

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.interest_memory import ElasticInterestMemory
-from ..models.modeling_elastic import ElasticFeedForward
+from ..models.modeling_elastic import ElasticFeedForward, ElasticForSequentialRecommendation
 from ..models.modeling_recommender import leave_out_special_tokens, validate_histories
 from .common import BaselineForSequentialRecommendation, BaselineModel, BaselinePreTrainedModel
 
@@ -84,33 +84,23 @@ class ElasticPaperConfig(RecommenderConfig):
             raise ValueError("is_causal must be False for elastic_paper, found True")
 
     def validate_sizes(self):
-        """Every size is positive, or not negative where 0 turns a part off."""
+        """Every size is positive; a kernel of 0 items is no convolution."""
         self._validate_at_least(
-            1,
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_interest_experts",
-            "intermediate_size",
-            "num_memory_heads",
+            1, "num_hidden_layers", "num_attention_heads", "num_interest_experts", "intermediate_size"
         )
-        self._validate_at_least(0, "conv_kernel_size", "num_memory_subkeys")
+        self._validate_at_least(0, "conv_kernel_size")
         self._validate_fractions("hidden_dropout")
         self._validate_heads()
 
     def validate_memory(self):
-        """The memory has as many slots as there are experts, the same number for each of its heads."""
+        """The memory has as many slots as there are experts, the same number for each of its heads; 0 sub-keys are
+        no memory."""
+        self._validate_at_least(0, "num_memory_subkeys")
+        self._validate_at_least(1, "num_memory_heads")
         if self.num_memory_subkeys == 0:
             return
-        if self.hidden_size % (2 * self.num_memory_heads) != 0:
-            raise ValueError(
-                "hidden_size must be a multiple of 2 * num_memory_heads, "
-                f"found {self.hidden_size} and {self.num_memory_heads}"
-            )
-        if self.num_interest_experts % self.num_memory_heads != 0:
-            raise ValueError(
-                "num_interest_experts must be a multiple of num_memory_heads, "
-                f"found {self.num_interest_experts} and {self.num_memory_heads}"
-            )
+        self._validate_multiple("hidden_size", "num_memory_heads", times=2)
+        self._validate_multiple("num_interest_experts", "num_memory_heads")
         if self.memory_top_k > self.num_memory_subkeys**2:
             raise ValueError(
                 f"num_interest_experts asks for {self.memory_top_k} slots per memory head, "
@@ -215,7 +205,7 @@ class ElasticPaperLayer(nn.Module):
     def __init__(self, config: ElasticPaperConfig):
         super().__init__()
         self.dispatch = ElasticPaperDispatch(config)
-        self.feed_forward = ElasticFeedForward(config)
+        self.feed_forward = ElasticFeedForward(config, config.intermediate_size)
 
     def forward(
         self, hidden_states: Tensor, experts: Tensor, attention_mask: Tensor, last_position_only: bool
@@ -299,21 +289,10 @@ class ElasticPaperForSequentialRecommendation(BaselineForSequentialRecommendatio
         "experts, and every position reads them, in each of several layers. This is an implementation "
         "independent of the paper's authors, who published no code."
     )
-    citation = r"""
-    @misc{deng2024elastic,
-      title = {{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression},
-      author = {Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun and
-        Xu, Peixing and Zhou, Guorui},
-      year = {2024},
-      eprint = {2408.09380},
-      archivePrefix = {arXiv},
-    }
-    """
+    citation = ElasticForSequentialRecommendation.citation
 
     @torch.no_grad()
-    def get_retrieved_slots(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
-    ) -> torch.LongTensor:
+    def get_retrieved_slots(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the slots of the interest memory that are each history's experts.
 
         Args:

@@ -29,10 +29,11 @@ WEIGHT_NAMES = set(
     "behaviortype behaviourtype interaction interactiontype feedback label weight".split()
 )
 HINTS = {
-    "user": ": name it with user_column (or all columns with column_names, if that is no header)",
-    "item": ": name it with item_column (or all columns with column_names, if that is no header)",
+    "user": ": name it with user_column",
+    "item": ": name it with item_column",
     "timestamp": ": name it with timestamp_column or, if there is none and rows come in time order, set in_time_order",
 }
+NO_HEADER_HINT = " (or all columns with column_names, if that is no header)"
 
 
 class Columns(NamedTuple):
@@ -60,7 +61,9 @@ class ColumnRequest:
     names: dict[str, str] = field(default_factory=dict)
     roles: tuple[str, ...] = ("user", "item", "timestamp")
 
-    def find(self, found: Sequence[str], source: str | Path, keys: Sequence[str] = ()) -> Columns:
+    def find(
+        self, found: Sequence[str], source: str | Path, keys: Sequence[str] = (), is_first_line: bool = False
+    ) -> Columns:
         """
         Return the columns of a source.
 
@@ -68,6 +71,7 @@ class ColumnRequest:
             found (`Sequence[str]`): The source's columns.
             source (`str` or `Path`): The source's name in messages.
             keys (`Sequence[str]`, *optional*): Further columns, for what `found` does not hold.
+            is_first_line (`bool`, defaults to `False`): Whether `found` is that of a text, and may be no header.
 
         Raises:
             ValueError: if a column is missing, there twice, or could be one of several.
@@ -77,9 +81,11 @@ class ColumnRequest:
             if role not in names:
                 name = _recognise(role, found, source) or _recognise(role, keys, source)
                 if name is None:
+                    hint = ""
+                    if "user" in self.roles:
+                        hint = HINTS[role] + (NO_HEADER_HINT if is_first_line and role != "timestamp" else "")
                     raise ValueError(
-                        f"{source}: column {DEFAULT_NAMES[role]!r} is missing, found {shorten([*found, *keys])}"
-                        + (HINTS[role] if "user" in self.roles else "")
+                        f"{source}: column {DEFAULT_NAMES[role]!r} is missing, found {shorten([*found, *keys])}{hint}"
                     )
                 names[role] = name
         columns = Columns(**names)

@@ -19,6 +19,7 @@ from .cache import move_to_content_name, temporary_folder
 from .columns import ColumnRequest
 from .encoding import encode_ids
 from .interactions import (
+    MIN_INTERACTIONS,
     Interactions,
     drop_duplicates,
     encode_rows,
@@ -30,6 +31,7 @@ from .sources import read_source, read_titles
 from .splits import (
     Prefixes,
     count_items,
+    count_seen_targets,
     flat_indices,
     leave_one_out,
     leave_out_short,
@@ -40,6 +42,7 @@ from .splits import (
 
 logger = logging.getLogger(__name__)
 
+SPLITS = ("leave_one_out", "temporal", "none")
 USERS_PER_BATCH = 1_000  # rows of one Arrow record batch
 
 
@@ -60,6 +63,8 @@ class Histories(NamedTuple):
             `num_duplicates` (exact duplicates dropped), `num_filtered` and `num_filtered_users` (removed interactions
             and users, of users and items with too few), `num_train_users`, `num_validation_users` and `num_test_users`
             (rows of the splits). `num_rows` is the sum of `num_interactions`, `num_duplicates` and `num_filtered`.
+            Where something is held out, `num_seen_targets`: how many users of `validation` had their target before.
+            Where that is a large share, users come back to items: set `exclude_seen=False` in the configuration.
     """
 
     histories: DatasetDict
@@ -84,6 +89,7 @@ def load_histories(
     split: str = "leave_one_out",
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
+    validation_users: int | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Histories:
     """
@@ -96,8 +102,9 @@ def load_histories(
        order in which the source has them.
     3. Rows equal in user, item and timestamp are one interaction: the first is kept, the others are counted in
        `counts["num_duplicates"]` and reported as a warning. A source without time keeps its repeats.
-    4. Users with fewer than `k_core` or three interactions and items with fewer than `k_core` are removed, again and
-       again until none is left, and counted in `counts["num_filtered_users"]` and `counts["num_filtered"]`.
+    4. Users with fewer than `k_core` or three interactions (one, where nothing is held out) and items with fewer than
+       `k_core` are removed, again and again until none is left, and counted in `counts["num_filtered_users"]` and
+       `counts["num_filtered"]`.
     5. Users with fewer than two items to train on are left out of `train`, since there is nothing to predict, but not
        of `validation` and `test`.
 
@@ -149,8 +156,13 @@ def load_histories(
             before the first are for training; a user with an interaction between the cutoffs is in `validation`, one
             with an interaction at or after the second in `test`. The target is the user's first item there, and the
             history all items before it. Users without history before the cutoff are left out of a split and reported.
+            `"none"`: `train` alone, with the whole histories of all users, and nothing to evaluate on.
         validation_fraction, test_fraction (`float`, *optional*, default to 0.1):
             Shares of the interactions, the latest for test, that set the cutoffs of the temporal split.
+        validation_users (`int`, *optional*):
+            With `"leave_one_out"`, so many users, drawn at random, have a validation target; all others train on their
+            second last item, too. The draw has a seed of its own, 42, whatever the seed of a training: the same data
+            always have the same validation users. If not given, all users have a validation target.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Where downloads and the result's Arrow files are kept; a folder in the cache of `datasets` if not given.
 
@@ -162,7 +174,7 @@ def load_histories(
             line, row or column.
         OSError: if a download fails.
     """
-    _check_arguments(split, k_core, validation_fraction, test_fraction)
+    _check_arguments(split, k_core, validation_fraction, test_fraction, validation_users)
     if title_column is not None and items_file is not None:
         raise ValueError("title_column and items_file both give titles: set only one of them")
     if isinstance(column_names, str):
@@ -189,15 +201,24 @@ def load_histories(
     warn_of_milliseconds(interactions)
     sort_by_time(interactions)
     num_duplicates = drop_duplicates(interactions)
-    num_filtered, num_filtered_users = filter_by_count(interactions, k_core)
+    min_per_user = 1 if split == "none" else MIN_INTERACTIONS
+    num_filtered, num_filtered_users = filter_by_count(interactions, k_core, min_per_user)
     lengths = np.bincount(interactions.users)
-    if split == "leave_one_out":
-        prefixes = leave_one_out(lengths)
+    if split == "none":
+        prefixes = {"train": (np.arange(lengths.size), lengths)}
+    elif split == "leave_one_out":
+        prefixes = leave_one_out(lengths, validation_users)
     else:
         prefixes = temporal(interactions, lengths, validation_fraction, test_fraction)
     item_counts = count_items(interactions, lengths, prefixes["train"])
-    prefixes["train"] = leave_out_short(prefixes["train"])
-    warn_of_few_users(prefixes)
+    seen_targets = {}
+    if split != "none":
+        seen_targets["num_seen_targets"] = count_seen_targets(interactions, lengths, prefixes["validation"])
+        num_targets = prefixes["validation"][0].size
+        share = seen_targets["num_seen_targets"] / num_targets
+        logger.info(f"{share:.1%} of the {num_targets:,} validation targets are items that the user had before")
+        prefixes["train"] = leave_out_short(prefixes["train"])
+        warn_of_few_users(prefixes)
 
     with temporary_folder(cache_dir) as temporary:
         _write_items(temporary, interactions.item_ids, item_counts, titles)
@@ -215,6 +236,7 @@ def load_histories(
             "num_filtered": num_filtered,
             "num_filtered_users": num_filtered_users,
             **{f"num_{name}_users": rows.size for name, (rows, _) in prefixes.items()},
+            **seen_targets,
         },
     )
 
@@ -224,9 +246,10 @@ def _check_arguments(
     k_core: int,
     validation_fraction: float,
     test_fraction: float,
+    validation_users: int | None,
 ) -> None:
-    if split not in ("leave_one_out", "temporal"):
-        raise ValueError(f"split must be 'leave_one_out' or 'temporal', found {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, found {split!r}")
     if not isinstance(k_core, int) or k_core < 0:
         raise ValueError(f"k_core must be an integer of at least 0, found {k_core!r}")
     if split == "temporal" and not (
@@ -236,6 +259,12 @@ def _check_arguments(
             "validation_fraction and test_fraction must be positive and sum to less than 1, "
             f"found {validation_fraction} and {test_fraction}"
         )
+    if validation_users is None:
+        return
+    if isinstance(validation_users, bool) or not isinstance(validation_users, int) or validation_users < 1:
+        raise ValueError(f"validation_users must be an integer of at least 1, found {validation_users!r}")
+    if split != "leave_one_out":
+        raise ValueError(f"validation_users must be given with split='leave_one_out' alone, found split={split!r}")
 
 
 def _request_columns(

@@ -94,21 +94,21 @@ def _is_first_of_its_kind(users: np.ndarray, items: np.ndarray, timestamps: np.n
     return first
 
 
-def filter_by_count(interactions: Interactions, k_core: int) -> tuple[int, int]:
+def filter_by_count(interactions: Interactions, k_core: int, min_per_user: int) -> tuple[int, int]:
     """Remove users and items with too few interactions, and return how many interactions and users that removes."""
     num_interactions, num_users = interactions.users.size, len(interactions.user_ids)
-    interactions.keep(_k_core(interactions.users, interactions.items, max(k_core, MIN_INTERACTIONS), k_core))
+    interactions.keep(_k_core(interactions.users, interactions.items, max(k_core, min_per_user), k_core))
     if not interactions.users.size:
         raise ValueError(
             f"none of {num_interactions:,} interactions is left with k_core={k_core}: a user needs at least "
-            f"{max(k_core, MIN_INTERACTIONS)}"
+            f"{max(k_core, min_per_user)}"
         )
     interactions.user_ids, interactions.users = drop_unused(interactions.user_ids, interactions.users)
     interactions.item_ids, interactions.items = drop_unused(interactions.item_ids, interactions.items)
     num_filtered_users = num_users - len(interactions.user_ids)
-    if num_filtered_users and k_core < MIN_INTERACTIONS:
+    if num_filtered_users and k_core < min_per_user:
         logger.warning(
-            f"left out {num_filtered_users:,} of {num_users:,} users with fewer than {MIN_INTERACTIONS} interactions"
+            f"left out {num_filtered_users:,} of {num_users:,} users with fewer than {min_per_user} interactions"
         )
     return num_interactions - interactions.users.size, num_filtered_users
 

@@ -89,7 +89,8 @@ def read_files(
             if columns is None:
                 if reader.in_time_order and "timestamp" not in request.names:
                     request = replace(request, roles=("user", "item"))
-                columns = request.find(reader.names, path, list(keys))
+                is_first_line = isinstance(reader, TextReader) and reader.has_header
+                columns = request.find(reader.names, path, list(keys), is_first_line)
                 if layout is None:
                     request.report(columns, reader.names, path)
             check_columns([*reader.names, *(key for key in keys if key not in reader.names)], columns.wanted(), path)

@@ -11,15 +11,36 @@ from .interactions import Interactions
 logger = logging.getLogger(__name__)
 
 MIN_TRAINING_ITEMS = 2  # of a user in the train split: one to read and one to predict
+# Not the seed of a training: all models, and all their seeds, are validated on the same users.
+VALIDATION_SEED = 42
 
 # The users in a split, and how many interactions of each come before the target.
 Prefixes = tuple[np.ndarray, np.ndarray]
 
 
-def leave_one_out(lengths: np.ndarray) -> dict[str, Prefixes]:
-    """Return for each split all users, and the interactions before their last one or two."""
-    rows = np.arange(lengths.size)
-    return {"train": (rows, lengths - 2), "validation": (rows, lengths - 2), "test": (rows, lengths - 1)}
+def leave_one_out(lengths: np.ndarray, validation_users: int | None = None) -> dict[str, Prefixes]:
+    """Return the users of each split, and their interactions before the last one or two.
+
+    With `validation_users`, so many users are drawn for validation, and the others train on their second last item.
+
+    Raises:
+        ValueError: if there are not so many users.
+    """
+    rows = validated = np.arange(lengths.size)
+    if validation_users is not None:
+        if validation_users > rows.size:
+            raise ValueError(
+                f"validation_users must be at most the number of users, {rows.size:,}, found {validation_users:,}"
+            )
+        generator = np.random.default_rng(VALIDATION_SEED)
+        validated = np.sort(generator.choice(rows.size, validation_users, replace=False))
+    train_lengths = lengths - 1
+    train_lengths[validated] -= 1
+    return {
+        "train": (rows, train_lengths),
+        "validation": (validated, lengths[validated] - 2),
+        "test": (rows, lengths - 1),
+    }
 
 
 def temporal(
@@ -79,6 +100,15 @@ def count_items(interactions: Interactions, lengths: np.ndarray, train: Prefixes
     starts = np.cumsum(lengths) - lengths
     train_items = interactions.items[flat_indices(starts[rows], train_lengths)]
     return np.bincount(train_items, minlength=len(interactions.item_ids))
+
+
+def count_seen_targets(interactions: Interactions, lengths: np.ndarray, prefixes: Prefixes) -> int:
+    """Return how many users of a split have their target among the interactions before it."""
+    rows, before = prefixes
+    starts = (np.cumsum(lengths) - lengths)[rows]
+    targets = interactions.items[starts + before]
+    is_target = interactions.items[flat_indices(starts, before)] == np.repeat(targets, before)
+    return int(np.count_nonzero(np.logical_or.reduceat(is_target, np.cumsum(before) - before)))
 
 
 def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

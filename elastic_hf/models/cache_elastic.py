@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import safe_open
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 TENSORS = ("recurrent_state", "conv_state", "num_items")
 
 
+# The digests of models, and the versions of the weights that they are of.
+_DIGESTS: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
+
+
 def digest_weights(model: nn.Module, modules: Iterable[nn.Module]) -> str:
     """Return a digest of the weights of some modules of a model, which remembers it for as long as they stay the same.
 
@@ -30,13 +35,13 @@ def digest_weights(model: nn.Module, modules: Iterable[nn.Module]) -> str:
     if any(weight.is_meta for weight in weights):
         raise ValueError("use_cache needs weights in memory, found a model whose weights are offloaded")
     versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-    if getattr(model, "_digest", (None,))[0] != versions:
+    if model not in _DIGESTS or _DIGESTS[model][0] != versions:
         sha256 = hashlib.sha256()
         for weight in weights:
             sha256.update(str(weight.shape).encode())
             sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-        model._digest = (versions, sha256.hexdigest())
-    return model._digest[1]
+        _DIGESTS[model] = (versions, sha256.hexdigest())
+    return _DIGESTS[model][1]
 
 
 @dataclass

@@ -6,10 +6,10 @@ layers, offloading and sharding work.
 Axis letters: B batch, D hidden size, V vocabulary, S seen items, C candidates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,24 +36,28 @@ class CatalogueQuery(NamedTuple):
     Args:
         top_k (`int`, *optional*): how many items to recommend to each user.
         seen_ids (`torch.LongTensor` of shape `(batch_size, num_seen)`, *optional*):
-            Token ids not to recommend; special tokens may fill it up.
+            Token ids of the history; special tokens may fill it up.
         candidate_ids (`torch.LongTensor` of shape `(num_candidates,)`, *optional*):
             The items to choose from. Defaults to the whole catalogue.
         target_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             One item for each user, to be ranked in the whole catalogue.
+        exclude_seen (`bool`, *optional*):
+            Leave `seen_ids` out of what is recommended. Defaults to the model's setting. Ranks are always both, with
+            the seen items left out and with them kept.
     """
 
     top_k: int | None = None
     seen_ids: Tensor | None = None
     candidate_ids: Tensor | None = None
     target_ids: Tensor | None = None
+    exclude_seen: bool | None = None
 
 
 class CatalogueAnswer(NamedTuple):
     """
     Args:
         token_ids (`torch.LongTensor` of shape `(batch_size, top_k)`, returned when `top_k` is given):
-            The best items that were not seen, best first; -1 where there are no more.
+            The best items, without those seen where these are excluded, best first; -1 where there are no more.
         scores (`torch.FloatTensor` of shape `(batch_size, top_k)`, returned when `top_k` is given):
             Their scores, in float32 at least; `-inf` where there are no more.
         ranks (`torch.LongTensor` of shape `(batch_size, 2)`, returned when `target_ids` are given):
@@ -88,9 +92,12 @@ def validate_query(query: CatalogueQuery, batch_size: int, config: RecommenderCo
 
     Raises:
         ValueError: if `top_k` is no integer of at least 1, a shape does not belong to the batch, a token id does not
-            exist, `candidate_ids` or `target_ids` are no items, or candidates are not distinct or given with targets.
+            exist, `candidate_ids` or `target_ids` are no items, candidates are not distinct or given with targets, or
+            `exclude_seen` is neither a bool nor None.
     """
-    top_k, seen_ids, candidate_ids, target_ids = query
+    top_k, seen_ids, candidate_ids, target_ids, exclude_seen = query
+    if not isinstance(exclude_seen, bool | None):
+        raise ValueError(f"exclude_seen must be True, False or None, found {exclude_seen!r}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
         raise ValueError(f"top_k must be an integer of at least 1, found {top_k!r}")
     if seen_ids is not None:
@@ -129,7 +136,8 @@ def search_catalogue(
         lm_head (`torch.nn.Module`): maps `(B, D)` user embeddings to `(B, V)` scores, linearly.
         user_embeddings (`torch.Tensor` of shape `(B, D)`).
         query ([`CatalogueQuery`]).
-        config ([`RecommenderConfig`]): tells special tokens, which are never recommended nor compete, from items.
+        config ([`RecommenderConfig`]): tells special tokens, which are never recommended nor compete, from items, and
+            whether seen items are excluded where the query does not say.
 
     Returns:
         [`CatalogueAnswer`]
@@ -139,7 +147,8 @@ def search_catalogue(
     """
     batch_size = len(user_embeddings)
     validate_query(query, batch_size, config)
-    top_k, seen_ids, candidate_ids, target_ids = query
+    top_k, seen_ids, candidate_ids, target_ids, exclude_seen = query
+    exclude_seen = config.exclude_seen if exclude_seen is None else exclude_seen
     first = config.num_special_tokens
     columns = slice(first, None) if candidate_ids is None else candidate_ids
     score = _Scorer(lm_head, user_embeddings, in_double=target_ids is not None)
@@ -150,13 +159,13 @@ def search_catalogue(
     for chunk in row_chunks(batch_size, config.vocab_size, user_embeddings.device):
         scores = score(user_embeddings[chunk], columns)  # (chunk, V - first), or (chunk, C)
         is_seen = None
-        if seen_ids is not None:
+        if seen_ids is not None and (exclude_seen or target_ids is not None):
             is_seen = torch.zeros(len(scores), config.vocab_size, dtype=torch.bool, device=scores.device)
             is_seen = is_seen.scatter_(1, seen_ids[chunk].long(), True)[:, columns]
         if target_ids is not None:
             ranks.append(_rank(scores, target_ids[chunk, None].long() - first, tolerance[chunk, None], is_seen))
         if top_k is not None:
-            if is_seen is not None:
+            if is_seen is not None and exclude_seen:
                 scores = scores.masked_fill(is_seen, -torch.inf)
             best, indices = scores.topk(min(top_k, scores.shape[1]))
             ids = indices + first if candidate_ids is None else candidate_ids[indices]
@@ -193,7 +202,7 @@ def first_read(token_ids: Tensor, rows: Tensor, items: Tensor) -> Tensor:
     return torch.where(keys[indices] == wanted, order[indices] % length, length)
 
 
-def is_plain_linear(lm_head: nn.Module) -> bool:
+def is_plain_linear(lm_head: nn.Module) -> TypeGuard[nn.Linear]:
     """Tell whether scores are the inner products with the rows of `lm_head.weight` and nothing else: no adapter, bias
     or hook, and no quantised, sharded or offloaded weight."""
     return (
@@ -257,7 +266,7 @@ class _Precision(TorchFunctionMode):
     """Compute in one floating-point type, in this thread: every plain tensor that goes into an operation is cast, and
     those of a list once."""
 
-    def __init__(self, dtype: torch.dtype, weights: list[Tensor]):
+    def __init__(self, dtype: torch.dtype, weights: Sequence[Tensor]):
         super().__init__()
         self.dtype = dtype
         self.weights = {id(weight): weight for weight in weights}

@@ -28,6 +28,9 @@ class ElasticConfig(RecommenderConfig):
             Dropout probability of the embeddings and of each residual branch.
         conv_kernel_size (`int`, defaults to 3):
             Items that the short causal depthwise convolution of the stream sees.
+        stream_intermediate_size (`int`, defaults to 0):
+            Width of a feed-forward block on the stream, 0 for none. No other block runs at every item of a history:
+            this one makes encoding slower.
         num_memory_subkeys (`int`, *optional*):
             Sub-keys S per half of the interest memory, which then has S * S slots; 0 for no memory. Defaults to the
             smallest power of two with a slot for every item of the catalogue, 128 at most.
@@ -48,6 +51,7 @@ class ElasticConfig(RecommenderConfig):
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.2
     conv_kernel_size: int = 3
+    stream_intermediate_size: int = 0
     num_memory_subkeys: int | None = None
     num_memory_heads: int = 4
     memory_top_k: int = 4
@@ -65,7 +69,7 @@ class ElasticConfig(RecommenderConfig):
             raise ValueError("is_causal must be True for elastic, found False (the paper's form is elastic_paper)")
 
     def validate_sizes(self):
-        """Every size is positive; 0 sub-keys are no memory."""
+        """Every size is positive."""
         self._validate_at_least(
             1,
             "num_hidden_layers",
@@ -73,22 +77,18 @@ class ElasticConfig(RecommenderConfig):
             "num_interest_experts",
             "intermediate_size",
             "conv_kernel_size",
-            "num_memory_heads",
-            "memory_top_k",
         )
-        self._validate_at_least(0, "num_memory_subkeys")
+        self._validate_at_least(0, "stream_intermediate_size")
         self._validate_fractions("hidden_dropout")
         self._validate_heads()
 
     def validate_memory(self):
-        """The slots asked for exist."""
-        if self.num_memory_subkeys == 0:
+        """The slots asked for exist; 0 sub-keys are no memory."""
+        self._validate_at_least(0, "num_memory_subkeys")
+        self._validate_at_least(1, "num_memory_heads", "memory_top_k")
+        if not self.num_memory_subkeys:
             return
-        if self.hidden_size % (2 * self.num_memory_heads) != 0:
-            raise ValueError(
-                "hidden_size must be a multiple of 2 * num_memory_heads, "
-                f"found {self.hidden_size} and {self.num_memory_heads}"
-            )
+        self._validate_multiple("hidden_size", "num_memory_heads", times=2)
         if self.memory_top_k > self.num_memory_subkeys**2:
             raise ValueError(
                 f"memory_top_k asks for {self.memory_top_k} slots per memory head, "

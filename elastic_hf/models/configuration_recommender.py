@@ -32,10 +32,11 @@ class RecommenderConfig(PreTrainedConfig):
             random prefix predicts the item after it.
         training_loss (`str`, defaults to `"full_softmax"`):
             `"full_softmax"`, `"sampled_softmax"`, `"gbce"` or `"bce"`, see `losses.py`.
-        mask_seen_in_loss (`bool`, defaults to `True`):
-            Leave the items that a position has read out of its loss, but for its target, as `recommend` and the
-            evaluation leave them out of their answer. Set it to `False` where users come back to items and these are
-            to be recommended.
+        exclude_seen (`bool`, defaults to `True`):
+            Leave the items of a history out of what is recommended after it, unless a call says otherwise: by
+            `recommend`, by the pipeline and in the evaluation. Set it to `False` where users come back to items.
+        mask_seen_in_loss (`bool`, *optional*):
+            Leave the items that a position has read out of its loss, but for its target. Defaults to `exclude_seen`.
         num_negatives (`int`, defaults to 256):
             Uniform negatives: one set per batch for the sampled softmax, one set per position for gBCE and BCE. Not
             read by the full softmax.
@@ -59,12 +60,13 @@ class RecommenderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     training_objective: str = "next_item"
     training_loss: str = "full_softmax"
-    mask_seen_in_loss: bool = True
+    exclude_seen: bool = True
+    mask_seen_in_loss: bool | None = None
     num_negatives: int = 256
     gbce_calibration: float | int = 0.75
     num_special_tokens: int = 3
-    pad_token_id: int | None = 0
-    mask_token_id: int | None = 2
+    pad_token_id: int = 0
+    mask_token_id: int = 2
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -72,6 +74,11 @@ class RecommenderConfig(PreTrainedConfig):
             # The pipeline of this package is registered: without it Transformers would ask to trust the repository's.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    @property
+    def masks_seen(self) -> bool:
+        """Whether the loss leaves out what was read."""
+        return self.exclude_seen if self.mask_seen_in_loss is None else self.mask_seen_in_loss
 
     def validate_numbers(self):
         """Numbers are finite and not negative."""
@@ -88,7 +95,7 @@ class RecommenderConfig(PreTrainedConfig):
             )
         for name in ("pad_token_id", "mask_token_id"):
             token_id = getattr(self, name)
-            if token_id is None or not 0 <= token_id < self.num_special_tokens:
+            if not 0 <= token_id < self.num_special_tokens:
                 raise ValueError(
                     f"{name} must be between 0 and num_special_tokens - 1 ({self.num_special_tokens - 1}), "
                     f"found {token_id}"
@@ -122,12 +129,15 @@ class RecommenderConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
 
-    def _validate_heads(self):
-        if self.hidden_size % self.num_attention_heads != 0:
+    def _validate_multiple(self, name: str, of: str, times: int = 1):
+        if getattr(self, name) % (times * getattr(self, of)) != 0:
+            factor = "" if times == 1 else f"{times} * "
             raise ValueError(
-                "hidden_size must be a multiple of num_attention_heads, "
-                f"found {self.hidden_size} and {self.num_attention_heads}"
+                f"{name} must be a multiple of {factor}{of}, found {getattr(self, name)} and {getattr(self, of)}"
             )
+
+    def _validate_heads(self):
+        self._validate_multiple("hidden_size", "num_attention_heads")
 
 
 __all__ = ["RecommenderConfig"]

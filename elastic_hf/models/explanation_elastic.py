@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
@@ -34,17 +35,17 @@ class ElasticExplanation(ModelOutput):
             by the item's embedding, times that embedding. Negative where the item spoke against it.
     """
 
-    half_lives: torch.FloatTensor | None = None
-    assignments: torch.FloatTensor | None = None
-    item_weights: torch.FloatTensor | None = None
-    token_ids: torch.LongTensor | None = None
-    contributions: torch.FloatTensor | None = None
+    half_lives: Tensor | None = None
+    assignments: Tensor | None = None
+    item_weights: Tensor | None = None
+    token_ids: Tensor | None = None
+    contributions: Tensor | None = None
 
 
 def explain(
     model: "ElasticForSequentialRecommendation",
-    input_ids: torch.LongTensor,
-    attention_mask: torch.LongTensor | None = None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
     top_k: int = 10,
 ) -> ElasticExplanation:
     """Show which experts took each interaction, how far back they look, and which items carried the recommendations.

@@ -5,6 +5,7 @@ number of targets in the whole (accumulated, distributed) batch to train on its 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -141,7 +142,7 @@ class _FullSoftmaxLoss(torch.autograd.Function):
             if needs_gradient:
                 score_gradient = probabilities.div_(normaliser)
                 score_gradient.scatter_add_(-1, wanted, torch.full_like(wanted_scores, -1.0))
-                of_users, *of_weights = _head_gradients(lm_head, logits, (users, *weights), score_gradient)
+                of_users, of_weights = _head_gradients(lm_head, logits, (users, *weights), score_gradient)
                 gradients[0][chunk] = of_users
                 for gradient, of_weight in zip(gradients[1:], of_weights, strict=True):
                     if of_weight is not None:
@@ -159,17 +160,18 @@ class _FullSoftmaxLoss(torch.autograd.Function):
 
 def _head_gradients(
     lm_head: nn.Module, logits: Tensor, inputs: tuple[Tensor, ...], score_gradient: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of users and weights, of which a head may leave some out."""
-    gradients = (None,)
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The gradients of users and of weights, of which a head may leave some out."""
+    of_users, of_weights = None, []
     if logits.requires_grad:
         gradients = torch.autograd.grad(logits, inputs, score_gradient.to(logits.dtype), allow_unused=True)
-    if gradients[0] is None:
+        of_users, *of_weights = gradients
+    if of_users is None:
         raise ValueError(
             "lm_head must pass gradients on to train with the full softmax, "
             f"found {type(lm_head).__module__}.{type(lm_head).__name__}, which does not"
         )
-    return gradients
+    return of_users, of_weights
 
 
 def _float32(tensor: Tensor) -> torch.dtype:

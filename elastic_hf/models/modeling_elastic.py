@@ -61,12 +61,15 @@ class ElasticModelOutput(BaseModelOutput):
 
 
 class ElasticStream(nn.Module):
-    """x = conv(norm(e)): what the experts read. Position by position, but for the latest items."""
+    """x = conv(norm(e)), and a feed-forward block if there is one: what the experts read. Position by position, but
+    for the latest items."""
 
     def __init__(self, config: ElasticConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.convolution = nn.Parameter(torch.empty(config.conv_kernel_size, config.hidden_size))
+        width = config.stream_intermediate_size
+        self.feed_forward = ElasticFeedForward(config, width) if width > 0 else None
 
     def forward(
         self, embeddings: Tensor, attention_mask: Tensor, conv_state: Tensor | None = None
@@ -84,6 +87,8 @@ class ElasticStream(nn.Module):
         stream = causal_convolution(inputs, self.convolution)
         if conv_state is not None:
             stream.mul_(attention_mask[..., None])  # what came earlier is convolved into the padding, too
+        if self.feed_forward is not None:
+            stream = self.feed_forward(stream) * attention_mask[..., None]
         return stream, inputs[:, inputs.shape[1] - num_earlier :].clone()  # a view would keep all inputs
 
 
@@ -156,12 +161,12 @@ class ElasticRetrieval(GradientCheckpointingLayer):
 class ElasticFeedForward(GradientCheckpointingLayer):
     """h + W_down act(W_up norm(h))"""
 
-    def __init__(self, config: ElasticConfig):
+    def __init__(self, config: ElasticConfig, intermediate_size: int):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up = nn.Linear(config.hidden_size, intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down = nn.Linear(intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -174,10 +179,10 @@ class ElasticLayer(nn.Module):
 
     def __init__(self, config: ElasticConfig, index: int):
         super().__init__()
-        has_memory = config.num_memory_subkeys > 0 and index == config.num_hidden_layers - 1
+        has_memory = bool(config.num_memory_subkeys) and index == config.num_hidden_layers - 1
         self.attention = ElasticAttention(config, is_first=index == 0)
         self.retrieval = ElasticRetrieval(config) if has_memory else None
-        self.feed_forward = ElasticFeedForward(config)
+        self.feed_forward = ElasticFeedForward(config, config.intermediate_size)
 
     def forward(
         self, hidden_states: Tensor, stream: Tensor, attention_mask: Tensor, read: Callable, *interests: Tensor
@@ -237,8 +242,8 @@ class ElasticModel(ElasticPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         last_position_only: bool = False,
         cache: ElasticCache | None = None,
         use_cache: bool = False,
@@ -374,6 +379,23 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     supports_cache = True
+    paper = "Deng et al. 2024, in this package's own form: compressed once, read deep"
+    description = (
+        "ELASTIC compresses a history of any length into a fixed number of interest experts by linear dispatcher "
+        "attention, once: a deep reader looks at the result, and a user's state of fixed size takes one more item at "
+        "the same cost after any history. This is the package's own form and not the paper's, and independent of the "
+        "paper's authors, who published no code."
+    )
+    citation = r"""
+    @misc{deng2024elastic,
+      title = {{ELASTIC}: Efficient Linear Attention for Sequential Interest Compression},
+      author = {Deng, Jiaxin and Wang, Shiyao and Lu, Song and Li, Yinfeng and Luo, Xinchen and Liu, Yuanjun and
+        Xu, Peixing and Zhou, Guorui},
+      year = {2024},
+      eprint = {2408.09380},
+      archivePrefix = {arXiv},
+    }
+    """
 
     def __init__(self, config: ElasticConfig):
         super().__init__(config)
@@ -381,16 +403,12 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def explain(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, top_k: int = 10
-    ) -> ElasticExplanation:
+    def explain(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 10) -> ElasticExplanation:
         """Explain recommendations, see [`~explanation_elastic.explain`]."""
         return explain(self, input_ids, attention_mask, top_k)
 
     @torch.no_grad()
-    def get_retrieved_slots(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
-    ) -> torch.LongTensor:
+    def get_retrieved_slots(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the slots of the interest memory that answer for each history.
 
         Args:

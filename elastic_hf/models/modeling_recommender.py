@@ -36,7 +36,7 @@ class SequentialRecommendationOutput(ModelOutput):
         user_embeddings (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, returned without `labels`):
             The vectors that the head turns into scores.
         token_ids (`torch.LongTensor` of shape `(batch_size, top_k)`, returned with a `query` for the `top_k`):
-            The best items that were not seen, best first; -1 where there are no more.
+            The best items, without those seen where these are excluded, best first; -1 where there are no more.
         scores (`torch.FloatTensor` of shape `(batch_size, top_k)`, returned with a `query` for the `top_k`):
             Their scores, in float32 at least; `-inf` where there are no more.
         ranks (`torch.LongTensor` of shape `(batch_size, 2)`, returned with a `query` for `target_ids`):
@@ -50,22 +50,22 @@ class SequentialRecommendationOutput(ModelOutput):
             What to go on from when the histories grow, by models with `supports_cache`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    user_embeddings: torch.FloatTensor | None = None
-    token_ids: torch.LongTensor | None = None
-    scores: torch.FloatTensor | None = None
-    ranks: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    user_embeddings: Tensor | None = None
+    token_ids: Tensor | None = None
+    scores: Tensor | None = None
+    ranks: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     cache: Any = None
 
 
 class Recommendations(NamedTuple):
     """Token ids, best first, and their scores, both of shape `(batch_size, top_k)`."""
 
-    token_ids: torch.LongTensor
-    scores: torch.FloatTensor
+    token_ids: Tensor
+    scores: Tensor
 
 
 def validate_histories(input_ids: Tensor, attention_mask: Tensor | None, config: RecommenderConfig) -> Tensor:
@@ -238,8 +238,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class SequentialRecommenderMixin:
-    """The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items."""
+    """
+    The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items.
 
+    A subclass says what documents and model cards state: the `paper` as a reader looks for it, a `description` of the
+    model in a sentence or two, and the paper's BibTeX as the `citation`, empty where there is none.
+    """
+
+    paper: str
+    description: str
+    citation: str = ""
     supports_cache = False
 
     @classmethod
@@ -288,9 +296,9 @@ class SequentialRecommenderMixin:
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Any = None,
         use_cache: bool = False,
@@ -396,7 +404,7 @@ class SequentialRecommenderMixin:
         if targets.numel() and int(targets.max()) >= config.vocab_size:
             raise ValueError(f"labels must be below vocab_size ({config.vocab_size}), found {int(targets.max())}")
         seen = None
-        if config.mask_seen_in_loss:
+        if config.masks_seen:
             last_read = positions if config.is_causal else torch.full_like(positions, labels.shape[1] - 1)
             seen = SeenItems(input_ids.long(), rows, last_read)
         if config.training_loss == "full_softmax":
@@ -426,9 +434,7 @@ class SequentialRecommenderMixin:
         return gbce_loss(*arguments, config.gbce_calibration, is_seen)
 
     @torch.no_grad()
-    def get_user_embeddings(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
-    ) -> Tensor:
+    def get_user_embeddings(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return what the histories say about the next item, without scoring the catalogue, in evaluation mode.
 
         Args:
@@ -447,13 +453,13 @@ class SequentialRecommenderMixin:
     @torch.no_grad()
     def recommend(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         top_k: int = 10,
-        exclude_seen: bool = True,
-        candidate_ids: torch.LongTensor | None = None,
+        exclude_seen: bool | None = None,
+        candidate_ids: Tensor | None = None,
         index=None,
-        seen_ids: torch.LongTensor | None = None,
+        seen_ids: Tensor | None = None,
     ) -> Recommendations:
         """Recommend the items most likely to come next, in evaluation mode.
 
@@ -466,7 +472,8 @@ class SequentialRecommenderMixin:
             attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*):
                 1 for items, 0 for padding. Defaults to everything that is not `pad_token_id`.
             top_k (`int`, defaults to 10): how many items for each history.
-            exclude_seen (`bool`, defaults to `True`): leave out what `seen_ids` holds.
+            exclude_seen (`bool`, *optional*):
+                Leave out what `seen_ids` holds. Defaults to the configuration's `exclude_seen`.
             candidate_ids (`torch.LongTensor` of shape `(num_candidates,)`, *optional*):
                 The token ids to choose from. Defaults to the whole catalogue.
             index ([`~elastic_hf.ItemIndex`], *optional*):
@@ -506,15 +513,15 @@ class SequentialRecommenderMixin:
             if index is not None:
                 raise ValueError("candidate_ids must not be given with an index, which searches all items")
             candidate_ids = as_token_ids("candidate_ids", candidate_ids, device)
-        query = CatalogueQuery(top_k, seen_ids, candidate_ids)
+        if exclude_seen is None:
+            exclude_seen = config.exclude_seen
+        query = CatalogueQuery(top_k, seen_ids, candidate_ids, exclude_seen=exclude_seen)
         validate_query(query, len(input_ids), config)
         num_candidates = config.vocab_size - config.num_special_tokens
         if candidate_ids is not None:
             num_candidates = len(candidate_ids)
         if top_k > num_candidates:
             raise ValueError(f"top_k must be at most the number of candidate items ({num_candidates}), found {top_k}")
-        if not exclude_seen:
-            query = query._replace(seen_ids=None)
 
         if index is None:
             with evaluating(self):
@@ -522,7 +529,8 @@ class SequentialRecommenderMixin:
             token_ids, scores = output.token_ids, output.scores
         else:
             index.validate_model(self)
-            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask), top_k, query.seen_ids)
+            left_out = seen_ids if exclude_seen else None
+            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask), top_k, left_out)
         if bool(scores.isnan().any()):
             raise ValueError("the model's scores contain NaN: its weights or its input are broken")
         if bool((token_ids < 0).any()):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
-from .item_tokenizer import NUM_SPECIAL_TOKENS
+from .item_tokenizer import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -31,14 +31,15 @@ class SequentialRecommendationPipeline(Pipeline):
     empty one. A title stands for its item where no item id equals it.
 
     The model reads the most recent `model_max_length` items of the tokenizer, as it does in the evaluation of
-    [`SequentialRecommendationTrainer`]; older ones are still seen, and left out of the recommendations.
+    [`SequentialRecommendationTrainer`]; older ones are still seen, and left out of the recommendations where
+    these are without seen items.
     ELASTIC, which has no longest history, reads more after `pipe.tokenizer.model_max_length = 4_000`.
 
     The parameters can be given to `pipeline`, and to each call of what it returns:
 
     Args:
         top_k (`int`, defaults to 10): How many items for each history.
-        exclude_seen (`bool`, defaults to `True`): Leave out the items of the history.
+        exclude_seen (`bool`, *optional*): Leave out the items of the history. Defaults to the model's setting.
         candidates (`list`, *optional*): Item ids or titles to choose from. Defaults to the whole catalogue.
         unknown (`str`, defaults to `"error"`): What becomes of items, in a history or among the candidates, that the
             model does not know: `"error"` raises an error that names them, `"ignore"` leaves them out with a warning
@@ -67,6 +68,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
     parameter_names = ("top_k", "exclude_seen", "candidates", "unknown", "fallback")
 
+    tokenizer: ElasticItemTokenizer
     _load_tokenizer = True
     _load_processor = False
     _load_image_processor = False
@@ -101,11 +103,11 @@ class SequentialRecommendationPipeline(Pipeline):
             if name not in self.parameter_names:
                 raise ValueError(f"parameters must be among {', '.join(self.parameter_names)}, found {name!r}")
         checked = {name: value for name, value in parameters.items() if name != "candidates"}
-        top_k, exclude_seen = parameters.get("top_k", 10), parameters.get("exclude_seen", True)
+        top_k, exclude_seen = parameters.get("top_k", 10), parameters.get("exclude_seen")
         if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1:
             raise ValueError(f"top_k must be an integer of at least 1, found {top_k!r}")
-        if not isinstance(exclude_seen, bool):
-            raise ValueError(f"exclude_seen must be True or False, found {exclude_seen!r}")
+        if not isinstance(exclude_seen, bool | None):
+            raise ValueError(f"exclude_seen must be True, False or None, found {exclude_seen!r}")
         for name, choices in (("unknown", ("error", "ignore")), ("fallback", ("error", "popularity"))):
             if name in parameters and parameters[name] not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, found {parameters[name]!r}")
@@ -124,7 +126,7 @@ class SequentialRecommendationPipeline(Pipeline):
         self,
         numbered_history: tuple[int | None, Any],
         top_k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidate_ids: dict[int, None] | None = None,
         unknown: str = "error",
         fallback: str = "error",
@@ -145,10 +147,12 @@ class SequentialRecommendationPipeline(Pipeline):
                 f"{name} must have at least one item that the model knows, found none (fallback='popularity' "
                 "recommends what is popular)"
             )
-        if candidate_ids is None:
-            candidate_ids = range(NUM_SPECIAL_TOKENS, len(self.tokenizer))
+        all_items = range(NUM_SPECIAL_TOKENS, len(self.tokenizer))
+        candidates = all_items if candidate_ids is None else candidate_ids
+        if exclude_seen is None:
+            exclude_seen = self.model.config.exclude_seen
         seen = set(token_ids) if exclude_seen else set()
-        num_left = len(candidate_ids) - sum(token_id in candidate_ids for token_id in seen)
+        num_left = len(candidates) - sum(token_id in candidates for token_id in seen)
         if top_k > num_left:
             raise ValueError(
                 f"{name}: top_k must be at most the {num_left} items left to recommend "
@@ -160,7 +164,7 @@ class SequentialRecommendationPipeline(Pipeline):
         self,
         model_inputs: dict[str, Tensor],
         top_k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidate_ids: dict[int, None] | None = None,
     ) -> dict[str, Tensor]:
         input_ids = model_inputs["input_ids"]  # (B, L), whole histories

@@ -13,7 +13,7 @@ from huggingface_hub.utils.sha import git_hash
 from .repository import files_to_publish
 
 
-class PublishError(RuntimeError):
+class PublishError(OSError):
     """Says what kept a folder from being published, in one line that holds no token."""
 
 
@@ -40,7 +40,7 @@ def publish(
     exist is created first.
 
     Args:
-        folder (`str` or `Path`): An output folder of `examples/run_seqrec.py`, or of
+        folder (`str` or `Path`): An output folder of `elastic-hf train`, or of
             [`SequentialRecommendationTrainer`].
         repo_id (`str`): `"namespace/name"` of the model repository.
         private (`bool`, *optional*): Whether only its owner can see a new repository. The namespace's own setting by

@@ -11,20 +11,21 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..registry import MODELS
-from ..results import FEW_USERS
+from ..results import FEW_USERS, RESULTS_FILE, SUFFIXES, RunResults, read_json
 from .privacy import without_personal_data
 from .tables import (
     METRICS,
-    comparison_rows,
+    comparison_table,
     cost_rows,
     group_by_model,
     latency_table,
-    metric_rows,
+    metric_table,
     name_of_model,
+    rankings,
     table,
     training_rows,
 )
-from .trial import MODEL_FILES, load_pipeline, read_json, recommend_example
+from .trial import MODEL_FILES, load_pipeline, recommend_example
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -64,6 +65,9 @@ DATA_SOURCES = {
     for name, texts in yaml.safe_load(Path(__file__).with_name("data_sources.yaml").read_text("utf-8")).items()
 }
 
+# What results have in common that stand in one table.
+COMPARED = ("dataset", "protocol", "num_users", "num_items", "num_interactions", "max_length", "exclude_seen")
+
 # The first of these that was measured is what a card reports.
 EVALUATIONS = {"test": "test items", "validation": "validation items", "eval": "evaluation dataset"}
 
@@ -71,13 +75,13 @@ EVALUATIONS = {"test": "test items", "validation": "validation items", "eval": "
 def render_model_card(
     folder: str | os.PathLike,
     repo_id: str,
-    known: dict | None = None,
+    known: RunResults | None = None,
     *,
     example: dict | None = None,
     **options,
 ) -> ModelCard:
     """
-    Render the card of a model folder that `examples/run_seqrec.py` wrote, from the files in it:
+    Render the card of a model folder that `elastic-hf train` wrote, from the files in it:
 
     - `all_results.json`: the run's own results;
     - `config.json`, which must be of that run's model. Where it has an `auto_map`, the folder holds the model's code,
@@ -90,7 +94,8 @@ def render_model_card(
     Args:
         folder (`str` or `os.PathLike`): The model folder.
         repo_id (`str`): Where the model will be loaded from: its Hub id, or the folder.
-        known (`dict`, *optional*): What holds where `all_results.json` says nothing; then that file may be missing.
+        known ([`RunResults`], *optional*):
+            What holds where `all_results.json` says nothing; then that file may be missing.
         example (`dict`, *optional*): As [`recommend_example`] returns it, where the model was loaded before.
         options: As for [`make_model_card`].
 
@@ -101,27 +106,29 @@ def render_model_card(
         ValueError: if a file is missing or broken, or if the files do not belong together.
     """
     folder = Path(folder)
-    results_file, config_file = folder / "all_results.json", folder / "config.json"
+    results_file, config_file = folder / RESULTS_FILE, folder / "config.json"
     if known is None and not results_file.exists():
-        raise ValueError(f"{folder} must hold all_results.json, as examples/run_seqrec.py writes it")
-    results = read_json(results_file) if results_file.exists() else {}
+        raise ValueError(f"{folder} must hold {RESULTS_FILE}, as elastic-hf train writes it")
+    contents = read_json(results_file) if results_file.exists() else {}
     config = read_json(config_file) if config_file.exists() else {}
-    for name, value in results.get("config", {}).items():
-        if config.get(name, value) != value:
+    for name, value in contents.get("config", {}).items():
+        if config.get(name, value) not in (value, None):  # null follows other fields
             raise ValueError(
                 f"{results_file} must be of the model in config.json, found {name} {value!r} and {config[name]!r}"
             )
-    # In the middle of a training the folder may hold an older model.
-    if example is None and results and all((folder / name).exists() for name in MODEL_FILES):
+    results = RunResults.from_dict((known.to_dict() if known is not None else {}) | contents, str(results_file))
+    # In the middle of a training, before there are results, the folder may hold an older model.
+    has_model = bool(contents) and all((folder / name).exists() for name in MODEL_FILES)
+    if example is None and results.example is None and has_model:
         example = recommend_example(load_pipeline(folder))
-    others = {str(file): read_json(file) for file in sorted((folder / "results").glob("*.json"))}
-    benchmark = others.pop(str(folder / "results" / "benchmark-inference.json"), None)
+    benchmark_file = folder / "results" / "benchmark-inference.json"
+    files = sorted({*(folder / "results").glob("*.json")} - {benchmark_file})
     figures = {name: f"{name}.png" for name in FIGURES if (folder / f"{name}.png").exists()}
     return make_model_card(
         repo_id,
-        (known or {}) | results,
-        others,
-        benchmark=benchmark,
+        results,
+        {str(file): RunResults.read(file) for file in files},
+        benchmark=read_json(benchmark_file) if benchmark_file.exists() else None,
         figures=figures,
         example=example,
         **{"has_code": "auto_map" in config, **options},
@@ -130,8 +137,8 @@ def render_model_card(
 
 def make_model_card(
     repo_id: str,
-    results: dict,
-    others: dict[str, dict] | None = None,
+    results: RunResults,
+    others: dict[str, RunResults] | None = None,
     *,
     benchmark: dict | None = None,
     figures: dict[str, str] | None = None,
@@ -152,8 +159,8 @@ def make_model_card(
 
     Args:
         repo_id (`str`): Where the model will be loaded from: a Hub id, or a folder.
-        results (`dict`): The results of the run that made the model, as in `all_results.json`.
-        others (`dict[str, dict]`, *optional*):
+        results ([`RunResults`]): The results of the run that made the model.
+        others (`dict[str, RunResults]`, *optional*):
             Results of other seeds and of baselines by the names of their files.
         benchmark (`dict`, *optional*): The results of `examples/benchmarks/run_benchmark.py inference`.
         figures (`dict[str, str]`, *optional*): Relative links to the figures, by their names in `FIGURES`.
@@ -174,22 +181,20 @@ def make_model_card(
         `ModelCard`: The card, not yet saved.
 
     Raises:
-        ValueError: if `repo_id` or the `model_type` of `results` is missing, or if `others` are not comparable with
-            `results`.
+        ValueError: if `repo_id` is missing, or if `others` are not comparable with `results`.
     """
-    if "model_type" not in results:
-        raise ValueError(f"results must have a model_type, found {', '.join(results) or 'nothing'}")
     if not repo_id:
         raise ValueError(f"repo_id must name where the model will be loaded from, found {repo_id!r}")
     _check_comparable(results, others or {})
-    results = without_personal_data(results)
-    others = {file: without_personal_data(other) for file, other in (others or {}).items()}
+    results = _public(results)
+    others = {file: _public(other) for file, other in (others or {}).items()}
     benchmark = benchmark and without_personal_data(benchmark)
-    if data_source is None and results.get("dataset"):
-        data_source = DATA_SOURCES.get(results["dataset"], DataSource(results["dataset"]))
-    evaluation = next((prefix for prefix in EVALUATIONS if f"{prefix}_ndcg@10" in results), None)
+    if data_source is None and results.dataset:
+        data_source = DATA_SOURCES.get(results.dataset, DataSource(results.dataset))
+    metric = f"ndcg@10{results.suffix}"
+    evaluation = next((prefix for prefix in EVALUATIONS if f"{prefix}_{metric}" in results.metrics), None)
     eval_results = _eval_results(results, evaluation, data_source)
-    datasets = datasets or results.get("hub_dataset")
+    datasets = datasets or results.hub_dataset
     name = model_name or repo_id.rstrip("/").split("/")[-1]
     card_data = ModelCardData(
         model_name=name if eval_results else None,
@@ -197,7 +202,7 @@ def make_model_card(
         license=license,
         library_name="transformers",
         pipeline_tag=TASK,
-        tags=[*TAGS, results["model_type"], *(tags or ())],
+        tags=[*TAGS, results.model_type, *(tags or ())],
         base_model=base_model,
         datasets=[datasets] if isinstance(datasets, str) else datasets,
         metrics=[metric.split("@")[0].lower() for metric in METRICS] if eval_results else None,
@@ -211,7 +216,7 @@ def make_model_card(
         has_code=has_code,
         requirements=REQUIREMENTS,
         revision=revision,
-        example=example or results.get("example"),
+        example=example or results.example,
         as_code=partial(json.dumps, ensure_ascii=False),
         results=results,
         data_source=data_source,
@@ -223,97 +228,108 @@ def make_model_card(
     )
 
 
-def _describe_model(results: dict, data_source: DataSource | None) -> dict[str, Any]:
+def _public(results: RunResults) -> RunResults:
+    """What everyone may read of results."""
+    return RunResults.from_dict(without_personal_data(results.to_dict()))
+
+
+def _describe_model(results: RunResults, data_source: DataSource | None) -> dict[str, Any]:
     """What the card says about the model whatever the run was like."""
-    # The code of ELASTIC, which repositories hold a copy of, leaves what is said about it to the card.
-    about = MODELS.get({"elastic": "elastic_paper"}.get(results["model_type"], results["model_type"]))
+    about = MODELS.get(results.model_type)
     sources = [source for source in (about, data_source) if source and source.citation]
     return {
-        "config": results.get("config", {}),
+        "config": results.config,
         "model_description": about and about.description,
         "citations": [inspect.cleandoc(source.citation) for source in sources],
     }
 
 
-def _describe_results(results: dict, others: dict[str, dict], evaluation: str | None) -> dict[str, Any]:
+def _describe_results(results: RunResults, others: dict[str, RunResults], evaluation: str | None) -> dict[str, Any]:
     """What the card says about the run, beside others."""
     models = group_by_model(results, others)
-    num_users = {EVALUATIONS[prefix]: results.get(f"num_{prefix}_users") for prefix in ("validation", "test")}
+    num_users = {"validation items": results.num_validation_users, "test items": results.num_test_users}
     return {
         "evaluation": evaluation,
         "evaluated_on": EVALUATIONS.get(evaluation),
         "num_users": {items: number for items, number in num_users.items() if number is not None},
         "few_users": FEW_USERS,
         "selection": _selection(results),
-        "coverage": results.get(f"{evaluation}_coverage@10"),
+        "share_seen": _share_seen(results),
+        "coverage": results.metrics.get(f"{evaluation}_coverage@10"),
         "models": models,
         "own_seeds": models[name_of_model(results)],
         "table": table,
-        "metric_rows": metric_rows(results, evaluation),
-        "comparison_rows": comparison_rows(results, models),
+        "metric_table": metric_table(results, evaluation),
+        "comparison_table": comparison_table(results, models),
         "training_rows": training_rows(results),
         "cost_rows": cost_rows(models),
     }
 
 
-def _check_comparable(results: dict, others: dict[str, dict]) -> None:
+def _check_comparable(results: RunResults, others: dict[str, RunResults]) -> None:
     """The same data, split and length for all, and the same settings for all seeds of a model."""
     runs = {"the model's own results": results}
     for file, other in others.items():
-        for key in ("dataset", "protocol", "num_users", "num_items", "num_interactions", "max_length"):
-            value, expected = other.get(key), results.get(key)
+        for key in COMPARED:
+            value, expected = getattr(other, key), getattr(results, key)
             if value != expected:
                 raise ValueError(f"{file}: {key} must be {expected!r}, as for the card's model, found {value!r}")
-        if not other.get("model_type"):
-            raise ValueError(f"{file}: a model to compare with must have a model_type, found none")
-        if "test_ndcg@10" not in other:
+        if f"test_ndcg@10{results.suffix}" not in other.metrics:
             raise ValueError(f"{file}: a model to compare with must have been evaluated on the test items")
         for earlier_file, earlier in runs.items():
             if name_of_model(earlier) != name_of_model(other):
                 continue
-            if earlier.get("seed") == other.get("seed"):
-                raise ValueError(
-                    f"{file}: {name_of_model(other)} with seed {other.get('seed')} is also {earlier_file}"
-                )
+            if earlier.seed == other.seed:
+                raise ValueError(f"{file}: {name_of_model(other)} with seed {other.seed} is also {earlier_file}")
             for section in ("config", "training"):
-                for key, value in other.get(section, {}).items():
-                    expected = earlier.get(section, {}).get(key, value)
+                for key, value in getattr(other, section).items():
+                    expected = getattr(earlier, section).get(key, value)
                     if value != expected:
                         raise ValueError(f"{file}: {key} must be {expected!r} as in {earlier_file}, found {value!r}")
         runs[file] = other
 
 
-def _eval_results(results: dict, evaluation: str | None, data_source: DataSource | None) -> list[EvalResult]:
+def _eval_results(results: RunResults, evaluation: str | None, data_source: DataSource | None) -> list[EvalResult]:
     """The metrics of the card for the Hub's own tables."""
     if evaluation is None or data_source is None:
         return []
     metrics = {
         f"{evaluation}_{name.lower()}{suffix}": (name, f"{name}, full ranking, seen items {words}")
-        for suffix, words in (("", "excluded"), ("_seen_kept", "kept"))
+        for suffix, words in rankings(results)
         for name in METRICS
     }
     return [
         EvalResult(
             task_type=TASK,
             task_name="Sequential recommendation",
-            dataset_type=results.get("hub_dataset") or results.get("dataset") or data_source.name,
+            dataset_type=results.hub_dataset or results.dataset or data_source.name,
             dataset_name=data_source.name,
             dataset_split=evaluation,
             metric_type=name.lower().replace("@", "_at_"),
             metric_name=words,
-            metric_value=round(float(results[key]), 4),
+            metric_value=round(float(results.metrics[key]), 4),
         )
         for key, (name, words) in metrics.items()
-        if key in results
+        if key in results.metrics
     ]
 
 
-def _selection(results: dict) -> str:
+def _share_seen(results: RunResults) -> float | None:
+    """The share of the validation targets that the users had before, where that is known."""
+    if results.num_seen_targets is None or not results.num_validation_users:
+        return None
+    return results.num_seen_targets / results.num_validation_users
+
+
+def _selection(results: RunResults) -> str:
     """What the checkpoint was chosen by."""
-    on = EVALUATIONS["validation" if "validation_ndcg@10" in results else "eval"]
-    metric = results.get("training", {}).get("metric_for_best_model")
+    on = EVALUATIONS["validation" if "validation_ndcg@10" in results.metrics else "eval"]
+    metric = results.training.get("metric_for_best_model")
     if metric is None:
         return f"chosen on the {on}"
     metric = metric.removeprefix("eval_")
-    values = [results[key] for key in (f"validation_{metric}", f"eval_{metric}") if key in results]
-    return f"the one with the best {metric.upper()} on the {on}" + "".join(f": {value:.4f}" for value in values[:1])
+    values = [results.metrics[key] for key in (f"validation_{metric}", f"eval_{metric}") if key in results.metrics]
+    name = metric.removesuffix(SUFFIXES[False])
+    kept = "" if name == metric else " with seen items kept"
+    value = f": {values[0]:.4f}" if values else ""
+    return f"the one with the best {name.upper()}{kept} on the {on}{value}"

@@ -10,15 +10,16 @@ from ..models.configuration_elastic import ElasticConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
 from ..models.modeling_elastic import ElasticForSequentialRecommendation
 from ..models.pipeline import SequentialRecommendationPipeline
+from ..results import RESULTS_FILE, read_json
 from .model_card import FIGURES, TEMPLATES, render_model_card
 from .privacy import find_local_path, without_personal_data
-from .trial import MODEL_FILES, check_files, load_pipeline, read_json, recommend_example
+from .trial import MODEL_FILES, check_files, load_pipeline, recommend_example
 
 
 # All that is ever published of a folder, beside the figures of a card.
 REQUIRED_FILES = (*MODEL_FILES, "README.md")
 CONFIGURATIONS = ("config.json", "tokenizer_config.json")
-RESULTS_FILES = ("all_results.json", "results/*.json")
+RESULTS_FILES = (RESULTS_FILE, "results/*.json")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What a repository of ELASTIC holds beside that, so that it needs public packages alone: the model's code, the handler
 # of Inference Endpoints, and the packages that they import. These files are copied, never imported.
@@ -41,7 +42,7 @@ def files_to_publish(
 
     Args:
         folder (`str` or `Path`):
-            An output folder of `examples/run_seqrec.py`, or of [`SequentialRecommendationTrainer`].
+            An output folder of `elastic-hf train`, or of [`SequentialRecommendationTrainer`].
         repo_id, license, tag, include_personal_data:
             As in [`publish`]. Without a `repo_id` no card is rendered: the folder's own is taken.
 
@@ -64,7 +65,7 @@ def files_to_publish(
             _refuse_local_path(folder / "model.safetensors", str(weights.metadata()))
     contents |= _results(folder, include_personal_data)
     contents |= {name: _public_text(folder / name, include_personal_data) for name in CONFIGURATIONS}
-    if repo_id is not None and "all_results.json" in contents:
+    if repo_id is not None and RESULTS_FILE in contents:
         example = recommend_example(pipeline)
         card = render_model_card(folder, repo_id, license=license, has_code=has_code, revision=tag, example=example)
         contents["README.md"] = str(card).encode()

@@ -1,6 +1,8 @@
-"""The tables of model cards, from results files."""
+"""The tables of model cards, from results."""
 
 import statistics
+
+from ..results import SUFFIXES, RunResults
 
 
 # What a card states of all that was measured, each with seen items excluded and kept.
@@ -21,12 +23,18 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
-def name_of_model(run: dict) -> str:
+def describe_metric(metrics: dict[str, float], key: str) -> str:
+    """Return a metric and, where that is known, its standard error."""
+    values = [metrics[name] for name in (key, f"{key}_standard_error") if name in metrics]
+    return " ± ".join(f"{value:.4f}" for value in values)
+
+
+def name_of_model(run: RunResults) -> str:
     """Return the name of a run's model: its type and, of an ablation, its variant."""
-    return ", ".join(part for part in (run["model_type"], run.get("variant")) if part)
+    return ", ".join(part for part in (run.model_type, run.variant) if part)
 
 
-def group_by_model(results: dict, others: dict[str, dict]) -> dict[str, list[dict]]:
+def group_by_model(results: RunResults, others: dict[str, RunResults]) -> dict[str, list[RunResults]]:
     """Return the seeds of each model by its name, the card's own first."""
     models = {name_of_model(results): [results]}
     for run in others.values():
@@ -34,72 +42,78 @@ def group_by_model(results: dict, others: dict[str, dict]) -> dict[str, list[dic
     return models
 
 
-def metric_rows(results: dict, evaluation: str | None) -> list[list[str]]:
-    """Return each of `METRICS` with seen items excluded and kept, and its standard error where that is known."""
+def rankings(results: RunResults) -> list[tuple[str, str]]:
+    """Return the metrics' suffix in each ranking, and what becomes of seen items in it, that of the model first."""
+    words = {True: "excluded", False: "kept"}
+    return [(SUFFIXES[excluded], words[excluded]) for excluded in (results.exclude_seen, not results.exclude_seen)]
+
+
+def metric_table(results: RunResults, evaluation: str | None) -> str | None:
+    """Return each of `METRICS` with seen items excluded and kept."""
     rows = []
     for name in METRICS:
-        keys = [f"{evaluation}_{name.lower()}{suffix}" for suffix in ("", "_seen_kept")]
-        if keys[0] in results:
-            rows.append([name, *(_with_error(results, key) for key in keys)])
-    return rows
+        keys = [f"{evaluation}_{name.lower()}{suffix}" for suffix, _ in rankings(results)]
+        if keys[0] in results.metrics:
+            rows.append([name, *(describe_metric(results.metrics, key) for key in keys)])
+    return table(["metric", *(f"seen items {words}" for _, words in rankings(results))], rows) if rows else None
 
 
-def _with_error(results: dict, key: str) -> str:
-    """A metric and its standard error, as far as they are known."""
-    values = [results[name] for name in (key, f"{key}_standard_error") if name in results]
-    return " ± ".join(f"{value:.4f}" for value in values)
-
-
-def comparison_rows(results: dict, models: dict[str, list[dict]]) -> list[list[str]]:
+def comparison_table(results: RunResults, models: dict[str, list[RunResults]]) -> str | None:
     """Return every model on the test items, the most accurate first."""
-    if "test_ndcg@10" not in results:
-        return []
+    ndcg = f"ndcg@10{results.suffix}"
+    if f"test_{ndcg}" not in results.metrics:
+        return None
+    columns = {
+        f"{name.lower()}{suffix}": f"{name}, seen {words}" if suffix else name
+        for suffix, words in rankings(results)
+        for name in ("HR@10", "NDCG@10")
+    } | {"coverage@10": "coverage@10"}
     measured = {name: [(run, "test") for run in runs] for name, runs in models.items()}
-    if "popularity_ndcg@10" in results:
+    if f"popularity_{ndcg}" in results.metrics:
         measured.setdefault("popularity", [(results, "popularity")])
     rows = []
     for name, runs in measured.items():
         values = {
-            key: [run[f"{prefix}_{key}"] for run, prefix in runs if f"{prefix}_{key}" in run]
-            for key in ("hr@10", "ndcg@10", "hr@10_seen_kept", "ndcg@10_seen_kept", "coverage@10")
+            key: [run.metrics[f"{prefix}_{key}"] for run, prefix in runs if f"{prefix}_{key}" in run.metrics]
+            for key in columns
         }
         label = f"**{name}**, this model" if name == name_of_model(results) else name
         row = [label, str(len(runs)), *(mean_and_deviation(seeds) for seeds in values.values())]
-        rows.append((-statistics.mean(values["ndcg@10"]), row))
-    return [row for _, row in sorted(rows)]
+        rows.append((-statistics.mean(values[ndcg]), row))
+    return table(["model", "seeds", *columns.values()], [row for _, row in sorted(rows)])
 
 
-def cost_rows(models: dict[str, list[dict]]) -> list[list[str]]:
+def cost_rows(models: dict[str, list[RunResults]]) -> list[list[str]]:
     """Return the parameters of every model, the minutes of its training and the hardware."""
     rows = []
     for name, runs in models.items():
-        if "num_parameters" in runs[0] and "hardware" in runs[0]:
-            minutes = [run["train_seconds"] / 60 for run in runs if "train_seconds" in run]
+        if runs[0].num_parameters is not None and runs[0].hardware is not None:
+            minutes = [run.train_seconds / 60 for run in runs if run.train_seconds is not None]
             spent = f"{statistics.mean(minutes):.{0 if statistics.mean(minutes) >= 10 else 1}f}" if minutes else ""
-            hardware = "; ".join(dict.fromkeys(run["hardware"] for run in runs))
-            rows.append([name, f"{runs[0]['num_parameters']:,}", spent, hardware])
+            hardware = "; ".join(dict.fromkeys(run.hardware for run in runs))
+            rows.append([name, f"{runs[0].num_parameters:,}", spent, hardware])
     return rows
 
 
-def training_rows(results: dict) -> list[list[str]]:
+def training_rows(results: RunResults) -> list[list[str]]:
     """Return the settings of the training that are known."""
-    config, training = results.get("config", {}), results.get("training", {})
+    config, training = results.config, results.training
     settings = {
-        "parameters": f"{results['num_parameters']:,}" if "num_parameters" in results else None,
+        "parameters": None if results.num_parameters is None else f"{results.num_parameters:,}",
         "objective": config.get("training_objective"),
         "loss": config.get("training_loss"),
-        "longest input (items)": results.get("max_length"),
+        "longest input (items)": results.max_length,
     }
-    if results.get("epochs") is not None:
+    if results.epochs is not None:
         settings |= {
-            "long histories cut into windows": results.get("split_into_windows"),
-            "epochs": f"{results['epochs']:g}",
+            "long histories cut into windows": results.split_into_windows,
+            "epochs": f"{results.epochs:g}",
             "batch size (histories)": training.get("batch_size"),
             "learning rate": training.get("learning_rate"),
             "warm-up (steps)": training.get("warmup_steps"),
             "weight decay": training.get("weight_decay"),
             "bfloat16": training.get("bf16"),
-            "seed": results.get("seed"),
+            "seed": results.seed,
         }
     words = {True: "yes", False: "no"}
     return [

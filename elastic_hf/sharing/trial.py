@@ -1,12 +1,10 @@
 """A model is loaded and tried before it is sent: what is torn, broken or of another model is refused by its name."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from ..models.item_tokenizer import ElasticItemTokenizer
 from ..models.pipeline import SequentialRecommendationPipeline
 from ..registry import MODELS
+from ..results import read_json
 
 
 # What a folder holds of a model and its tokenizer.
@@ -91,25 +90,6 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"folder {folder} must hold {', '.join(names)}, found no {', '.join(missing)}")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ValueError: if there is none, or if a number in it is not finite.
-    """
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise ValueError(f"{file} must hold JSON: {error}") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(contents).__name__}")
-    return contents
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"found the number {name}")
 
 
 @contextmanager

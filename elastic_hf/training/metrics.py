@@ -1,8 +1,10 @@
 """The metrics of top-k recommendation that follow from ranks over the full catalogue and recommended items."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from ..results import CUTOFFS
+from ..results import CUTOFFS, SUFFIXES
 
 
 def ranking_metrics(ranks: np.ndarray, top_ids: np.ndarray, num_items: int) -> dict[str, float]:
@@ -13,7 +15,7 @@ def ranking_metrics(ranks: np.ndarray, top_ids: np.ndarray, num_items: int) -> d
         ranks (`np.ndarray` of shape `(num_users, 2)`):
             Ranks from [`~catalogue.search_catalogue`]: seen items excluded, seen items kept.
         top_ids (`np.ndarray` of shape `(num_users, top_k)`):
-            The recommended token ids, best first, seen items excluded; -1 where there was nothing left to recommend.
+            The recommended token ids, best first; -1 where there was nothing left to recommend.
         num_items (`int`):
             Number of items in the catalogue.
 
@@ -31,17 +33,38 @@ def ranking_metrics(ranks: np.ndarray, top_ids: np.ndarray, num_items: int) -> d
     if top_ids.ndim != 2 or len(top_ids) != len(ranks):
         raise ValueError(f"top_ids must have shape ({len(ranks)}, top_k), found {top_ids.shape}")
 
-    metrics = {}
-    for column, suffix in enumerate(("", "_seen_kept")):
-        rank = ranks[:, column].astype(np.float64)
-        for k in CUTOFFS:
-            hit = rank <= k
-            metrics[f"hr@{k}{suffix}"] = float(hit.mean())
-            metrics[f"ndcg@{k}{suffix}"] = float((hit / np.log2(rank + 1)).mean())
-            metrics[f"mrr@{k}{suffix}"] = float((hit / rank).mean())
+    metrics = {name: float(values.mean()) for name, values in _metrics_of_users(ranks)}
     recommended = np.unique(top_ids[:, :10])
     metrics["coverage@10"] = float((recommended >= 0).sum() / num_items)
     return metrics
+
+
+def standard_errors(ranks: np.ndarray) -> dict[str, float]:
+    """
+    Return the standard error of each mean over users in [`ranking_metrics`]: by how much it varies from one sample of
+    as many users to another.
+
+    Args:
+        ranks (`np.ndarray` of shape `(num_users, 2)`): As in [`ranking_metrics`].
+
+    Returns:
+        `dict[str, float]`: By the names of the metrics; empty for one user, of whom it is not known.
+    """
+    num_users = len(ranks)
+    if num_users < 2:
+        return {}
+    return {name: float(values.std(ddof=1) / num_users**0.5) for name, values in _metrics_of_users(ranks)}
+
+
+def _metrics_of_users(ranks: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the names of the metrics and their values for all users, (num_users,)."""
+    for column, suffix in enumerate(SUFFIXES.values()):
+        rank = ranks[:, column].astype(np.float64)
+        for k in CUTOFFS:
+            hit = rank <= k
+            yield f"hr@{k}{suffix}", hit
+            yield f"ndcg@{k}{suffix}", hit / np.log2(rank + 1)
+            yield f"mrr@{k}{suffix}", hit / rank
 
 
 def popularity_bias(

@@ -3,6 +3,8 @@
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..results import SUFFIXES
+
 
 NO_METRICS = ("epoch", "_runtime", "_per_second")
 
@@ -18,7 +20,7 @@ class EvaluationLines(TrainerCallback):
     """Print one line per evaluation while training, such as `epoch 3/16  loss 2.457  NDCG@10 0.1418 (best)`.
 
     It has the mean training loss since the last line, the metric that the best checkpoint is chosen by, NDCG@10 and
-    HR@10. Where nothing is evaluated, it has the loss alone.
+    HR@10, with seen items excluded or kept as the model recommends. Where nothing is evaluated, it has the loss alone.
     """
 
     def __init__(self) -> None:
@@ -40,10 +42,11 @@ class EvaluationLines(TrainerCallback):
                 self._print_line(args, state, [])
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, model, **kwargs
     ) -> None:
         if self.is_training:
-            self._print_line(args, state, _describe(metrics, args, state))
+            suffix = SUFFIXES[model.config.exclude_seen]
+            self._print_line(args, state, _describe(metrics, args, state, suffix))
 
     def _print_line(self, args: TrainingArguments, state: TrainerState, figures: list[str]) -> None:
         if args.max_steps > 0:
@@ -55,9 +58,9 @@ class EvaluationLines(TrainerCallback):
         self.loss = None
 
 
-def _describe(metrics: dict[str, float], args: TrainingArguments, state: TrainerState) -> list[str]:
+def _describe(metrics: dict[str, float], args: TrainingArguments, state: TrainerState, suffix: str) -> list[str]:
     best_key = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
-    shown = {key: value for key, value in metrics.items() if key.endswith(("_ndcg@10", "_hr@10"))}
+    shown = {key: value for key, value in metrics.items() if key.endswith((f"_ndcg@10{suffix}", f"_hr@10{suffix}"))}
     if best_key in metrics:
         shown = {best_key: metrics[best_key], **shown}
     # Metrics of the user's own

@@ -20,7 +20,7 @@ from transformers.utils.hub import PushInProgress, hf_api
 
 from ..data.collator import SequentialRecommendationCollator
 from ..models.catalogue import CatalogueQuery
-from ..results import CUTOFFS, written_whole
+from ..results import CUTOFFS, RunResults, written_whole
 from ..sharing.hub import publish
 from ..sharing.model_card import render_model_card
 from .arguments import METRIC_SCHEDULES, check_arguments
@@ -41,13 +41,14 @@ class SequentialRecommendationTrainer(ResumableTrainer):
     - Datasets have rows of `input_ids` (a user's whole history of token ids, oldest first) and, for evaluation, a
       `target` (the token id of the item to rank). Other columns are ignored. Training histories of fewer than 2 items
       are left out, with a warning.
-    - Evaluation ranks each target in the full catalogue, chunk by chunk, and gathers ranks and the 20 best unseen
+    - Evaluation ranks each target in the full catalogue, chunk by chunk, and gathers ranks and the 20 best
       items, never logits. The metrics are those of [`ranking_metrics`], for example `eval_ndcg@10`; there is no
       `eval_loss`. `predict` returns `predictions = (ranks, top_ids)` in the order of the dataset: ranks of shape
       `(num_users, 2)` (seen items excluded, seen items kept) and top_ids of shape `(num_users, 20)`, -1 where nothing
-      is left to recommend. Seen means the whole history, also what the model's window cuts off. No user is dropped,
-      whatever `dataloader_drop_last` says.
-    - A training prints one line per evaluation.
+      is left to recommend. Seen means the whole history, also what the model's window cuts off; whether top_ids are
+      without these is the configuration's `exclude_seen`. No user is dropped, whatever `dataloader_drop_last` says.
+    - A training prints one line per evaluation: its metrics are with seen items excluded or kept as `exclude_seen`
+      says. `metric_for_best_model` is to be `"ndcg@10"` or, where they are kept, `"ndcg@10_seen_kept"`.
     - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
     - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
     - Weight decay applies to the weights of linear layers only: not to embeddings, the head, norms and biases.
@@ -251,24 +252,24 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         epochs = [log["epoch"] for log in self.state.log_history if log["step"] == self.state.best_global_step]
         return epochs[0] if epochs else None
 
-    def _known_for_card(self, dataset: str | None) -> dict:
+    def _known_for_card(self, dataset: str | None) -> RunResults:
         """What all_results.json would say, as far as the trainer knows."""
         config = self.model.config
-        known = {
-            "dataset": dataset,
-            "model_type": config.model_type,
-            "seed": self.args.seed,
-            "num_items": config.vocab_size - config.num_special_tokens,
-            "num_parameters": self.model.num_parameters(),
-            "max_length": self.data_collator.max_length,
-            "config": config.to_dict(),
-            "training": self.training_settings(),
-            "epochs": self.state.epoch or None,
-            "best_epoch": self.best_epoch(),
-            "transformers_version": transformers.__version__,
-            "torch_version": torch.__version__,
-        }
-        return known | (self._metrics_for_card() or {})
+        return RunResults(
+            model_type=config.model_type,
+            seed=self.args.seed,
+            dataset=dataset,
+            num_items=config.vocab_size - config.num_special_tokens,
+            num_parameters=self.model.num_parameters(),
+            max_length=self.data_collator.max_length,
+            config=config.to_dict() | {"mask_seen_in_loss": config.masks_seen},
+            training=self.training_settings(),
+            epochs=self.state.epoch or None,
+            best_epoch=self.best_epoch(),
+            metrics=self._metrics_for_card(),
+            transformers_version=transformers.__version__,
+            torch_version=torch.__version__,
+        )
 
     def push_to_hub(
         self,
@@ -338,8 +339,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         except Exception as error:
             logger.warning(f"push_to_hub: {error}")
 
-    def _metrics_for_card(self) -> dict[str, float] | None:
+    def _metrics_for_card(self) -> dict[str, float]:
         logs = [log for log in self.state.log_history if "eval_ndcg@10" in log and "eval_coverage@10" in log]
         if self.args.load_best_model_at_end and self.state.best_global_step:
             logs = [log for log in logs if log["step"] == self.state.best_global_step]
-        return logs[-1] if logs else None
+        return {key: value for key, value in logs[-1].items() if "@" in key} if logs else {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from elastic_hf.plots import figures_of, plot_results
+from elastic_hf.results import RunResults
 from elastic_hf.sharing.model_card import make_model_card, render_model_card
 from elastic_hf.sharing.trial import load_pipeline, recommend_example
 from render_results import read_results
@@ -23,7 +24,7 @@ TAG = "v1"
 
 # The results file of the run behind each checkpoint.
 CHECKPOINTS = {
-    "elastic-ml1m": "ml-1m-elastic-42.json",
+    "elastic-ml1m": "ml-1m-elastic-42-stream256.json",
     "elastic-beauty": "beauty-elastic-42.json",
     "elastic-tiny": "synthetic-elastic-42-tiny.json",
 }
@@ -42,10 +43,12 @@ def render(name: str) -> ModelCard:
     """
     results = read_results("*.json")
     run = results.pop(CHECKPOINTS[name])
-    same = [
-        file for file, other in results.items() if all(other.get(key) == run[key] for key in ("dataset", "max_length"))
-    ]
-    others = {file: results[file] for file in same if results[file]["main_row"]}
+    others = {
+        file: RunResults.from_dict(other, file)
+        for file, other in results.items()
+        if other.get("main_row") and all(other.get(key) == run[key] for key in ("dataset", "max_length"))
+    }
+    run = RunResults.from_dict(run, CHECKPOINTS[name])
     folder = EXAMPLES / name
     return make_model_card(
         f"{NAMESPACE}/{name}",
@@ -54,7 +57,7 @@ def render(name: str) -> ModelCard:
         benchmark=results.get("benchmark-inference.json"),
         figures={figure: f"{name}/{figure}.png" for figure in figures_of(run)},
         example=recommend_example(load_pipeline(folder)) if folder.is_dir() else None,
-        has_code=run["model_type"] == "elastic",
+        has_code=run.model_type == "elastic",
         revision=TAG,
         license="mit",
     )
@@ -63,7 +66,7 @@ def render(name: str) -> ModelCard:
 def main() -> None:
     for name in checkpoints():
         run = read_results(CHECKPOINTS[name])[CHECKPOINTS[name]]
-        plot_results(run, CARDS / name)
+        plot_results(RunResults.from_dict(run), CARDS / name)
         render(name).save(CARDS / f"{name}.md")
         folder = EXAMPLES / name
         if folder.is_dir():

@@ -8,10 +8,12 @@ import json
 import re
 import shlex
 import statistics
+from functools import partial
 from pathlib import Path
 
 from elastic_hf.baselines import BASELINES
-from elastic_hf.sharing.tables import mean_and_deviation, table
+from elastic_hf.results import SUFFIXES, RunResults
+from elastic_hf.sharing.tables import describe_metric, mean_and_deviation, table
 
 
 FOLDER = Path(__file__).parent
@@ -38,55 +40,82 @@ def read_results(pattern: str) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
 
 
-def runs(pattern: str = "*.json") -> list[dict]:
-    """The results of run_seqrec.py that match."""
-    return [run for run in read_results(pattern).values() if "main_row" in run]
+def runs(pattern: str = "*.json") -> list[RunResults]:
+    """The results of trainings that match."""
+    files = read_results(pattern).items()
+    return [RunResults.from_dict(results, name) for name, results in files if "main_row" in results]
 
 
-def accuracy_rows(chosen: list[dict], keys: tuple[str, ...]) -> list[list[str]]:
-    """One row for all seeds of a setting, the best of each dataset first."""
+# What figures are under unless a table says otherwise.
+USUAL_PROTOCOL = "leave_one_out, full ranking"
+ACCURACY = ["HR@10", "NDCG@10", "HR@10, seen kept", "NDCG@10, seen kept", "seeds", "parameters", "minutes", "hardware"]
+HEADERS = {"model_type": "model", "max_length": "length"}
 
-    def setting(run: dict) -> tuple:
-        return (run["dataset"], *(str(run[key]) for key in keys))
 
+def with_protocol(chosen: list[RunResults], first: str, *keys: str) -> tuple[str, ...]:
+    """The fields that tell the rows of a table apart, the protocol among them where it is not the usual one."""
+    return (first, *(["protocol"] if {protocol(run) for run in chosen} - {USUAL_PROTOCOL} else []), *keys)
+
+
+def protocol(run: RunResults) -> str:
+    """How the data were split and ranked, and whether seen items could be recommended."""
+    return str(run.protocol) if run.exclude_seen else f"{run.protocol}, seen items kept"
+
+
+def headers(keys: tuple[str, ...]) -> list[str]:
+    """What the columns of these fields are called."""
+    return [HEADERS.get(key, key) for key in keys]
+
+
+def cells(run: RunResults, keys: tuple[str, ...]) -> list[str]:
+    """A run's values in these columns."""
+    return [protocol(run) if key == "protocol" else str(getattr(run, key)) for key in keys]
+
+
+def ndcg_of(run: RunResults) -> float:
+    """NDCG@10 on the test items, with seen items excluded or kept as the model recommends."""
+    return run.metrics[f"test_ndcg@10{run.suffix}"]
+
+
+def accuracy_table(chosen: list[RunResults], *keys: str) -> str:
+    """One row for all seeds of a setting, the best of each dataset and protocol first."""
+    keys = with_protocol(chosen, "dataset", *keys)
+    setting = partial(cells, keys=keys)
     rows = []
     for _, group in itertools.groupby(sorted(chosen, key=setting), key=setting):
         seeds = list(group)
-        first, ndcg = seeds[0], [run["test_ndcg@10"] for run in seeds]
-        row = [first["dataset"], *(str(first[key]) for key in keys)]
-        row += [mean_and_deviation([run["test_hr@10"] for run in seeds]), f"**{mean_and_deviation(ndcg)}**"]
-        row += [mean_and_deviation([run[f"test_{name}@10_seen_kept"] for run in seeds]) for name in ("hr", "ndcg")]
-        row += [f"{len(seeds)}", f"{first['num_parameters']:,}"]
-        row += [f"{statistics.mean(run.get('train_seconds', 0) for run in seeds) / 60:.0f}", first["hardware"]]
-        rows.append((first["dataset"], -statistics.mean(ndcg), row))
-    return [row for *_, row in sorted(rows, key=lambda entry: entry[:2])]
-
-
-ACCURACY = ["HR@10", "NDCG@10", "HR@10, seen kept", "NDCG@10, seen kept", "seeds", "parameters", "minutes", "hardware"]
+        first = seeds[0]
+        row = cells(first, keys)
+        for name in (f"{name}@10{suffix}" for suffix in SUFFIXES.values() for name in ("hr", "ndcg")):
+            value = mean_and_deviation([run.metrics[f"test_{name}"] for run in seeds])
+            row.append(f"**{value}**" if name == f"ndcg@10{first.suffix}" else value)
+        row += [f"{len(seeds)}", f"{first.num_parameters:,}"]
+        row += [f"{statistics.mean(run.train_seconds or 0 for run in seeds) / 60:.0f}", first.hardware]
+        rows.append((first.dataset, protocol(first), -statistics.mean(map(ndcg_of, seeds)), row))
+    return table([*headers(keys), *ACCURACY], [row for *_, row in sorted(rows, key=lambda entry: entry[:3])])
 
 
 def accuracy() -> str:
     """The main table: one row for each dataset and model."""
-    chosen = [run for run in runs() if run["main_row"]]
-    keys = ("model_type", "max_length")
-    return table(["dataset", "model", "length", *ACCURACY], accuracy_rows(chosen, keys))
+    return accuracy_table([run for run in runs() if run.main_row], "model_type", "max_length")
 
 
 def differences() -> str:
     """ELASTIC's NDCG@10 less each baseline's, and the standard error of that difference of two means over seeds."""
+    chosen = [run for run in runs() if run.main_row]
+    keys = with_protocol(chosen, "dataset", "max_length")
     values = {}
-    for run in runs():
-        if run["main_row"]:
-            models = values.setdefault((run["dataset"], run["max_length"]), {})
-            models.setdefault(run["model_type"], []).append(run["test_ndcg@10"])
+    for run in sorted(chosen, key=lambda run: run.max_length):
+        models = values.setdefault(tuple(cells(run, keys)), {})
+        models.setdefault(run.model_type, []).append(ndcg_of(run))
     rows = []
-    for (dataset, length), models in sorted(values.items()):
+    for setting, models in sorted(values.items(), key=lambda entry: entry[0][:-1]):
         repeated = [seeds for seeds in models.values() if len(seeds) > 1]
         degrees = sum(len(seeds) - 1 for seeds in repeated)
         ours = models.pop("elastic", [])
         for model, theirs in sorted(models.items() if ours else ()):
             difference = statistics.mean(ours) - statistics.mean(theirs)
-            row = [dataset, str(length), model, f"{difference:+.4f}", f"{difference / statistics.mean(theirs):+.1%}"]
+            row = [*setting, model, f"{difference:+.4f}", f"{difference / statistics.mean(theirs):+.1%}"]
             if degrees:
                 variance = sum(statistics.variance(seeds) * (len(seeds) - 1) for seeds in repeated) / degrees
                 error = (variance / len(ours) + variance / len(theirs)) ** 0.5
@@ -94,44 +123,47 @@ def differences() -> str:
             else:
                 row += ["one seed", ""]
             rows.append(row)
-    return table(
-        ["dataset", "length", "ELASTIC less", "NDCG@10", "relative", "standard error", "in standard errors"], rows
-    )
+    header = ["ELASTIC less", "NDCG@10", "relative", "standard error", "in standard errors"]
+    return table([*headers(keys), *header], rows)
 
 
 def memory() -> str:
     """How much of the interest memory is alive."""
     rows = []
-    for run in runs():
-        if "memory_slots" in run:
-            row = [run["dataset"], run["variant"] or "main row", str(run["seed"]), f"{run['memory_slots']:,}"]
-            row += [f"{run['num_users']:,}", f"{run['memory_share_retrieved']:.1%}", f"{run['memory_entropy']:.3f}"]
-            rows.append(row)
-    header = ["dataset", "run", "seed", "slots", "test users", "slots retrieved for one of them", "normalised entropy"]
+    chosen = [run for run in runs() if run.memory_slots is not None]
+    keys = with_protocol(chosen, "dataset")
+    for run in chosen:
+        row = [*cells(run, keys), run.variant or "main row", str(run.seed)]
+        row += [f"{run.memory_slots:,}", f"{run.num_users:,}", f"{run.memory_share_retrieved:.1%}"]
+        rows.append([*row, f"{run.memory_entropy:.3f}"])
+    header = [*keys, "run", "seed", "slots", "test users", "slots retrieved for one of them", "normalised entropy"]
     return table(header, sorted(rows))
 
 
 def variants() -> str:
     """Ablations and other lengths: trained like the main rows, evaluated on the test items."""
-    chosen = [run for run in runs() if not run["main_row"] and "test_ndcg@10" in run]
-    keys = ("model_type", "variant", "max_length")
-    return table(["dataset", "model", "variant", "length", *ACCURACY], accuracy_rows(chosen, keys))
+    chosen = [run for run in runs() if not run.main_row and "test_ndcg@10" in run.metrics]
+    return accuracy_table(chosen, "model_type", "variant", "max_length")
 
 
 def trials() -> str:
-    """Every trial of the search, the best of each dataset and number of epochs first."""
+    """Every trial of the search, the best of each dataset, protocol and number of epochs first."""
     rows = []
-    for run in runs("trials/*.json"):
-        arguments = shlex.split(run["command"])
+    chosen = runs("trials/*.json")
+    keys = with_protocol(chosen, "dataset")
+    for run in chosen:
+        arguments = shlex.split(run.command)
         overrides = dict(zip(arguments, arguments[1:], strict=False)).get("--config_overrides", "")
-        training = run["training"]
-        row = [run["dataset"], f"{training['epochs']:g}", run["model_type"], run["variant"], str(run["seed"])]
+        training = run.training
+        setting = cells(run, keys)
+        row = [*setting, f"{training['epochs']:g}", run.model_type, run.variant, str(run.seed)]
         row += [overrides.replace(",", ", "), f"{training['learning_rate']:g}", str(training["batch_size"])]
-        row += ["yes" if run["split_into_windows"] else "no"]
-        row += [f"{run['validation_hr@10']:.4f}", f"**{run['validation_ndcg@10']:.4f}**"]
-        row += [f"{run['num_parameters']:,}", f"{run['train_seconds'] / 60:.0f}"]
-        rows.append((run["dataset"], training["epochs"], -run["validation_ndcg@10"], row))
-    header = ["dataset", "epochs", "model", "trial", "seed", "configuration", "learning rate", "batch", "windows"]
+        row += ["yes" if run.split_into_windows else "no"]
+        hit_rate, ndcg = (run.metrics[f"validation_{name}@10{run.suffix}"] for name in ("hr", "ndcg"))
+        row += [f"{hit_rate:.4f}", f"**{ndcg:.4f}**"]
+        row += [f"{run.num_parameters:,}", f"{run.train_seconds / 60:.0f}"]
+        rows.append((setting, training["epochs"], -ndcg, row))
+    header = [*keys, "epochs", "model", "trial", "seed", "configuration", "learning rate", "batch", "windows"]
     header += ["validation HR@10", "validation NDCG@10", "parameters", "minutes"]
     return table(header, [row for *_, row in sorted(rows)])
 
@@ -143,7 +175,14 @@ CHOICE = {
     "s8-memory262k": "262,144 slots",
     "s8-memory-heads2": "two heads of the memory instead of four",
     "s8-shared-experts32": "32 experts a head instead of 16",
+    "s8-experts64": "64 experts a head",
+    "s8-rotated": "keys rotated by their position, 16,384 slots",
+    "s8-wide512": "feed-forward width 512 instead of 256, learning rate 5e-3",
+    "s8-wide1024": "feed-forward width 1,024, learning rate 4e-3",
     "s8-layers3": "three layers instead of two, learning rate 5e-3",
+    "s8-layers4": "four layers, learning rate 4e-3",
+    "s8-stream-wide": "a feed-forward block on the stream, 16,384 slots",
+    "s8-stream-per-layer": "norm and convolution of the stream, and experts, of their own for each layer",
     "s8-relu": "ReLU instead of GELU",
     "s8": "experts of their own for each layer",
     "s8-silu": "experts of their own for each layer, SiLU instead of GELU",
@@ -154,14 +193,14 @@ def choice() -> str:
     """The forms of ELASTIC that were compared in the same 8 epochs."""
     values = {}
     for run in runs("trials/ml-1m-elastic-*-s8*.json"):
-        values.setdefault(run["variant"], []).append(run)
-    chosen = statistics.mean(run["validation_ndcg@10"] for run in values["s8-shared"])
+        values.setdefault(run.variant, []).append(run)
+    chosen = statistics.mean(run.metrics["validation_ndcg@10"] for run in values["s8-shared"])
     rows = []
     for variant, label in CHOICE.items():
         seeds = values[variant]
-        ndcg = [run["validation_ndcg@10"] for run in seeds]
-        row = [label, mean_and_deviation([run["validation_hr@10"] for run in seeds]), mean_and_deviation(ndcg)]
-        row += [f"{statistics.mean(ndcg) - chosen:+.4f}", str(len(seeds)), f"{seeds[0]['num_parameters']:,}"]
+        ndcg = [run.metrics["validation_ndcg@10"] for run in seeds]
+        row = [label, mean_and_deviation([run.metrics["validation_hr@10"] for run in seeds]), mean_and_deviation(ndcg)]
+        row += [f"{statistics.mean(ndcg) - chosen:+.4f}", str(len(seeds)), f"{seeds[0].num_parameters:,}"]
         rows.append(row)
     return table(["ELASTIC", "validation HR@10", "validation NDCG@10", "difference", "seeds", "parameters"], rows)
 
@@ -169,21 +208,24 @@ def choice() -> str:
 def commands() -> str:
     """The command behind each run of run_seqrec.py."""
     return "\n".join(
-        f"- `{name}`: `{run['command']}`" for name, run in read_results("*.json").items() if "protocol" in run
+        f"- `{name}`: `{results['command']}`"
+        for name, results in read_results("*.json").items()
+        if "protocol" in results
     )
 
 
 def lengths() -> str:
     """Models that read less or more of the histories, and what an epoch costs, its evaluation included."""
-    chosen = [run for run in runs() if (run["variant"] or "").startswith("length")]
+    chosen = [run for run in runs() if (run.variant or "").startswith("length")]
     rows = []
-    for run in sorted(chosen, key=lambda run: (run["dataset"], run["model_type"], run["max_length"])):
-        row = [run["dataset"], run["model_type"], f"{run['max_length']:,}"]
-        row += [f"{run[f'test_{metric}']:.4f}" for metric in ("hr@10", "ndcg@10")]
-        row += [f"{run['popularity_ndcg@10']:.4f}", f"{run['epochs']:g}"]
-        rows.append([*row, f"{run['train_seconds'] / run['epochs']:.0f}"])
-    header = ["dataset", "model", "items read", "HR@10", "NDCG@10", "popularity NDCG@10", "epochs"]
-    return table([*header, "seconds per epoch"], rows)
+    keys = with_protocol(chosen, "dataset", "model_type")
+    for run in sorted(chosen, key=lambda run: (cells(run, keys), run.max_length)):
+        row = [*cells(run, keys), f"{run.max_length:,}"]
+        names = ("test_hr@10", "test_ndcg@10", "popularity_ndcg@10")
+        row += [*(f"{run.metrics[f'{name}{run.suffix}']:.4f}" for name in names), f"{run.epochs:g}"]
+        rows.append([*row, f"{run.train_seconds / run.epochs:.0f}"])
+    header = ["items read", "HR@10", "NDCG@10", "popularity NDCG@10", "epochs", "seconds per epoch"]
+    return table([*headers(keys), *header], rows)
 
 
 def rounded(figure: float, digits: int) -> str:
@@ -394,15 +436,15 @@ def gpu() -> str:
     return "\n\n".join(parts) or "Nothing has been measured on a GPU yet."
 
 
-def main_runs(dataset: str) -> dict[str, list[dict]]:
-    """The runs of the main rows of a dataset, by model: ELASTIC first, then the best first."""
+def main_runs(dataset: str) -> dict[str, list[RunResults]]:
+    """The main rows' runs of a dataset under the usual protocol, by model: ELASTIC first, then the best first."""
     models = {}
     for run in runs(f"{dataset}-*.json"):
-        if run["main_row"]:
-            models.setdefault(run["model_type"], []).append(run)
+        if run.main_row and protocol(run) == USUAL_PROTOCOL:
+            models.setdefault(run.model_type, []).append(run)
 
     def order(model: str) -> tuple:
-        return model != "elastic", -statistics.mean(run["test_ndcg@10"] for run in models[model])
+        return model != "elastic", -statistics.mean(run.metrics["test_ndcg@10"] for run in models[model])
 
     return {model: models[model] for model in sorted(models, key=order)}
 
@@ -416,15 +458,15 @@ def front_page() -> str:
     rows = [
         [
             NAMES[model],
-            *(mean_and_deviation([run[f"test_{metric}@10"] for run in seeds]) for metric in ("hr", "ndcg")),
+            *(mean_and_deviation([run.metrics[f"test_{metric}@10"] for run in seeds]) for metric in ("hr", "ndcg")),
             str(len(seeds)),
-            f"{seeds[0]['num_parameters']:,}",
+            f"{seeds[0].num_parameters:,}",
         ]
         for model, seeds in models.items()
     ]
     rows[0] = [f"**{cell}**" for cell in rows[0]]
-    data = f"MovieLens-1M, {first['num_users']:,} users, {first['num_items']:,} items, {first['num_interactions']:,}"
-    caption = f"{data} interactions, the last {first['max_length']} of each user read:"
+    data = f"MovieLens-1M, {first.num_users:,} users, {first.num_items:,} items, {first.num_interactions:,}"
+    caption = f"{data} interactions, the last {first.max_length} of each user read:"
     return f"{caption}\n\n{table(['model', 'HR@10', 'NDCG@10', 'seeds', 'parameters'], rows)}"
 
 
@@ -433,7 +475,8 @@ def highlights() -> str:
     seconds = by_length("inference", "inference")
     state = benchmark("streaming")
     accuracy = {
-        model: statistics.mean(run["test_ndcg@10"] for run in seeds) for model, seeds in main_runs("ml-1m").items()
+        model: statistics.mean(run.metrics["test_ndcg@10"] for run in seeds)
+        for model, seeds in main_runs("ml-1m").items()
     }
     if not seconds or "seconds" not in state or "elastic" not in accuracy:
         return NOT_MEASURED
@@ -544,11 +587,24 @@ def tokenizer() -> str:
     return table(header, rows)
 
 
+def peers() -> str:
+    """Both libraries' recommendations by both libraries' metrics."""
+    rows = []
+    for run in read_results("peers-*.json").values():
+        versions = " ".join(["RecTools", run["peer_versions"]["rectools"]])
+        for side, model in (("elastic_hf", "SASRec of this package"), ("peer", f"SASRec of {versions}")):
+            ours, theirs = run["metrics_of_elastic_hf"][side], run["metrics_of_peer"][side]
+            row = [run["dataset"], model, *(describe_metric(ours, key) for key in ("hr@10", "ndcg@10"))]
+            rows.append([*row, *(f"{theirs[key]:.4f}" for key in ("hr@10", "ndcg@10"))])
+    header = ["dataset", "model", "HR@10", "NDCG@10", "HR@10 by RecTools", "NDCG@10 by RecTools"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
     for run in runs("ml-100k-elastic-42.json"):
-        sample = run["sample"]
+        sample = run.sample
         parts = [f"The last items of user {sample['user_id']}:", *(f"    {title}" for title in sample["history"])]
         parts += ["Recommended:", *(f"{rank:4}  {title}" for rank, title in enumerate(sample["recommended"], start=1))]
         parts += [f"What came next: {sample['target']}"]
@@ -575,6 +631,7 @@ TABLES = {
         data,
         tokenizer,
         recommendations,
+        peers,
         inference,
         training,
         inference_memory,

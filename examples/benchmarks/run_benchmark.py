@@ -243,7 +243,7 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
     import torch
 
     sys.path.append(str(EXAMPLES))
-    from export_onnx import History, Step, export, make_inputs
+    from elastic_hf.commands.export import History, Step, export, make_inputs
 
     model = make_model("elastic", 0, args.num_items).eval().requires_grad_(False)
     results = {**setting(args), "num_items": args.num_items, "batch_size": args.batch_size, "rows": []}

@@ -395,6 +395,8 @@ def test_exported_equals_eager(objective):
         ({"num_interest_experts": 0}, "num_interest_experts must be at least 1, found 0"),
         ({"conv_kernel_size": -1}, "conv_kernel_size must be at least 0, found -1"),
         ({"hidden_dropout": 1.5}, "hidden_dropout must be between 0 and 1, found 1.5"),
+        ({"num_memory_heads": 0}, "num_memory_heads must be at least 1, found 0"),
+        ({"num_memory_subkeys": -1}, "num_memory_subkeys must be at least 0, found -1"),
         ({"num_memory_heads": 3}, r"hidden_size must be a multiple of 2 \* num_memory_heads, found 64 and 3"),
         ({"num_interest_experts": 6}, "num_interest_experts must be a multiple of num_memory_heads, found 6 and 4"),
         ({"num_memory_subkeys": 1}, "asks for 4 slots per memory head, num_memory_subkeys=1 holds 1"),

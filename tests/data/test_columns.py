@@ -50,7 +50,7 @@ def test_keys_stand_in_for_what_a_file_lacks():
 @pytest.mark.parametrize(
     ("names", "found", "message"),
     [
-        ({}, ["item_id", "timestamp"], "rows.csv: column 'user_id' is missing, found .* name it with user_column"),
+        ({}, ["item_id", "timestamp"], "rows.csv: column 'user_id' is missing, found .* name it with user_column$"),
         ({}, ["user_id", "item_id"], "column 'timestamp' is missing, .* timestamp_column or, .*set in_time_order"),
         (
             {},

@@ -68,6 +68,7 @@ def test_leave_one_out_by_hand(tmp_path, load, suffix):
         "num_train_users": 1,
         "num_validation_users": 3,
         "num_test_users": 3,
+        "num_seen_targets": 1,  # that of user 1
     }
 
 
@@ -115,7 +116,69 @@ def test_equal_to_loops(tmp_path, load, monkeypatch, makers, suffix, users_per_b
         "num_train_users": len(histories),
         "num_validation_users": len(histories),
         "num_test_users": len(histories),
+        "num_seen_targets": sum(
+            history[-2][0] in {item for item, _ in history[:-2]} for history in histories.values()
+        ),
     }
+    assert 0 < result.counts["num_seen_targets"] < len(histories)
+
+
+def test_targets_seen_before_are_counted_and_their_share_is_reported(tmp_path, load, caplog):
+    items = {"a": "xyxyz", "b": "xyzyx", "c": "xyzwv", "d": "xxxx", "e": "xyz"}
+    rows = [(user, item, time) for user, history in items.items() for time, item in enumerate(history)]
+    path = write(tmp_path / "rows.parquet", frame(rows))
+    with caplog.at_level(logging.INFO, logger="elastic_hf"):
+        assert load(path).counts["num_seen_targets"] == 3  # y of a and of b, x of d: their last items do not count
+    assert "60.0% of the 5 validation targets are items that the user had before" in caplog.text
+    # times 0 to 4: validation targets are at time 3, test targets at 4
+    temporal = load(path, split="temporal", validation_fraction=4 / 21, test_fraction=2 / 21).counts
+    assert (temporal["num_validation_users"], temporal["num_seen_targets"]) == (4, 3)
+    assert "num_seen_targets" not in load(path, split="none").counts
+
+
+def test_sampled_validation_by_hand(tmp_path, load):
+    path = write(tmp_path / "rows.parquet", frame())
+    result = load(path, validation_users=1)
+    (validated,) = split_rows(result, "validation")
+    everyone = {row["user_id"]: row for row in split_rows(load(path), "validation")}
+    assert validated == everyone[validated["user_id"]]
+    # histories of 4, 3 and 3 items: all but the last one are to train on, and of the validated user all but two
+    whole = {1: [10, 30, 10], 2: [20, 30], 3: [10, 20]}
+    trained = {**whole, validated["user_id"]: validated["item_ids"]}
+    assert {row["user_id"]: row["item_ids"] for row in split_rows(result, "train")} == {
+        user: items for user, items in trained.items() if len(items) > 1
+    }
+    assert {row["user_id"]: row["item_ids"] for row in split_rows(result, "test")} == whole
+    counts = Counter(item for items in trained.values() for item in items)
+    assert dict(zip(result.items["item_id"], result.items["count"], strict=True)) == counts
+    assert result.counts["num_validation_users"] == 1 and result.counts["num_test_users"] == 3
+    assert load(path, validation_users=3).histories["train"][:] == load(path).histories["train"][:]
+
+
+def test_validation_users_are_drawn_at_random_and_always_the_same(tmp_path, load):
+    path = write(tmp_path / "rows.parquet", frame([(user, time, time) for user in range(60) for time in range(4)]))
+    first, second = (load(path, validation_users=20, cache_dir=tmp_path / name) for name in ("a", "b"))
+    users = first.histories["validation"]["user_id"][:]
+    assert users == second.histories["validation"]["user_id"][:]
+    assert users == sorted(set(users)) and len(users) == 20 and users not in ([*range(20)], [*range(40, 60)])
+    lengths = {row["user_id"]: len(row["item_ids"]) for row in split_rows(first, "train")}
+    assert lengths == {user: 2 if user in users else 3 for user in range(60)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_users": 0}, "validation_users must be an integer of at least 1, found 0"),
+        ({"validation_users": 2.0}, "validation_users must be an integer of at least 1, found 2.0"),
+        ({"validation_users": True}, "validation_users must be an integer of at least 1, found True"),
+        ({"validation_users": 4}, "validation_users must be at most the number of users, 3, found 4"),
+        ({"validation_users": 2, "split": "temporal"}, "with split='leave_one_out' alone, found split='temporal'"),
+        ({"validation_users": 2, "split": "none"}, "with split='leave_one_out' alone, found split='none'"),
+    ],
+)
+def test_validation_users_that_cannot_be_drawn_are_refused(tmp_path, load, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path / "rows.parquet", frame()), **options)
 
 
 def test_temporal_split_by_hand(tmp_path, load, caplog):
@@ -248,6 +311,17 @@ def test_train_holds_no_user_with_one_item(tmp_path, load, caplog, split):
     assert result.counts["num_train_users"] == 1
     assert "train leaves out 1 of 2 users, who have fewer than 2 items to train on" in caplog.text
     assert dict(zip(result.items["item_id"], result.items["count"], strict=True))["a0"] == 1
+
+
+def test_nothing_is_held_out_where_nothing_is_to_be_evaluated(tmp_path, load, caplog):
+    rows = [("a", "x", 3), ("b", "x", 2), ("b", "y", 9), ("b", "x", 5)]
+    result = load(write(tmp_path / "rows.parquet", frame(rows)), split="none")
+    assert split_rows(result, "train") == [
+        {"user_id": "a", "item_ids": ["x"], "timestamps": [3]},
+        {"user_id": "b", "item_ids": ["x", "x", "y"], "timestamps": [2, 5, 9]},
+    ]
+    assert {*result.histories} == {"train"} and result.items["count"][:] == [3, 1] and not caplog.records
+    assert result.counts["num_train_users"] == 2 and "num_test_users" not in result.counts
 
 
 @pytest.mark.parametrize("num_users", [499, 500])

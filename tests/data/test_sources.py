@@ -183,7 +183,10 @@ def test_tables(tmp_path, load, name):
         ([{"user_id": 1}], "found builtins.list"),
         (frame().lazy(), "found polars.*LazyFrame"),
         (frame().clear(), "DataFrame has no rows"),
-        (frame().drop("item_id"), r"DataFrame: column 'item_id' is missing, found \['user_id', 'timestamp'\]"),
+        (
+            frame().drop("item_id"),
+            r"DataFrame: column 'item_id' is missing, found \['user_id', 'timestamp'\]: name it with item_column$",
+        ),
         (pd.DataFrame({"user_id": [1.0, None], "item_id": 1, "timestamp": 1}), "DataFrame, row 2: user_id is None"),
         (pd.DataFrame({"user_id": [1, "x"], "item_id": 1, "timestamp": 1}), "DataFrame: .*'x'.* column user_id"),
         (

@@ -81,6 +81,13 @@ def store(tmp_path):
     return streaming.UserStore(tmp_path / "users.sqlite")
 
 
+def test_a_model_that_keeps_seen_items_recommends_them(store):
+    model = elastic_model(exclude_seen=False)
+    for token_id in (3, 4, 3, 5):
+        token_ids = streaming.append(model, store, "ada", token_id, NUM_TOKENS - 3)
+    assert sorted(token_ids.tolist()) == [*range(3, NUM_TOKENS)]
+
+
 def test_only_items_that_were_not_seen_are_recommended(store):
     """All items but five are read, some of them twice."""
     model = elastic_model()

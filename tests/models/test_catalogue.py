@@ -179,6 +179,21 @@ def test_ranks_and_the_best_items_come_from_one_pass(batch, monkeypatch):
     assert scored == [3, 3, 1]
 
 
+def test_the_best_items_are_of_all_where_seen_items_are_kept_and_ranks_are_both(batch):
+    users, items, targets, seen = batch
+    users = users + torch.linspace(0, 0.1, D)  # no ties
+    head, config = make_head(items), make_config(items)
+    query = CatalogueQuery(5, seen, target_ids=targets)
+    excluded = search_catalogue(head, users, query, config)
+    config.exclude_seen = False
+    kept = search_catalogue(head, users, query, config)
+    everything = [range(NUM_SPECIAL, VOCAB_SIZE)] * len(users)
+    assert kept.token_ids.tolist() == reference.best_items(head(users), everything, 5)
+    assert not torch.equal(kept.token_ids, excluded.token_ids) and torch.equal(kept.ranks, excluded.ranks)
+    told = search_catalogue(head, users, query._replace(exclude_seen=True), config)
+    assert torch.equal(told.token_ids, excluded.token_ids)
+
+
 def test_candidates_of_a_plain_head_are_scored_alone(batch, monkeypatch):
     users, items, _, _ = batch
     head = make_head(items)

@@ -59,9 +59,32 @@ def test_a_file_with_a_broken_number_is_refused(tmp_path):
         ({"gbce_calibration": 2}, "gbce_calibration must be between 0 and 1, found 2"),
         ({"training_loss": "hinge"}, "training_loss must be one of .* found 'hinge'"),
         ({"training_objective": "last"}, "training_objective must be one of .* found 'last'"),
+        ({"exclude_seen": None}, "exclude_seen"),
         ({"mask_seen_in_loss": "no"}, "mask_seen_in_loss"),
     ],
 )
 def test_what_no_model_can_be_is_refused(settings, message):
     with pytest.raises(StrictDataclassError, match=message):
         SASRecConfig(**settings)
+
+
+def test_the_loss_follows_exclude_seen_unless_it_is_set():
+    assert SASRecConfig().exclude_seen and SASRecConfig().masks_seen
+    config = SASRecConfig(exclude_seen=False)
+    assert not config.masks_seen
+    config.exclude_seen = True
+    assert config.masks_seen
+    assert SASRecConfig(exclude_seen=False, mask_seen_in_loss=True).masks_seen
+    assert not SASRecConfig(mask_seen_in_loss=False).masks_seen
+
+
+def test_the_setting_is_saved_and_a_file_without_it_leaves_seen_items_out(tmp_path):
+    ElasticConfig(exclude_seen=False).save_pretrained(tmp_path)
+    loaded = ElasticConfig.from_pretrained(tmp_path)
+    assert not loaded.exclude_seen and loaded.mask_seen_in_loss is None and not loaded.masks_seen
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["exclude_seen"]
+    for mask in (True, False):
+        (tmp_path / "config.json").write_text(json.dumps({**settings, "mask_seen_in_loss": mask}))
+        old = ElasticConfig.from_pretrained(tmp_path)
+        assert old.exclude_seen and old.masks_seen is mask

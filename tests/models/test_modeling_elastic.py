@@ -22,6 +22,7 @@ FLAGS = {
     "sampled_softmax": {"training_loss": "sampled_softmax"},
     "gbce": {"training_loss": "gbce"},
     "bce": {"training_loss": "bce", "num_negatives": 1},
+    "no block on the stream": {"stream_intermediate_size": 0},
 }
 every_flag = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
 
@@ -34,7 +35,7 @@ def read_in_pieces_of(monkeypatch, num_positions, min_items):
 # The mathematics
 
 
-@pytest.mark.parametrize("name", ["default", "three layers", "no earlier items"])
+@pytest.mark.parametrize("name", ["default", "three layers", "no earlier items", "no block on the stream"])
 def test_training_and_serving_equal_the_loop(name):
     """Outputs and gradients, of all positions and of the last one."""
     model = elastic_model(**FLAGS[name]).double().model

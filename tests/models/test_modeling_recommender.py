@@ -88,6 +88,21 @@ def test_recommend_equals_sorting_the_logits(model, input_ids, exclude_seen, row
 
 
 @every_model
+@pytest.mark.parametrize("has_index", [False, True])
+def test_recommend_follows_the_models_own_setting_unless_told_otherwise(model, input_ids, has_index):
+    index = ItemIndex(model, num_clusters=2, num_probes=2) if has_index else None
+    for own in (True, False):
+        model.config.exclude_seen = own
+        for told in (None, True, False):
+            found = model.recommend(input_ids, top_k=16, exclude_seen=told, index=index)
+            expected = model.recommend(input_ids, top_k=16, exclude_seen=own if told is None else told)
+            assert torch.equal(found.token_ids, expected.token_ids)
+    assert (model.recommend(input_ids, top_k=20).token_ids.sort().values == torch.arange(3, VOCAB_SIZE)).all()
+    with pytest.raises(ValueError, match="exclude_seen must be True, False or None, found 'no'"):
+        model.recommend(input_ids, exclude_seen="no")
+
+
+@every_model
 def test_recommend_from_candidates(model, input_ids):
     candidates = torch.tensor([17, 4, 19, 3, 12, 6])
     logits = model(input_ids).logits
@@ -351,6 +366,21 @@ def test_every_loss_scores_items_that_were_not_seen(model_type, training_loss, m
     if mask_seen_in_loss:  # a causal model has not read 4 when it predicts 8, and 3 is a target
         seen = [9, 13] if model_type == "elastic" else [4, 5, 9, 13]
     assert without_gradient == [0, 1, 2, *seen]
+
+
+@pytest.mark.parametrize("training_loss", TRAINING_LOSSES)
+def test_the_loss_follows_exclude_seen(training_loss, input_ids):
+    labels = torch.tensor([[-100, -100, 9, 4, 5], [5, 5, 17, 8, 0]])
+    found = {}
+    for exclude_seen in (True, False):
+        for mask in (None, True, False):
+            settings = {"exclude_seen": exclude_seen, "mask_seen_in_loss": mask, "training_loss": training_loss}
+            model = make_model(num_negatives=500, **settings)
+            torch.manual_seed(1)  # of the negatives
+            found[exclude_seen, mask] = model(input_ids, labels=labels).loss.item()
+    assert found[True, None] == found[True, True] == found[False, True]
+    assert found[False, None] == found[False, False] == found[True, False]
+    assert found[True, None] < found[False, None]
 
 
 @pytest.mark.parametrize("training_loss", TRAINING_LOSSES)

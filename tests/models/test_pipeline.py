@@ -202,6 +202,14 @@ def test_parameters_of_the_pipeline_and_of_a_call(model, tokenizer):
     assert_same([pipe(history)], [expected_for(model, history, 2, False, candidates)])
 
 
+def test_seen_items_are_recommended_where_the_model_says_so(pipe, model, monkeypatch):
+    monkeypatch.setattr(model.config, "exclude_seen", False)
+    assert_same(pipe(HISTORIES), [expected_for(model, history, 4, False) for history in HISTORIES])
+    assert_same([pipe(HISTORIES[2], exclude_seen=None)], [expected_for(model, HISTORIES[2], 4, False)])
+    assert_same([pipe(HISTORIES[2], exclude_seen=True)], [expected_for(model, HISTORIES[2], 4, True)])
+    assert len(pipe(HISTORIES[2], top_k=13)) == 13
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_top_k_is_never_cut(pipe, model, batch_size):
     """Thirteen items, of which the second history has seen seven; two of the candidates it has not."""
@@ -222,7 +230,7 @@ def test_top_k_is_never_cut(pipe, model, batch_size):
         ({"top_k": True}, "top_k must be an integer"),
         ({"top_k": 2.0}, "top_k must be an integer of at least 1, found 2.0"),
         ({"top_k": None}, "top_k must be an integer"),
-        ({"exclude_seen": "no"}, "exclude_seen must be True or False, found 'no'"),
+        ({"exclude_seen": "no"}, "exclude_seen must be True, False or None, found 'no'"),
         ({"unknown": "drop"}, "unknown must be 'error' or 'ignore', found 'drop'"),
         ({"fallback": None}, "fallback must be 'error' or 'popularity', found None"),
         ({"candidates": []}, "candidates must hold at least one item that the model knows, found none"),

@@ -67,6 +67,16 @@ def test_parameters_may_be_left_out(endpoint):
     assert endpoint({"inputs": ["a"]}) == endpoint({"inputs": ["a"], "parameters": None}) == endpoint.pipeline(["a"])
 
 
+def test_seen_items_are_left_out_as_the_model_says(endpoint, monkeypatch):
+    def answer(**parameters):
+        return {item["item"] for item in endpoint({"inputs": ["a", "b"], "parameters": parameters})}
+
+    for exclude_seen in (True, False):
+        monkeypatch.setattr(endpoint.pipeline.model.config, "exclude_seen", exclude_seen)
+        assert answer(top_k=10) == answer(top_k=10, exclude_seen=None) == answer(top_k=10, exclude_seen=exclude_seen)
+    assert answer(top_k=12) == set("abcdefghijkl") and answer(top_k=10, exclude_seen=True) == set("cdefghijkl")
+
+
 @pytest.mark.parametrize(
     ("request_data", "message"),
     [

@@ -14,7 +14,6 @@ from huggingface_hub.utils import _http
 from transformers import TrainingArguments
 
 import elastic_hf
-import publish as script
 from elastic_hf import (
     ElasticConfig,
     ElasticForSequentialRecommendation,
@@ -22,12 +21,12 @@ from elastic_hf import (
     SequentialRecommendationTrainer,
     publish,
 )
+from elastic_hf.__main__ import main
 from elastic_hf.baselines import PopularityConfig, PopularityForSequentialRecommendation
 from elastic_hf.sharing.hub import PublishError
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]
-SCRIPT = ROOT / "examples" / "publish.py"
 NUM_ITEMS = 31
 REPO = "ada/shop"
 CODE = {file.name for file in (ROOT / "elastic_hf" / "models").glob("*.py")} - {"__init__.py"}
@@ -109,12 +108,11 @@ def commits(hub, revision="main"):
 
 
 @pytest.fixture
-def run(hub, monkeypatch, capsys):
+def run(hub, capsys):
     """Runs the command in this process: its exit code, its standard output and its standard error."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
-        code = script.main()
+        code = main(["publish", *map(str, arguments)])
         output = capsys.readouterr()
         assert not [token for token in hub.tokens.values() if token in output.out + output.err]
         return code, output.out, output.err
@@ -129,7 +127,7 @@ def refused(run):
     def refused(*arguments):
         code, output, error = run(*arguments)
         assert code == 1 and output == ""
-        assert error.startswith("publish.py: error: ") and error.count("\n") == 1 and error.endswith("\n")
+        assert error.startswith("elastic-hf publish: error: ") and error.count("\n") == 1 and error.endswith("\n")
         return error
 
     return refused
@@ -365,7 +363,7 @@ def test_a_killed_upload_changes_nothing(published, folder, tmp_path, run):
     before, num_commits = published.files(REPO), len(published.repo(REPO).commits)
     failure = published.fail_next("PUT", ".", hold=True)
     environment = {"PYTHONPATH": str(ROOT), **published.environment(tmp_path / "home")}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(folder), REPO], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "elastic_hf", "publish", str(folder), REPO], env=environment)
     assert failure.reached.wait(300)
     process.kill()
     process.wait(10)

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import inspect
 import io
 import json
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 import render_cards
 from elastic_hf import ElasticItemTokenizer
 from elastic_hf.registry import MODELS
+from elastic_hf.results import RunResults
 from elastic_hf.sharing.model_card import DATA_SOURCES, DataSource, make_model_card, render_model_card
 from elastic_hf.sharing.trial import load_pipeline
 from factories import NUM_TOKENS, elastic_model
@@ -27,7 +29,12 @@ COMMITTED = sorted(render_cards.CARDS.glob("*.md"))
 
 
 def make_results(ndcg=0.25, **changes):
-    """As `all_results.json`; every metric is another number."""
+    """Results in which every metric is another number."""
+    return RunResults.from_dict(results_file(ndcg, **changes))
+
+
+def results_file(ndcg=0.25, **changes):
+    """What `all_results.json` holds of them."""
     results = {
         "dataset": "ml-1m",
         "hub_dataset": None,
@@ -75,7 +82,7 @@ def folder(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "training_curve.png").write_bytes(b"")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "elastic", "num_memory_subkeys": 6}))
-    (tmp_path / "all_results.json").write_text(json.dumps(make_results()))
+    (tmp_path / "all_results.json").write_text(json.dumps(results_file()))
     for seed, ndcg in ((43, 0.26), (44, 0.30)):
         write_other(tmp_path, f"elastic-{seed}", seed=seed, ndcg=ndcg)
     write_other(tmp_path, "sasrec-42", model_type="sasrec", ndcg=0.28, config={"is_causal": True}, train_seconds=300)
@@ -83,7 +90,7 @@ def folder(tmp_path):
 
 
 def write_other(folder, name, **changes):
-    (folder / "results" / f"{name}.json").write_text(json.dumps(make_results(**changes)))
+    (folder / "results" / f"{name}.json").write_text(json.dumps(results_file(**changes)))
 
 
 def rows(card, first):
@@ -132,7 +139,7 @@ def test_metadata_name_the_task_and_each_metric_with_its_protocol():
         for words in ("excluded", "kept")
     }
     kept = results["NDCG@10, full ranking, seen items kept"]
-    assert kept.metric_value == make_results()["test_ndcg@10_seen_kept"] and kept.metric_type == "ndcg_at_10"
+    assert kept.metric_value == make_results().metrics["test_ndcg@10_seen_kept"] and kept.metric_type == "ndcg_at_10"
     assert results["NDCG@10, full ranking, seen items excluded"].metric_value == 0.25
     assert (kept.dataset_type, kept.dataset_name, kept.dataset_split) == ("ml-1m", "MovieLens-1M", "test")
     assert kept.task_type == "sequential-recommendation"
@@ -163,6 +170,11 @@ def test_the_protocol_stands_before_the_numbers(folder):
         assert 0 < text.index(words) < first_number
     temporal = make_model_card("org/x", make_results(protocol="temporal, full ranking")).text
     assert "Two dates cut" in temporal and "Leave-one-out" not in temporal
+    protocol = "leave_one_out, sampled validation, full ranking"
+    sampled = make_model_card("org/x", make_results(protocol=protocol, num_validation_users=2_048)).text
+    assert "sampled validation: each user's last item is the test target. The one before it is" in sampled
+    assert "the validation target of 2,048 users, drawn at random; all other users train on it" in sampled
+    assert "sampled" not in make_model_card("org/x", make_results()).text
 
 
 def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
@@ -179,6 +191,37 @@ def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
     minutes = {row[0]: row[2] for row in cost}
     assert minutes == {"elastic": "25", "sasrec": "5.0"}
     assert "elastic, seed 44, commit `c0ffee`: `python examples/run_seqrec.py --seed 42`" in card.text
+
+
+def test_a_model_that_keeps_seen_items_is_judged_by_that(folder):
+    config = {"is_causal": True, "num_memory_subkeys": 6, "training_loss": "gbce"}
+    config |= {"exclude_seen": False, "mask_seen_in_loss": False}
+    training = {"batch_size": 64, "learning_rate": 0.004, "metric_for_best_model": "ndcg@10_seen_kept"}
+    changes = {"config": config, "training": training, "num_seen_targets": 810, "num_validation_users": 1_000}
+    changes |= {"test_ndcg@10_seen_kept": 0.5, "validation_ndcg@10_seen_kept": 0.375}
+    (folder / "all_results.json").write_text(json.dumps(results_file(**changes)))
+    with pytest.raises(ValueError, match="exclude_seen must be False, as for the card's model, found True"):
+        render_model_card(folder, "org/places")
+    for name, seed in (("elastic-43", 43), ("elastic-44", 44)):
+        write_other(folder, name, seed=seed, **changes)
+    changes |= {"config": config | {"num_memory_subkeys": 0}, "test_ndcg@10_seen_kept": 0.375}
+    write_other(folder, "sasrec-42", model_type="sasrec", ndcg=0.75, **changes)
+    card = render_model_card(folder, "org/places")
+    check_metadata(card)
+    check_text(card)
+    assert "recommends seen items, too, since users come back to items: they had had 81% of the val" in card.text
+    assert "the one with the best NDCG@10 with seen items kept on the validation items: 0.3750." in card.text
+    assert "| metric | seen items kept | seen items excluded |" in card.text
+    assert ["NDCG@10", "0.5000", "0.2500"] in rows(card, "metric")
+    assert "| model | seeds | HR@10, seen kept | NDCG@10, seen kept | HR@10 | NDCG@10 | coverage@10 |" in card.text
+    table = [(row[0], row[3], row[5]) for row in rows(card, "model")]
+    assert table[:2] == [
+        ("**elastic**, this model", "0.5000 ± 0.0000", "0.2500 ± 0.0000"),
+        ("sasrec", "0.3750", "0.7500"),
+    ]
+    first = card.data.eval_results[0]
+    assert first.metric_name == "HR@10, full ranking, seen items kept"
+    assert "recommends seen items, too" not in make_model_card("org/x", make_results()).text
 
 
 def test_a_popularity_run_stands_in_for_the_popularity_of_the_results(folder):
@@ -216,10 +259,9 @@ def test_the_caller_describes_other_data():
 def test_every_model_type_says_what_it_is(model_type):
     card = make_model_card("org/x", make_results(model_type=model_type))
     check_text(card)
-    about = MODELS["elastic_paper" if model_type == "elastic" else model_type]
+    about = MODELS[model_type]
     assert inspect.cleandoc(about.citation) in card.text and model_type in card.data.tags
-    description = "ELASTIC compresses a history" if model_type == "elastic" else about.description
-    assert card.text.count(description) == 1
+    assert card.text.count(about.description) == 1
     assert ("interest memory of 36 vectors" in card.text) == (model_type == "elastic")
     assert ("not the paper's" in card.text) == (model_type in ("elastic", "linrec"))
     bidirectional = make_model_card("org/x", make_results(model_type=model_type, config={"is_causal": False}))
@@ -228,17 +270,18 @@ def test_every_model_type_says_what_it_is(model_type):
 
 
 def test_what_is_unknown_is_left_out():
-    card = make_model_card("org/x", {"model_type": "another"})
+    card = make_model_card("org/x", RunResults("another"))
     check_metadata(card)
     check_text(card)
     assert re.findall(r"^## (.*)", card.text, flags=re.MULTILINE) == ["Use", "Limits and biases", "Citation"]
     # One key less at a time: nothing breaks, nothing is filled in.
-    results = make_results(memory_slots=36, memory_share_retrieved=0.75)
+    results = results_file(memory_slots=36, memory_share_retrieved=0.75)
     belong_together = {"num_users": ("num_items", "num_interactions"), "memory_slots": ("memory_share_retrieved",)}
     for key in set(results) - {"model_type"}:
         if not key.startswith(("test_popularity_", "test_head_")) and key not in sum(belong_together.values(), ()):
             gone = {key, *belong_together.get(key, ())}
-            check_text(make_model_card("org/x", {name: results[name] for name in results if name not in gone}))
+            known = {name: results[name] for name in results if name not in gone}
+            check_text(make_model_card("org/x", RunResults.from_dict(known)))
 
 
 def python_of(card):
@@ -308,7 +351,7 @@ def test_the_example_is_of_the_model_beside_the_results(tmp_path):
     """In the middle of a training, before there are any, the folder may hold an older model, or a torn one."""
     ElasticItemTokenizer.from_items(range(NUM_TOKENS - 3), model_max_length=11).save_pretrained(tmp_path)
     elastic_model().save_pretrained(tmp_path)
-    in_training = render_model_card(tmp_path, "org/x", {"model_type": "elastic"})
+    in_training = render_model_card(tmp_path, "org/x", RunResults("elastic"))
     assert "```text" not in in_training.text
     (tmp_path / "all_results.json").write_text(json.dumps({"model_type": "elastic"}))
     text = render_model_card(tmp_path, "org/x").text
@@ -334,7 +377,7 @@ def test_nobody_is_shown_in_a_card():
     sample = {"user_id": "ada@example.org", "history": ["Alien"], "recommended": ["Heat"], "target": "Kes"}
     command = "python /home/ada/run.py --train_file /home/ada/shop.csv"
     results = make_results(dataset="/home/ada/shop.csv", command=command, sample=sample)
-    others = {"sasrec.json": results | {"model_type": "sasrec"}}
+    others = {"sasrec.json": dataclasses.replace(results, model_type="sasrec")}
     text = str(make_model_card("org/x", results, others))
     assert "ada" not in text.replace("data", "") and "Alien" not in text and "Kes" not in text
     assert text.count("`python run.py --train_file shop.csv`") == 2
@@ -355,7 +398,7 @@ def test_latency_is_that_of_the_benchmark(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": None}, "bad.json: a model to compare with must have a model_type, found none"),
+        ({"model_type": None}, "bad.json must have a model_type, found dataset, "),
         ({"dataset": "beauty"}, "bad.json: dataset must be 'ml-1m', as for the card's model, found 'beauty'"),
         ({"protocol": "temporal, full ranking"}, "protocol must be"),
         ({"num_interactions": 53_999}, "num_interactions must be 54000"),
@@ -391,8 +434,10 @@ def test_files_that_are_missing_broken_or_of_another_model_are_named(folder):
     (folder / "all_results.json").unlink()
     with pytest.raises(ValueError, match="must hold all_results.json"):
         render_model_card(folder, "org/x")
-    with pytest.raises(ValueError, match="results must have a model_type, found nothing"):
-        make_model_card("org/x", {})
+    (folder / "config.json").write_text("{}")
+    (folder / "all_results.json").write_text("{}")
+    with pytest.raises(ValueError, match="all_results.json must have a model_type, found nothing"):
+        render_model_card(folder, "org/x")
 
 
 def test_only_checkpoints_with_results_have_cards():
@@ -411,12 +456,13 @@ def test_committed_cards_are_what_the_results_say(file):
 
 
 def test_render_cards_writes_cards_and_draws_their_figures(tmp_path, monkeypatch):
-    run = make_results(log_history=[{"epoch": 1.0, "loss": 2.0}], expert_half_lives=[[2.0, 300.0]], main_row=True)
+    run = results_file(log_history=[{"epoch": 1.0, "loss": 2.0}], expert_half_lives=[[2.0, 300.0]], main_row=True)
     others = {"ml-1m-sasrec-42.json": run | {"model_type": "sasrec", "config": {}}}
     others |= {"trial.json": run | {"model_type": "gru4rec", "main_row": False}, "benchmark-data.json": {"rows": 1}}
-    files = {"ml-1m-elastic-42.json": run, **others}
+    files = {render_cards.CHECKPOINTS["elastic-ml1m"]: run, **others}
     monkeypatch.setattr(render_cards, "read_results", lambda pattern: dict(files))
     monkeypatch.setattr(render_cards, "CARDS", tmp_path / "model_cards")
+    monkeypatch.setattr(render_cards, "EXAMPLES", tmp_path)
     render_cards.main()
     assert [path.name for path in (tmp_path / "model_cards").glob("*.md")] == ["elastic-ml1m.md"]
     text = (tmp_path / "model_cards" / "elastic-ml1m.md").read_text()

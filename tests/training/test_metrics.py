@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from elastic_hf.training.metrics import popularity_bias, ranking_metrics
+from elastic_hf.training.metrics import popularity_bias, ranking_metrics, standard_errors
 
 
 NUM_ITEMS = 31
@@ -27,6 +27,18 @@ def test_metrics_worked_by_hand():
     # Items 3 to 8; item 30 is in nobody's first ten and -1 is no item.
     assert metrics["coverage@10"] == 6 / NUM_ITEMS
     assert len(metrics) == 2 * 3 * 4 + 1
+
+
+def test_standard_errors_worked_by_hand():
+    ranks = np.array([[1, 1], [3, 7], [10, 21], [31, 31]])
+    errors = standard_errors(ranks)
+    # Three of four hit: each is 1/4 or 3/4 from their mean.
+    assert errors["hr@10"] == pytest.approx(math.sqrt((3 * (1 / 4) ** 2 + (3 / 4) ** 2) / 3 / 4))
+    gains = [1, 1 / 2, 0, 0]
+    assert errors["ndcg@5"] == pytest.approx(math.sqrt(sum((gain - 3 / 8) ** 2 for gain in gains) / 3 / 4))
+    assert errors["hr@1_seen_kept"] == errors["ndcg@1_seen_kept"] == pytest.approx(1 / 4)
+    assert errors.keys() == ranking_metrics(ranks, np.ones((4, 20)), NUM_ITEMS).keys() - {"coverage@10"}
+    assert standard_errors(ranks[:1]) == {}
 
 
 @pytest.mark.parametrize(

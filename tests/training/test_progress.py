@@ -2,7 +2,7 @@ import pytest
 from transformers import TrainerCallback
 
 from elastic_hf.training.progress import EvaluationLines, ProgressBar
-from trainers import evaluation_rows, make_histories, make_trainer
+from trainers import evaluation_rows, make_histories, make_model, make_trainer
 
 
 def test_one_line_per_evaluation(tmp_path, capsys):
@@ -18,6 +18,17 @@ def test_one_line_per_evaluation(tmp_path, capsys):
         f"epoch {epoch}/2  loss {loss:.4g}  NDCG@10 {log['eval_ndcg@10']:.4f} (best)  HR@10 {log['eval_hr@10']:.4f}"
         for epoch, loss, log in zip((1, 2), losses, (first, second), strict=True)
     ]
+
+
+def test_a_line_has_the_metrics_that_count(tmp_path, capsys):
+    model = make_model(exclude_seen=False)
+    trainer = make_trainer(tmp_path, model, num_train_epochs=1, metric_for_best_model="ndcg@10_seen_kept")
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "eval_ndcg@10" in log]
+    ndcg, hit_rate = log["eval_ndcg@10_seen_kept"], log["eval_hr@10_seen_kept"]
+    line = capsys.readouterr().out.strip()
+    assert line.endswith(f"  NDCG@10 seen kept {ndcg:.4f} (best)  HR@10 seen kept {hit_rate:.4f}")
+    assert line.count("NDCG@10") == 1
 
 
 def test_what_is_not_the_best_is_not_called_so(tmp_path, capsys):

@@ -157,6 +157,29 @@ def test_seen_items_beyond_the_window_are_excluded_too(tmp_path):
     assert top_ids[0, ranks[0, 0] - 1] == e
 
 
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_users_who_alternate_among_few_items_are_recommended_these(tmp_path, exclude_seen):
+    """Each of 60 users goes around four items: only a model that keeps what was seen can tell what comes next."""
+    firsts = np.random.default_rng(0).integers(3, NUM_ITEMS - 1, size=60)
+    histories = [[int(first) + step % 4 for step in range(14)] for first in firsts]
+    model = make_model(exclude_seen=exclude_seen, hidden_dropout=0.0)
+    trainer = make_trainer(tmp_path, model, histories=histories, num_train_epochs=15, learning_rate=2e-2)
+    trainer.train()
+    rows = evaluation_rows(histories)
+    prediction = trainer.predict(rows)
+    ranks, top_ids = prediction.predictions
+    is_seen = [[top in row for top in tops] for row, tops in zip(rows["input_ids"], top_ids[:, :4], strict=True)]
+    assert (ranks[:, 0] == NUM_ITEMS).all()  # the targets were all seen
+    if exclude_seen:
+        assert not np.any(is_seen)
+    else:
+        assert np.mean(is_seen) > 0.5 and prediction.metrics["test_hr@10_seen_kept"] > 0.9
+        top_1 = top_ids[:, 0] == np.array(rows["target"])
+        assert (ranks[top_1, 1] == 1).all()
+        found = model.recommend(torch.tensor(rows["input_ids"]), top_k=4).token_ids
+        assert found.tolist() == top_ids[:, :4].tolist()
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan])
 def test_a_constant_or_nan_scorer_has_no_hits(tmp_path, value):
     model = make_model()

@@ -6,6 +6,7 @@ Answers the requests to a Hugging Face Inference Endpoint with the pipeline in t
 `inputs` is a history of item ids or titles, oldest first, bare or as `{"history": [...]}`, or a list of histories. The
 answer is a list of `item`, `title` and `score`, best first, or a list of such lists. `parameters` are those of
 `SequentialRecommendationPipeline` in `pipeline.py`: `top_k`, `exclude_seen`, `candidates`, `unknown` and `fallback`.
+Whether items of the history are recommended is the model's own setting, unless `exclude_seen` is given.
 
 A request holds at most 256 histories of 10,000 items each, and asks for at most 1,000 recommendations for each of
 them, from at most 10,000 candidates or from the whole catalogue.

@@ -57,7 +57,8 @@ def test_the_front_page_puts_elastic_first(results, tmp_path):
     results(factor=6)
     data = {"num_users": 3, "num_items": 5, "num_interactions": 20, "max_length": 7, "num_parameters": 11}
     for model, seed, ndcg in (("sasrec", 42, 0.25), ("gru4rec", 42, 0.2), ("gru4rec", 43, 0.4), ("elastic", 42, 0.15)):
-        run = {**data, "model_type": model, "main_row": True, "test_hr@10": 0.5, "test_ndcg@10": ndcg}
+        run = {**data, "model_type": model, "main_row": True, "protocol": "leave_one_out, full ranking"}
+        run |= {"test_hr@10": 0.5, "test_ndcg@10": ndcg}
         (tmp_path / "results" / f"ml-1m-{model}-{seed}.json").write_text(json.dumps(run))
     *_, elastic, gru4rec, sasrec = render_results.front_page().splitlines()
     assert elastic == "| **ELASTIC** | **0.5000** | **0.1500** | **1** | **11** |"
@@ -66,6 +67,55 @@ def test_the_front_page_puts_elastic_first(results, tmp_path):
     speed, state, accuracy = render_results.highlights().splitlines()
     assert "6.0 times" in speed and "1.5 ms" in state and "-50.0%" in accuracy and "GRU4Rec" in accuracy
     assert "6.0 times" not in render_results.training_cost() and "0.2 times" in render_results.training_cost()
+
+
+def rows_of(text):
+    """The cells of a table, by its header."""
+    header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def write_run(folder, name, ndcg, **changes):
+    run = {"dataset": "ml-1m", "model_type": "elastic", "main_row": True, "seed": 42, "max_length": 7}
+    run |= {"protocol": "leave_one_out, full ranking", "num_parameters": 11, "hardware": "a machine", **changes}
+    run |= {f"test_{metric}@10{suffix}": ndcg for metric in ("hr", "ndcg") for suffix in ("", "_seen_kept")}
+    (folder / "results" / f"{name}.json").write_text(json.dumps(run))
+
+
+def test_figures_of_two_protocols_are_not_mixed(results, tmp_path):
+    write_run(tmp_path, "ml-1m-elastic-42", 0.25)
+    write_run(tmp_path, "ml-1m-elastic-43", 0.35, seed=43)
+    write_run(tmp_path, "ml-1m-sasrec-42", 0.2, model_type="sasrec")
+    assert "protocol" not in rows_of(render_results.accuracy())[0]
+    assert "protocol" not in rows_of(render_results.differences())[0]
+    sampled = "leave_one_out, sampled validation, full ranking"
+    write_run(tmp_path, "ml-1m-elastic-42-sampled", 0.5, protocol=sampled)
+    write_run(tmp_path, "ml-1m-sasrec-42-sampled", 0.6, protocol=sampled, model_type="sasrec")
+    rows = [(row["protocol"], row["model"], row["NDCG@10"]) for row in rows_of(render_results.accuracy())]
+    assert rows == [
+        ("leave_one_out, full ranking", "elastic", "**0.3000 ± 0.0707**"),
+        ("leave_one_out, full ranking", "sasrec", "**0.2000**"),
+        (sampled, "sasrec", "**0.6000**"),
+        (sampled, "elastic", "**0.5000**"),
+    ]
+    differences = [(row["protocol"], row["NDCG@10"]) for row in rows_of(render_results.differences())]
+    assert differences == [("leave_one_out, full ranking", "+0.1000"), (sampled, "-0.1000")]
+    assert [len(seeds) for seeds in render_results.main_runs("ml-1m").values()] == [2, 1]
+
+
+def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path):
+    write_run(tmp_path, "ml-1m-elastic-42", 0.25)
+    places = {"dataset": "places", "config": {"exclude_seen": False, "mask_seen_in_loss": False}}
+    for model, excluded, kept in (("elastic", 0.125, 0.5), ("sasrec", 0.25, 0.375)):
+        write_run(tmp_path, f"places-{model}-42", excluded, model_type=model, **places)
+        file = tmp_path / "results" / f"places-{model}-42.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"test_ndcg@10_seen_kept": kept}))
+    _, elastic, sasrec = rows_of(render_results.accuracy())
+    assert (elastic["model"], sasrec["model"]) == ("elastic", "sasrec")
+    assert elastic["protocol"] == "leave_one_out, full ranking, seen items kept"
+    assert (elastic["NDCG@10"], elastic["NDCG@10, seen kept"]) == ("0.1250", "**0.5000**")
+    (difference,) = rows_of(render_results.differences())
+    assert difference["protocol"] == elastic["protocol"] and difference["NDCG@10"] == "+0.1250"
 
 
 def test_what_was_not_measured_is_not_stated(results):

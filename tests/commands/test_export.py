@@ -1,12 +1,10 @@
-import sys
-
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 
-import export_onnx
 from elastic_hf import ElasticCache, ElasticItemTokenizer
+from elastic_hf.commands import export
 from factories import NUM_TOKENS, elastic_model
 
 
@@ -18,12 +16,10 @@ def exported(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tokenizer = ElasticItemTokenizer.from_items([f"item {i}" for i in range(NUM_TOKENS - 3)], model_max_length=50)
     tokenizer.save_pretrained(folder / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / "programs")]
-        patch.setattr(sys, "argv", ["export_onnx.py", *arguments])
-        export_onnx.main()
-        with pytest.raises(ValueError, match="output_dir must be empty or not exist"):
-            export_onnx.main()
+    arguments = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / "programs")]
+    export.main(arguments)
+    with pytest.raises(ValueError, match="output_dir must be empty or not exist"):
+        export.main(arguments)
     return model, folder / "programs"
 
 
@@ -40,21 +36,21 @@ def test_steps_are_the_whole_history(exported):
     step = onnxruntime.InferenceSession(folder / "step.onnx")
     cache = ElasticCache.empty(model, 1)
     assert step.get_modelmeta().custom_metadata_map["model_digest"] == cache.model_digest == model.model.digest()
-    state = [tensor.numpy() for tensor in export_onnx.tensors(cache)]
+    state = [tensor.numpy() for tensor in export.tensors(cache)]
     names = [value.name for value in step.get_inputs()]
     for item in history.numpy().T:
         logits, *state = step.run(None, dict(zip(names, [item[None], np.ones((1, 1), np.int64), *state], strict=True)))
     with torch.no_grad():
         expected = model(history, use_cache=True)
     np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
-    for found, tensor in zip(state, export_onnx.tensors(expected.cache), strict=True):
+    for found, tensor in zip(state, export.tensors(expected.cache), strict=True):
         np.testing.assert_allclose(found, tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_a_program_that_differs_is_refused(exported, tmp_path, monkeypatch):
     model, _ = exported
-    program = export_onnx.History(model)
+    program = export.History(model)
     run = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [run(*args)[0] + 1e-3])
     with pytest.raises(AssertionError, match="history.onnx: logits"):
-        export_onnx.export(program, tmp_path / "history.onnx", with_state=False)
+        export.export(program, tmp_path / "history.onnx", with_state=False)

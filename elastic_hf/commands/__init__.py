@@ -1,0 +1,1 @@
+"""The commands of `elastic-hf`, one file each."""

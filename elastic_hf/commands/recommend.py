@@ -1,0 +1,105 @@
+"""`elastic-hf recommend`: recommend for one history, or for all users of a file of interactions.
+
+    elastic-hf recommend --model_name_or_path outputs/shop --history "sku 17" "sku 4"
+    elastic-hf recommend --model_name_or_path outputs/shop --input_file shop.csv --output_file recommended.parquet
+
+A history is given as item ids or titles, oldest first. The recommendations for a file are a Parquet file with one row
+for each user and place: `user_id`, `rank` (from 1), `item_id` and `score` (larger is better, comparable for one user
+only).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import pipeline
+
+from ..data.histories import load_histories
+from ..models.pipeline import SequentialRecommendationPipeline
+from ..results import written_whole
+from .arguments import ColumnArguments, parse_arguments
+
+
+@dataclass
+class RecommendationArguments(ColumnArguments):
+    """Which model recommends, for whom, and what."""
+
+    _argument_group_name = "recommendation"
+
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Folder or Hub id of a trained model."})
+    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub id."})
+    history: list[str] | None = field(default=None, metadata={"help": "Item ids or titles, oldest first."})
+    input_file: str | None = field(default=None, metadata={"help": "File or folder of interactions instead."})
+    output_file: str | None = field(default=None, metadata={"help": "Parquet file of the recommendations for a file."})
+    top_k: int = field(default=10, metadata={"help": "Number of items for each history."})
+    exclude_seen: bool | None = field(
+        default=None,
+        metadata={"help": "Leave out the items of the history; if not given, as the model's own setting."},
+    )
+    unknown: str = field(
+        default="error", metadata={"help": "What becomes of items that the model does not know: error or ignore."}
+    )
+    fallback: str = field(
+        default="error", metadata={"help": "What becomes of a history without known items: error or popularity."}
+    )
+    batch_size: int = field(default=256, metadata={"help": "Histories that are read at once."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the recommendations for one history, or write those for all users of a file."""
+    (args,) = parse_arguments("recommend", __doc__, argv, RecommendationArguments)
+    if (args.history is None) == (args.input_file is None):
+        raise ValueError("set history or input_file, one of them")
+    if (args.input_file is None) != (args.output_file is None):
+        raise ValueError("input_file and output_file belong together, found one of them")
+    recommend = pipeline(
+        "sequential-recommendation",
+        model=args.model_name_or_path,
+        revision=args.revision,
+        top_k=args.top_k,
+        exclude_seen=args.exclude_seen,
+        unknown=args.unknown,
+        fallback=args.fallback,
+    )
+    if args.history is None:
+        recommend_for_file(recommend, args)
+        return
+    for rank, item in enumerate(recommend(args.history), start=1):
+        print(f"{rank:4}  {item['item']}  {item['title'] or ''}".rstrip())
+
+
+def recommend_for_file(recommend: SequentialRecommendationPipeline, args: RecommendationArguments) -> None:
+    """Write the recommendations for all users of the input file, or leave an older output file as it was."""
+    users = load_histories(
+        args.input_file,
+        user_column=args.user_column,
+        item_column=args.item_column,
+        timestamp_column=args.timestamp_column,
+        column_names=args.column_names,
+        in_time_order=args.in_time_order,
+        cache_dir=args.cache_dir,
+        k_core=0,
+        split="none",
+    ).histories["train"]
+    schema = pa.schema(
+        {
+            "user_id": users.features.arrow_schema.field("user_id").type,
+            "rank": pa.int32(),
+            "item_id": recommend.tokenizer.items["item_id"].type,
+            "score": pa.float64(),
+        }
+    )
+    with written_whole(Path(args.output_file)) as stream, pq.ParquetWriter(stream, schema) as writer:
+        for batch in users.iter(args.batch_size):
+            recommended = recommend(batch["item_ids"], batch_size=len(batch["user_id"]))
+            writer.write_table(pa.Table.from_pylist([*rows_of(batch["user_id"], recommended)], schema))
+    print(f"{args.output_file}: {args.top_k:,} items for each of {len(users):,} users")
+
+
+def rows_of(user_ids: list, recommended: list[list[dict]]) -> Iterator[dict]:
+    """Yield a row for each user and place."""
+    for user_id, items in zip(user_ids, recommended, strict=True):
+        for rank, item in enumerate(items, start=1):
+            yield {"user_id": user_id, "rank": rank, "item_id": item["item"], "score": item["score"]}

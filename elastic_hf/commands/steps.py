@@ -1,0 +1,128 @@
+"""The steps that training and evaluation share: the process, the histories, the tokenizer and the trainer."""
+
+import io
+import logging
+import sys
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+
+from ..data.collator import SequentialRecommendationCollator
+from ..data.histories import Histories, load_histories
+from ..models.configuration_recommender import RecommenderConfig
+from ..models.item_tokenizer import ElasticItemTokenizer
+from ..training.trainer import SequentialRecommendationTrainer
+from .arguments import DEFAULT_MAX_LENGTH, DataArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_process(training_args: TrainingArguments) -> None:
+    """Let the first process alone log, and set the seed."""
+    is_main_process = training_args.process_index == 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # titles, where the locale lacks their letters
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main_process else logging.ERROR)
+    if not is_main_process:
+        datasets.disable_progress_bars()
+    has_bfloat16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if training_args.bf16 and training_args.device.type == "cpu" and not has_bfloat16:
+        logger.warning("bf16 is many times slower than float32 on this processor, which has no instructions for it")
+    set_seed(training_args.seed)
+
+
+def read_histories(data_args: DataArguments, training_args: TrainingArguments) -> Histories:
+    """Return the histories of all splits, the items and the counts."""
+    if data_args.split == "none":
+        raise ValueError("split must be 'leave_one_out' or 'temporal', which hold out something to evaluate on")
+    with training_args.main_process_first(local=False, desc="loading the interactions"):
+        loaded = load_histories(
+            data_args.source,
+            data_dir=data_args.data_dir,
+            user_column=data_args.user_column,
+            item_column=data_args.item_column,
+            timestamp_column=data_args.timestamp_column,
+            title_column=data_args.title_column,
+            column_names=data_args.column_names,
+            in_time_order=data_args.in_time_order,
+            items_file=data_args.items_file,
+            dataset_config_name=data_args.dataset_config_name,
+            dataset_split=data_args.dataset_split,
+            k_core=data_args.k_core,
+            split=data_args.split,
+            validation_fraction=data_args.validation_fraction,
+            test_fraction=data_args.test_fraction,
+            validation_users=data_args.validation_users,
+            cache_dir=data_args.cache_dir,
+        )
+    logger.info(", ".join(f"{key}: {value:,}" for key, value in loaded.counts.items()))
+    return loaded
+
+
+def make_tokenizer(model_name_or_path: str | None, data_args: DataArguments, items: Dataset) -> ElasticItemTokenizer:
+    """Return the tokenizer of the catalogue, or that of the trained model, which must know the catalogue.
+
+    Its `model_max_length` is the number of items that the model sees.
+    """
+    if model_name_or_path is None:
+        return ElasticItemTokenizer.from_items(items, model_max_length=data_args.max_length or DEFAULT_MAX_LENGTH)
+    tokenizer = ElasticItemTokenizer.from_pretrained(model_name_or_path)
+    token_ids = np.array(tokenizer.convert_tokens_to_ids(items["item_id"][:]))
+    num_unknown = int((token_ids == tokenizer.unk_token_id).sum())
+    if num_unknown:
+        raise ValueError(
+            f"the tokenizer of {model_name_or_path} does not know {num_unknown:,} of the {len(items):,} "
+            f"items of {data_args.source}"
+        )
+    if data_args.max_length is not None:
+        tokenizer.model_max_length = data_args.max_length
+    return tokenizer
+
+
+def tokenize(
+    tokenizer: ElasticItemTokenizer, histories: DatasetDict, data_args: DataArguments, training_args: TrainingArguments
+) -> DatasetDict:
+    """Return the token ids of all splits."""
+    with training_args.main_process_first(local=False, desc="tokenizing the histories"):
+        splits = tokenizer.tokenize_histories(histories, num_proc=data_args.preprocessing_num_workers)
+    return splits.with_format("numpy")
+
+
+def settings_of(config: RecommenderConfig) -> dict[str, Any]:
+    """Return the fields that this package's configurations add to those of Transformers, as they are in effect."""
+    classes = [base for base in type(config).__mro__ if issubclass(base, RecommenderConfig)]
+    names = sorted({name for base in classes for name in base.__annotations__})
+    return {name: getattr(config, name) for name in names} | {"mask_seen_in_loss": config.masks_seen}
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: ElasticItemTokenizer,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> SequentialRecommendationTrainer:
+    """Return the trainer, which stops early where that is asked for."""
+    collator = SequentialRecommendationCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        max_length=tokenizer.model_max_length,
+        objective=model.config.training_objective,
+        mask_probability=data_args.mask_probability,
+    )
+    patience = getattr(training_args, "early_stopping_patience", 0)
+    return SequentialRecommendationTrainer(
+        model=model,
+        args=training_args,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=[EarlyStoppingCallback(patience)] if patience > 0 else [],
+    )

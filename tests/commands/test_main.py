@@ -1,0 +1,81 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import elastic_hf
+from elastic_hf.__main__ import COMMANDS, main
+
+
+EXAMPLES = Path(elastic_hf.__file__).parents[1] / "examples"
+
+
+def test_every_command_has_a_file_and_every_file_a_command():
+    files = {path.stem for path in Path(elastic_hf.__file__).with_name("commands").glob("*.py")}
+    assert {*COMMANDS} == files - {"__init__", "arguments", "steps"}
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert COMMANDS.items() <= {tuple(line) for line in lines if len(line) == 2}
+
+
+@pytest.mark.parametrize("arguments", [[], ["teach"]])
+def test_what_is_no_command_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2 and "command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_says_what_each_argument_is(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert f"`elastic-hf {command}`" in text and f"usage: elastic-hf {command}" in text
+    options = re.split(r"\n  (?=-)", text)[1:]
+    assert len(options) > 2
+    for option in options:
+        name, *words = option.replace("\n", "  ").split("  ")
+        assert len(" ".join(words).strip()) > 10, f"{name} has no text"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--model_type", "sasrec5"], "model_type must be one of elastic"),
+        (["evaluate", "--model_name_or_path", "here", "--split", "none"], "split must be 'leave_one_out'"),
+        (["recommend", "--model_name_or_path", "here"], "set history or input_file"),
+        (["export", "--model_name_or_path", "here", "--output_dir", "."], "output_dir must be empty"),
+        (["publish", "nowhere", "org/shop", "--dry_run"], "nowhere"),
+    ],
+)
+def test_an_error_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"elastic-hf {arguments[0]}: error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "command"), [("run_seqrec", "train"), ("publish", "publish"), ("export_onnx", "export")]
+)
+def test_a_script_is_its_command(script, command):
+    process = subprocess.run(
+        [sys.executable, EXAMPLES / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0 and f"usage: elastic-hf {command}" in process.stdout
+
+
+def test_missing_onnx_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "elastic_hf.commands.export", raising=False)
+    assert main(["export", "--model_name_or_path", "here", "--output_dir", "there"]) == 1
+    assert "error: elastic-hf export needs ONNX: pip install onnx onnxruntime onnxscript" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+import numpy as np
+import polars as pl
+import pytest
+from transformers import pipeline
+
+from elastic_hf import ElasticItemTokenizer
+from elastic_hf.commands import recommend
+from factories import NUM_TOKENS, elastic_model
+
+
+NUM_ITEMS = NUM_TOKENS - 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    elastic_model().save_pretrained(folder)
+    table = pl.DataFrame({"item_id": range(NUM_ITEMS), "title": [f"Product {i}" for i in range(NUM_ITEMS)]})
+    ElasticItemTokenizer.from_items(table, model_max_length=11).save_pretrained(folder)
+    return str(folder)
+
+
+def test_one_history(folder, capsys):
+    recommend.main(["--model_name_or_path", folder, "--history", "3", "Product 5", "--top_k", "4"])
+    expected = pipeline("sequential-recommendation", model=folder, top_k=4)([3, 5])
+    printed = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert printed == [[str(i), str(item["item"]), item["title"]] for i, item in enumerate(expected, start=1)]
+
+
+def test_all_users_of_a_file(folder, tmp_path, capsys):
+    """Whole histories in the order of time, also of those who have only one item, with the seen items kept."""
+    generator = np.random.default_rng(0)
+    histories = {
+        user: generator.choice(NUM_ITEMS, size, replace=False).tolist() for user, size in enumerate((1, 4, 13))
+    }
+    rows = [(user, item, time) for user, items in histories.items() for time, item in enumerate(items)]
+    generator.shuffle(rows)
+    pl.DataFrame(rows, schema=["user", "item", "time"], orient="row").write_csv(tmp_path / "shop.csv")
+    output_file = tmp_path / "out" / "recommended.parquet"
+    arguments = {"model_name_or_path": folder, "input_file": tmp_path / "shop.csv", "output_file": output_file}
+    arguments |= {"top_k": 3, "exclude_seen": False, "batch_size": 2, "cache_dir": tmp_path / "cache"}
+    recommend.main([str(part) for name, value in arguments.items() for part in (f"--{name}", value)])
+    table = pl.read_parquet(output_file)
+    assert table.columns == ["user_id", "rank", "item_id", "score"]
+    pipe = pipeline("sequential-recommendation", model=folder, top_k=3, exclude_seen=False)
+    for user, history in histories.items():
+        expected = pipe(history)
+        found = table.filter(pl.col("user_id") == user)
+        assert found["rank"].to_list() == [1, 2, 3]
+        assert found["item_id"].to_list() == [item["item"] for item in expected]
+        np.testing.assert_allclose(found["score"], [item["score"] for item in expected], rtol=1e-5)
+    assert len(table) == 9 and "3 items for each of 3 users" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_seen_items_are_left_out_as_the_model_says_unless_told_otherwise(folder, tmp_path, capsys, own):
+    elastic_model(exclude_seen=own).save_pretrained(tmp_path)
+    ElasticItemTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    pipe = pipeline("sequential-recommendation", model=str(tmp_path))
+    for arguments, exclude_seen in (([], own), (["--exclude_seen", str(not own)], not own)):
+        recommend.main(["--model_name_or_path", str(tmp_path), "--history", "3", "5", "--top_k", "26", *arguments])
+        printed = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+        assert printed == [str(item["item"]) for item in pipe([3, 5], top_k=26, exclude_seen=exclude_seen)]
+        assert ({"3", "5"} & {*printed} == set()) == exclude_seen
+
+
+def test_a_failure_leaves_an_older_file(folder, tmp_path):
+    pl.DataFrame({"user": [1, 1], "item": [2, NUM_ITEMS + 7], "time": [1, 2]}).write_csv(tmp_path / "shop.csv")
+    (tmp_path / "recommended.parquet").write_text("older")
+    arguments = ["--model_name_or_path", folder, "--input_file", str(tmp_path / "shop.csv")]
+    arguments += ["--output_file", str(tmp_path / "recommended.parquet"), "--cache_dir", str(tmp_path / "cache")]
+    with pytest.raises(ValueError, match=f"history 0 must hold items that the model knows, found {NUM_ITEMS + 7}"):
+        recommend.main(arguments)
+    assert (tmp_path / "recommended.parquet").read_text() == "older"
+    recommend.main([*arguments, "--unknown", "ignore"])
+    assert len(pl.read_parquet(tmp_path / "recommended.parquet")) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "set history or input_file, one of them"),
+        (["--history", "1", "--input_file", "shop.csv"], "set history or input_file, one of them"),
+        (["--input_file", "shop.csv"], "input_file and output_file belong together"),
+        (["--history", "1", "--output_file", "out.parquet"], "input_file and output_file belong together"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recommend.main(["--model_name_or_path", "here", *arguments])
