@@ -66,11 +66,6 @@ class SASRecConfig(TransformerConfig):
         if not self.is_causal:
             raise ValueError("is_causal must be True for sasrec, found False")
 
-    def validate_activation(self):
-        """The activation is one that Transformers knows."""
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, found {self.hidden_act!r}")
-
 
 class SASRecLayer(GradientCheckpointingLayer):
     """

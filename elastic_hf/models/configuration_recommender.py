@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 TRAINING_OBJECTIVES = ("next_item", "masked_item", "prefix")
@@ -100,6 +101,12 @@ class RecommenderConfig(PreTrainedConfig):
                     f"{name} must be between 0 and num_special_tokens - 1 ({self.num_special_tokens - 1}), "
                     f"found {token_id}"
                 )
+
+    def validate_activation(self):
+        """The activation, of models that have one to choose, is one that Transformers knows."""
+        hidden_act = getattr(self, "hidden_act", "gelu")
+        if hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, found {hidden_act!r}")
 
     def validate_training(self):
         """Objective and loss exist, and the answer does not leak."""

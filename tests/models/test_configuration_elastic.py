@@ -11,6 +11,8 @@ from elastic_hf import ElasticConfig
         ("hidden_size", 0, "hidden_size must be at least 1, found 0"),
         ("num_attention_heads", 5, "multiple of num_attention_heads, found 64 and 5"),
         ("conv_kernel_size", 0, "conv_kernel_size must be at least 1, found 0"),
+        ("stream_intermediate_size", -1, "stream_intermediate_size must be at least 0, found -1"),
+        ("hidden_act", "gelo", "hidden_act must be one of .*gelu.*, found 'gelo'"),
         ("hidden_dropout", 1.5, "hidden_dropout must be between 0 and 1, found 1.5"),
         ("vocab_size", 3, "vocab_size must exceed num_special_tokens"),
         ("mask_token_id", 3, "mask_token_id must be between 0 and num_special_tokens - 1"),
