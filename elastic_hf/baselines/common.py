@@ -109,9 +109,9 @@ class ItemEmbeddings(nn.Module):
             raise ValueError(f"input_ids must not be longer than max_position_embeddings ({longest}), found {length}")
         return self.embed_positions(torch.arange(longest - length, longest, device=input_ids.device))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, L) -> (B, L, D)"""
-        return self.embed_tokens(input_ids) + self.positions(input_ids)
+    def forward(self, input_ids: Tensor, scale: float = 1.0) -> Tensor:
+        """scale * e + p: (B, L) -> (B, L, D)"""
+        return self.embed_tokens(input_ids) * scale + self.positions(input_ids)
 
 
 class SelfAttention(nn.Module):

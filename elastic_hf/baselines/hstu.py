@@ -135,8 +135,7 @@ class HSTUModel(BaselineModel, HSTUPreTrainedModel):
         self.post_init()
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
-        embeddings = self.embeddings.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)
-        hidden_states = self.dropout(embeddings + self.embeddings.positions(input_ids))
+        hidden_states = self.dropout(self.embeddings(input_ids, scale=math.sqrt(self.config.hidden_size)))
         length = input_ids.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         mask = earlier & attention_mask[:, None, None]  # (B, 1, L, L)

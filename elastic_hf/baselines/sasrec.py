@@ -126,8 +126,7 @@ class SASRecModel(BaselineModel, SASRecPreTrainedModel):
         self.post_init()
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
-        embeddings = self.embeddings.embed_tokens(input_ids) * math.sqrt(self.config.hidden_size)
-        hidden_states = self.dropout(embeddings + self.embeddings.positions(input_ids))
+        hidden_states = self.dropout(self.embeddings(input_ids, scale=math.sqrt(self.config.hidden_size)))
         mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):

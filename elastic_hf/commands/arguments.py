@@ -53,6 +53,11 @@ class ColumnArguments:
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """These arguments by the names that they have in [`load_histories`]."""
+        return {argument.name: getattr(self, argument.name) for argument in dataclasses.fields(ColumnArguments)}
+
 
 @dataclass
 class DataArguments(ColumnArguments):
@@ -91,10 +96,6 @@ class DataArguments(ColumnArguments):
             "model has seen."
         },
     )
-    split_into_windows: bool = field(
-        default=False, metadata={"help": "Train on all windows of max_length items, not on the most recent alone."}
-    )
-    mask_probability: float = field(default=0.2, metadata={"help": "Share of masked items (masked_item objective)."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
     @property
@@ -164,6 +165,10 @@ class SeqRecTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = _stock("ddp_find_unused_parameters", False)
     dataloader_pin_memory: bool = _stock("dataloader_pin_memory", torch.cuda.is_available())
     use_cpu: bool = _stock("use_cpu", not torch.accelerator.is_available())  # for bf16 on a processor, too
+    split_into_windows: bool = field(
+        default=False, metadata={"help": "Train on all windows of max_length items, not on the most recent alone."}
+    )
+    mask_probability: float = field(default=0.2, metadata={"help": "Share of masked items (masked_item objective)."})
     early_stopping_patience: int = field(
         default=10, metadata={"help": "Evaluations without a better validation metric before stopping; 0: never."}
     )

@@ -20,7 +20,7 @@ from ..sharing.tables import describe_metric, rankings
 from ..training.metrics import popularity_bias, standard_errors
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, parse_arguments
-from .steps import make_tokenizer, make_trainer, read_histories, set_up_process, settings_of, tokenize
+from .steps import make_tokenizer, read_histories, set_up_process, settings_of, tokenize
 
 
 @dataclass
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = make_tokenizer(args.model_name_or_path, data_args, items)
         splits = tokenize(tokenizer, histories, data_args, training_args)
         model = AutoModel.from_pretrained(args.model_name_or_path)
-        trainer = make_trainer(model, tokenizer, None, splits["validation"], data_args, training_args)
+        trainer = SequentialRecommendationTrainer(model, training_args, processing_class=tokenizer)
         results = RunResults(
             model.config.model_type, **counts, protocol=data_args.protocol, config=settings_of(model.config)
         )

@@ -72,17 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 def recommend_for_file(recommend: SequentialRecommendationPipeline, args: RecommendationArguments) -> None:
     """Write the recommendations for all users of the input file, or leave an older output file as it was."""
-    users = load_histories(
-        args.input_file,
-        user_column=args.user_column,
-        item_column=args.item_column,
-        timestamp_column=args.timestamp_column,
-        column_names=args.column_names,
-        in_time_order=args.in_time_order,
-        cache_dir=args.cache_dir,
-        k_core=0,
-        split="none",
-    ).histories["train"]
+    users = load_histories(args.input_file, **args.reading, k_core=0, split="none").histories["train"]
     schema = pa.schema(
         {
             "user_id": users.features.arrow_schema.field("user_id").type,

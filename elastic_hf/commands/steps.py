@@ -1,4 +1,4 @@
-"""The steps that training and evaluation share: the process, the histories, the tokenizer and the trainer."""
+"""The steps that training and evaluation share: the process, the histories, the tokenizer and the token ids."""
 
 import io
 import logging
@@ -9,13 +9,11 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from ..data.collator import SequentialRecommendationCollator
 from ..data.histories import Histories, load_histories
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
-from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DEFAULT_MAX_LENGTH, DataArguments
 
 
@@ -43,13 +41,9 @@ def read_histories(data_args: DataArguments, training_args: TrainingArguments) -
     with training_args.main_process_first(local=False, desc="loading the interactions"):
         loaded = load_histories(
             data_args.source,
+            **data_args.reading,
             data_dir=data_args.data_dir,
-            user_column=data_args.user_column,
-            item_column=data_args.item_column,
-            timestamp_column=data_args.timestamp_column,
             title_column=data_args.title_column,
-            column_names=data_args.column_names,
-            in_time_order=data_args.in_time_order,
             items_file=data_args.items_file,
             dataset_config_name=data_args.dataset_config_name,
             dataset_split=data_args.dataset_split,
@@ -58,7 +52,6 @@ def read_histories(data_args: DataArguments, training_args: TrainingArguments) -
             validation_fraction=data_args.validation_fraction,
             test_fraction=data_args.test_fraction,
             validation_users=data_args.validation_users,
-            cache_dir=data_args.cache_dir,
         )
     logger.info(", ".join(f"{key}: {value:,}" for key, value in loaded.counts.items()))
     return loaded
@@ -98,31 +91,3 @@ def settings_of(config: RecommenderConfig) -> dict[str, Any]:
     classes = [base for base in type(config).__mro__ if issubclass(base, RecommenderConfig)]
     names = sorted({name for base in classes for name in base.__annotations__})
     return {name: getattr(config, name) for name in names} | {"mask_seen_in_loss": config.masks_seen}
-
-
-def make_trainer(
-    model: PreTrainedModel,
-    tokenizer: ElasticItemTokenizer,
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-) -> SequentialRecommendationTrainer:
-    """Return the trainer, which stops early where that is asked for."""
-    collator = SequentialRecommendationCollator(
-        pad_token_id=tokenizer.pad_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-        max_length=tokenizer.model_max_length,
-        objective=model.config.training_objective,
-        mask_probability=data_args.mask_probability,
-    )
-    patience = getattr(training_args, "early_stopping_patience", 0)
-    return SequentialRecommendationTrainer(
-        model=model,
-        args=training_args,
-        data_collator=collator,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        callbacks=[EarlyStoppingCallback(patience)] if patience > 0 else [],
-    )

@@ -27,8 +27,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, EarlyStoppingCallback, PreTrainedModel
 
+from ..data.collator import SequentialRecommendationCollator
 from ..data.windows import split_into_windows
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
@@ -43,7 +44,7 @@ from ..training.output_folder import LOCK, lock_output_dir, make_folder
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, ModelArguments, SeqRecTrainingArguments, parse_arguments
 from .evaluate import print_test, test, validate
-from .steps import make_tokenizer, make_trainer, read_histories, set_up_process, settings_of, tokenize
+from .steps import make_tokenizer, read_histories, set_up_process, settings_of, tokenize
 
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,33 @@ def make_model(model_args: ModelArguments, config: RecommenderConfig) -> PreTrai
     return model
 
 
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: ElasticItemTokenizer,
+    train_dataset: Dataset,
+    eval_dataset: Dataset,
+    training_args: SeqRecTrainingArguments,
+) -> SequentialRecommendationTrainer:
+    """Return the trainer, which stops early where that is asked for."""
+    collator = SequentialRecommendationCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+        max_length=tokenizer.model_max_length,
+        objective=model.config.training_objective,
+        mask_probability=training_args.mask_probability,
+    )
+    patience = training_args.early_stopping_patience
+    return SequentialRecommendationTrainer(
+        model=model,
+        args=training_args,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=[EarlyStoppingCallback(patience)] if patience > 0 else [],
+    )
+
+
 def describe_run(
     trainer: SequentialRecommendationTrainer, counts: dict[str, int], data_args: DataArguments, argv: Sequence[str]
 ) -> RunResults:
@@ -190,7 +218,7 @@ def describe_run(
         **counts,
         num_parameters=trainer.model.num_parameters(),
         max_length=trainer.data_collator.max_length,
-        split_into_windows=data_args.split_into_windows,
+        split_into_windows=args.split_into_windows,
         config=settings_of(config),
         training=trainer.training_settings(),
         git_commit=git_commit(),
@@ -310,7 +338,7 @@ def run(
     tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items)
     splits = tokenize(tokenizer, histories, data_args, training_args)
     train_dataset = splits["train"]
-    if data_args.split_into_windows:
+    if training_args.split_into_windows:
         train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length)
 
     # 2. Model and trainer
@@ -321,7 +349,7 @@ def run(
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, tokenizer)
     model = make_model(model_args, config)
-    trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], data_args, training_args)
+    trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], training_args)
     results = describe_run(trainer, counts, data_args, argv)
 
     # 3. Training and evaluation

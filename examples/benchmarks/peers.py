@@ -12,6 +12,7 @@ recommends ten items for each user. Both libraries' metrics then judge both libr
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -182,7 +183,7 @@ def compare(args: argparse.Namespace) -> None:
             "benchmark": "peers",
             "dataset": args.dataset_name,
             "git_commit": git_commit(),
-            "command": f"python examples/benchmarks/peers.py {' '.join(sys.argv[1:])}",
+            "command": f"python examples/benchmarks/peers.py {shlex.join(sys.argv[1:])}",
             **describe_machine(1),
             "peer_versions": peer["versions"],
             "peer_training": json.loads((folder / "peer.json").read_text())

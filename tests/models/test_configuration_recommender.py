@@ -6,27 +6,11 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from elastic_hf import ElasticConfig
-from elastic_hf.baselines import (
-    BERT4RecConfig,
-    ElasticPaperConfig,
-    GRU4RecConfig,
-    HSTUConfig,
-    LightSANsConfig,
-    LRURecConfig,
-    SASRecConfig,
-)
+from elastic_hf.baselines import GRU4RecConfig, SASRecConfig
+from elastic_hf.registry import MODELS
 
 
-CONFIGS = [
-    ElasticConfig,
-    BERT4RecConfig,
-    ElasticPaperConfig,
-    GRU4RecConfig,
-    HSTUConfig,
-    LightSANsConfig,
-    LRURecConfig,
-    SASRecConfig,
-]
+CONFIGS = [model.config_class for model_type, model in MODELS.items() if model_type != "popularity"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.5])

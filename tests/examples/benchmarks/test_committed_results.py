@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import elastic_hf
+from elastic_hf.results import RunResults
 
 
 FOLDER = Path(elastic_hf.__file__).parents[1] / "examples" / "benchmarks" / "results"
@@ -26,7 +27,7 @@ def trained(*old):
 
 def metric_of(results):
     """The metric that the checkpoint was chosen by."""
-    return "eval_ndcg@10" if results["config"].get("exclude_seen", True) else "eval_ndcg@10_seen_kept"
+    return f"eval_ndcg@10{RunResults.from_dict(results).suffix}"
 
 
 def test_there_are_results():
