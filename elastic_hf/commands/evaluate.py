@@ -18,6 +18,7 @@ from ..models.item_tokenizer import ElasticItemTokenizer
 from ..results import CUTOFFS, RunResults
 from ..sharing.tables import describe_metric, rankings
 from ..training.metrics import popularity_bias, standard_errors
+from ..training.output_folder import make_folder
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, parse_arguments
 from .steps import make_tokenizer, read_histories, set_up_process, settings_of, tokenize
@@ -126,6 +127,8 @@ def print_test(results: RunResults) -> None:
 def main(argv: Sequence[str]) -> None:
     """Evaluate a trained model on the validation and test items of some interactions."""
     args, data_args = parse_arguments("evaluate", __doc__, argv, EvaluationArguments, DataArguments)
+    if args.output_file is not None:
+        make_folder(Path(args.output_file).parent, "the folder of output_file")
     with tempfile.TemporaryDirectory() as folder:
         training_args = TrainingArguments(
             folder,

@@ -24,6 +24,7 @@ from torch.export import Dim
 from transformers import AutoModel, AutoTokenizer
 
 from ..models.cache_elastic import TENSORS, ElasticCache
+from ..training.output_folder import make_folder
 
 
 try:
@@ -113,11 +114,11 @@ def export(program: nn.Module, file: Path, with_state: bool) -> None:
 def main(argv: Sequence[str]) -> None:
     """Export a model, and compare the programs with it."""
     args = parse_arguments(argv)
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+    make_folder(args.output_dir, "output_dir")
+    if any(args.output_dir.iterdir()):
         raise ValueError(f"output_dir must be empty or not exist, found files in {args.output_dir}")
     model = AutoModel.from_pretrained(args.model_name_or_path, revision=args.revision).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     programs = {"history.onnx": (History(model), False)}
     if model.config.model_type == "elastic":
         programs["step.onnx"] = (Step(model), True)

@@ -19,6 +19,7 @@ from transformers import pipeline
 from ..data.histories import load_histories
 from ..models.pipeline import SequentialRecommendationPipeline
 from ..results import written_whole
+from ..training.output_folder import make_folder
 from .arguments import ColumnArguments, parse_arguments
 
 
@@ -54,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("set history or input_file, one of them")
     if (args.input_file is None) != (args.output_file is None):
         raise ValueError("input_file and output_file belong together, found one of them")
+    if args.output_file is not None:
+        make_folder(Path(args.output_file).parent, "the folder of output_file")
     recommend = pipeline(
         "sequential-recommendation",
         model=args.model_name_or_path,

@@ -53,6 +53,15 @@ def test_help_of_a_command_says_what_each_argument_is(command, capsys):
         (["evaluate", "--model_name_or_path", "here", "--split", "none"], "split must be 'leave_one_out'"),
         (["recommend", "--model_name_or_path", "here"], "set history or input_file"),
         (["export", "--model_name_or_path", "here", "--output_dir", "."], "output_dir must be empty"),
+        (["export", "--model_name_or_path", "here", "--output_dir", "file"], "output_dir file must be a folder"),
+        (
+            ["evaluate", "--model_name_or_path", "here", "--output_file", "file/a.json"],
+            "the folder of output_file file must be a folder that can be written to",
+        ),
+        (
+            ["recommend", "--model_name_or_path", "here", "--input_file", "a.csv", "--output_file", "file/a.parquet"],
+            "the folder of output_file file must be a folder that can be written to",
+        ),
         (["publish", "nowhere", "org/shop", "--dry_run"], "nowhere"),
     ],
 )
