@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import elastic_hf
+import run_seqrec
 from elastic_hf.__main__ import COMMANDS, main
 
 
@@ -81,6 +82,11 @@ def test_a_script_is_its_command(script, command):
         [sys.executable, EXAMPLES / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120
     )
     assert process.returncode == 0 and f"usage: elastic-hf {command}" in process.stdout
+
+
+def test_the_script_offers_how_recipes_are_read(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("variant: null\nseed: 7\n")
+    assert run_seqrec.read_arguments([str(tmp_path / "recipe.yaml")]) == ["--seed", "7"]
 
 
 def test_missing_onnx_is_named(monkeypatch, capsys):
