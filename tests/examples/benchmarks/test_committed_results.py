@@ -15,14 +15,6 @@ FOLDER = Path(elastic_hf.__file__).parents[1] / "examples" / "benchmarks" / "res
 FILES = sorted(FOLDER.glob("*.json"))
 RESULTS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
 TRAINED = [name for name, results in RESULTS.items() if results.get("model_type", "popularity") != "popularity"]
-# Runs from before results held their log. One that is made again leaves this list.
-WITHOUT_LOG = ["ml-1m-linrec-42"]
-
-
-def trained(*old):
-    """Return all runs that were trained; the check of the old ones must fail, until they are made again."""
-    fails = pytest.mark.xfail(reason="made before results held their whole log", strict=True)
-    return [pytest.param(name, marks=fails) if name in old else name for name in TRAINED]
 
 
 def metric_of(results):
@@ -47,7 +39,7 @@ def test_the_seconds_of_a_run_agree(name):
     assert 0 < results["train_seconds"] <= results["total_seconds"]
 
 
-@pytest.mark.parametrize("name", trained(*WITHOUT_LOG))
+@pytest.mark.parametrize("name", TRAINED)
 def test_epochs_and_steps_of_a_run_agree_with_its_log(name):
     results = RESULTS[name]
     logs = results["log_history"]
@@ -60,7 +52,7 @@ def test_epochs_and_steps_of_a_run_agree_with_its_log(name):
         assert [log["step"] for log in logs] == [log["epoch"] * results["steps"] / results["epochs"] for log in logs]
 
 
-@pytest.mark.parametrize("name", trained(*WITHOUT_LOG))
+@pytest.mark.parametrize("name", TRAINED)
 def test_the_figures_of_a_run_agree_with_its_log(name):
     """The train loss is the mean of all steps, and the validation is that of the best epoch."""
     results = RESULTS[name]
