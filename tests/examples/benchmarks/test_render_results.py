@@ -95,12 +95,29 @@ def test_figures_of_two_protocols_are_not_mixed(results, tmp_path):
     assert rows == [
         ("leave_one_out, full ranking", "elastic", "**0.3000 ± 0.0707**"),
         ("leave_one_out, full ranking", "sasrec", "**0.2000**"),
-        (sampled, "sasrec", "**0.6000**"),
         (sampled, "elastic", "**0.5000**"),
+        (sampled, "sasrec", "**0.6000**"),
     ]
     differences = [(row["protocol"], row["NDCG@10"]) for row in rows_of(render_results.differences())]
     assert differences == [("leave_one_out, full ranking", "+0.1000"), (sampled, "-0.1000")]
     assert [len(seeds) for seeds in render_results.main_runs("ml-1m").values()] == [2, 1]
+
+
+def test_published_figures_stand_beside_ours_of_each_protocol(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(render_results, "PUBLISHED", tmp_path / "published.yaml")
+    report = {"model": "Theirs", "hr@10": 0.5, "ndcg@10": 0.25, "source": "a table", "differs": "other users"}
+    render_results.PUBLISHED.write_text(json.dumps({"ml-1m": [report], "not-measured": [report]}))
+    assert render_results.published() == "Not measured yet."
+    sampled = "leave_one_out, sampled validation, full ranking"
+    for model, ndcg in (("gru4rec", 0.125), ("sasrec", 0.5), ("elastic", 0.375)):
+        write_run(tmp_path, f"ml-1m-{model}-42", ndcg, model_type=model)
+    write_run(tmp_path, "ml-1m-elastic-42-sampled", 0.75, protocol=sampled)
+    assert [(row["model"], row["NDCG@10"], row["what differs"]) for row in rows_of(render_results.published())] == [
+        ("**ELASTIC**, this project", "0.3750", ""),
+        ("**SASRec**, this project", "0.5000", ""),
+        ("**ELASTIC**, this project", "0.7500", sampled),
+        ("Theirs", "0.2500", "other users"),
+    ]
 
 
 def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path):
