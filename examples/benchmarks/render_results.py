@@ -113,7 +113,7 @@ def published() -> str:
         for run in chosen:
             by_protocol.setdefault(protocol(run), {}).setdefault(run.model_type, []).append(run)
         found = []
-        for name, models in by_protocol.items():
+        for name, models in sorted(by_protocol.items()):
             theirs = [model for model in models if model != "elastic"]
             best = sorted(theirs, key=lambda model: -statistics.mean(map(ndcg_of, models[model])))[:1]
             for model in [*(["elastic"] if "elastic" in models else []), *best]:
