@@ -131,6 +131,29 @@ def published() -> str:
     return table(["dataset", "model", "HR@10", "NDCG@10", "what differs", "source"], rows) if rows else NOT_MEASURED
 
 
+def times() -> str:
+    """Models that read times, told when the test items came and not told, beside the same models without times."""
+    models = {}
+    for run in runs():
+        if run.main_row and run.protocol.split(",")[0] == "leave_one_out":
+            is_timed = run.config.get("use_timestamps", False)
+            models.setdefault((run.dataset, run.model_type), {}).setdefault(is_timed, []).append(run)
+    rows = []
+    for (dataset, model), of_model in sorted(
+        models.items(), key=lambda entry: (entry[0][0], entry[0][1] != "elastic")
+    ):
+        if not {True, False} <= of_model.keys():
+            continue
+        suffix = of_model[True][0].suffix
+        columns = [(of_model[False], "test"), (of_model[True], "untimed"), (of_model[True], "test")]
+        values = [[run.metrics[f"{prefix}_ndcg@10{suffix}"] for run in seeds] for seeds, prefix in columns]
+        without, _, told = map(statistics.mean, values)
+        seeds = " and ".join(dict.fromkeys(str(len(of_model[is_timed])) for is_timed in (False, True)))
+        rows.append([dataset, model, *map(mean_and_deviation, values), f"{told / without - 1:+.1%}", seeds])
+    header = ["dataset", "model", "without times", "with times, not told the target's", "told the target's"]
+    return table([*header, "told against without", "seeds"], rows) if rows else NOT_MEASURED
+
+
 def differences() -> str:
     """ELASTIC's NDCG@10 less each baseline's, and the standard error of that difference of two means over seeds."""
     chosen = [run for run in runs() if run.main_row]
@@ -653,6 +676,7 @@ TABLES = {
     for function in (
         accuracy,
         differences,
+        times,
         published,
         variants,
         memory,

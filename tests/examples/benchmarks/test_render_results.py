@@ -120,6 +120,18 @@ def test_published_figures_stand_beside_ours_of_each_protocol(results, tmp_path,
     ]
 
 
+def test_models_with_times_stand_beside_the_same_without(results, tmp_path):
+    write_run(tmp_path, "ml-1m-elastic-42", 0.25)
+    assert render_results.times() == "Not measured yet."
+    timed = {"protocol": "leave_one_out, full ranking, target times given", "config": {"use_timestamps": True}}
+    for seed, told, untold in ((42, 0.5, 0.125), (43, 0.25, 0.25)):
+        write_run(tmp_path, f"ml-1m-elastic-{seed}-timed", told, seed=seed, **{"untimed_ndcg@10": untold}, **timed)
+    (row,) = rows_of(render_results.times())
+    assert row["without times"] == "0.2500" and row["seeds"] == "1 and 2"
+    assert row["with times, not told the target's"] == "0.1875 ± 0.0884"
+    assert row["told the target's"] == "0.3750 ± 0.1768" and row["told against without"] == "+50.0%"
+
+
 def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path):
     write_run(tmp_path, "ml-1m-elastic-42", 0.25)
     places = {"dataset": "places", "config": {"exclude_seen": False, "mask_seen_in_loss": False}}
