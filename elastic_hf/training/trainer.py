@@ -51,7 +51,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
       says. `metric_for_best_model` is to be `"ndcg@10"` or, where they are kept, `"ndcg@10_seen_kept"`.
     - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
     - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
-    - Weight decay applies to the weights of linear layers only: not to embeddings, the head, norms and biases.
+    - Weight decay applies to the weights of linear layers and to embeddings, those of the items above all: not to
+      norms, biases, interest experts and slots of the interest memory.
     - The model card states what was trained and measured, and nothing else.
     - `push_to_hub` publishes what [`publish`] does: the model with its code and its card, nothing pickled. A push that
       fails while the model is trained is logged, and training goes on.
@@ -152,11 +153,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        head = set(self.model.get_output_embeddings().modules())
         return [
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module not in head
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)
         ]
 
     def prediction_step(

@@ -284,7 +284,7 @@ def test_histories_longer_than_the_window_count_as_equally_long(tmp_path):
     assert trainer._get_train_sampler(selection).lengths == [lengths[i] for i in (5, 2, 90)]
 
 
-def test_weight_decay_spares_embeddings_norms_and_biases(tmp_path):
+def test_weight_decay_spares_norms_biases_experts_and_slots(tmp_path):
     trainer = make_trainer(tmp_path, make_model(tie_word_embeddings=False), weight_decay=0.1)
     groups = trainer.create_optimizer().param_groups
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -293,8 +293,8 @@ def test_weight_decay_spares_embeddings_norms_and_biases(tmp_path):
         for decay in (0.1, 0.0)
     )
     assert decayed | spared == set(names.values())
-    assert "model.layers.0.feed_forward.up.weight" in decayed
-    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.retrieval.memory.values.weight"} <= spared
+    assert {"model.layers.0.feed_forward.up.weight", "model.embed_tokens.weight", "lm_head.weight"} <= decayed
+    assert {"model.experts.log_half_life", "model.layers.1.retrieval.memory.values.weight"} <= spared
     assert not [name for name in decayed if "norm" in name or "bias" in name]
 
 
