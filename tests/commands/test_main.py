@@ -79,7 +79,7 @@ def test_an_error_is_one_line(arguments, message, tmp_path, monkeypatch, capsys)
 )
 def test_a_script_is_its_command(script, command):
     process = subprocess.run(
-        [sys.executable, EXAMPLES / f"{script}.py", "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, EXAMPLES / f"{script}.py", "--help"], capture_output=True, text=True, timeout=1_800
     )
     assert process.returncode == 0 and f"usage: elastic-hf {command}" in process.stdout
 

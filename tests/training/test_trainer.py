@@ -414,7 +414,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     subprocess.run(
         [*launcher, __file__, str(tmp_path / "two"), "2"],
         check=True,
-        timeout=300,
+        timeout=1_800,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"},
     )
     one, two = (json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two"))
