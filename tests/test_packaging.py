@@ -57,6 +57,11 @@ def test_the_wheel_holds_the_package_alone(distributions):
     assert {name for name in wheel if ".dist-info/" not in name} == package
 
 
+def test_the_tests_are_about_the_package_beside_them():
+    """Whichever is installed: they read the files of the repository around the package, too."""
+    assert Path(elastic_hf.__file__).parents[1] == ROOT
+
+
 def test_one_version_of_ruff_and_of_the_package():
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]

@@ -1,11 +1,15 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from elastic_hf.plots import figures_of, plot_contributions, plot_expert_horizons, plot_results, plot_training_curve
 from elastic_hf.results import RunResults
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def test_nothing_to_draw_is_refused(tmp_path):
 
 def test_the_package_does_not_need_matplotlib():
     code = "import sys; sys.modules['matplotlib'] = None; import elastic_hf, elastic_hf.sharing.model_card"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
 
 
 def test_contributions_are_drawn_for_each_title(figures, tmp_path):

@@ -52,7 +52,6 @@ def make_trainer(output_dir, model=None, callbacks=None, histories=None, options
         metric_for_best_model="ndcg@10",
         greater_is_better=True,
         train_sampling_strategy="group_by_length",
-        dataloader_pin_memory=False,
         disable_tqdm=True,
     )
     histories = make_histories() if histories is None else histories

@@ -163,7 +163,6 @@ class SeqRecTrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = _stock("greater_is_better", True)
     ddp_find_unused_parameters: bool | None = _stock("ddp_find_unused_parameters", False)
-    dataloader_pin_memory: bool = _stock("dataloader_pin_memory", torch.cuda.is_available())
     use_cpu: bool = _stock("use_cpu", not torch.accelerator.is_available())  # for bf16 on a processor, too
     split_into_windows: bool = field(
         default=False, metadata={"help": "Train on all windows of max_length items, not on the most recent alone."}

@@ -134,7 +134,6 @@ def main(argv: Sequence[str]) -> None:
             folder,
             per_device_eval_batch_size=args.per_device_eval_batch_size,
             use_cpu=args.use_cpu,
-            dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
         )
         set_up_process(training_args)

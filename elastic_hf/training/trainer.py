@@ -119,14 +119,17 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         # Always the order of the dataset: the stock sampler shuffles the predictions with group_by_length.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
-    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
-        # Only the training may drop its last batch: metrics are those of all users.
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
+    def _get_dataloader(self, *positional, is_training: bool = False, **kwargs) -> DataLoader:
+        # Only the training may drop its last batch: metrics are those of all users. PyTorch pins memory for an
+        # accelerator other than MPS, and warns of each data loader that asks for it elsewhere.
+        args = self.args
+        drop_last, pin_memory = args.dataloader_drop_last, args.dataloader_pin_memory
+        args.dataloader_drop_last = drop_last and is_training
+        args.dataloader_pin_memory = pin_memory and args.device.type not in ("cpu", "mps")
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(*positional, is_training=is_training, **kwargs)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            args.dataloader_drop_last, args.dataloader_pin_memory = drop_last, pin_memory
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None and self.args.lr_scheduler_type in METRIC_SCHEDULES:

@@ -1,8 +1,6 @@
 """Write model_cards/, a card and its figures for each published checkpoint, and the cards of those in examples/.
 
 python examples/benchmarks/render_cards.py
-
-A checkpoint whose run has no results file yet has no card.
 """
 
 from pathlib import Path
@@ -25,15 +23,8 @@ TAG = "v1"
 # The results file of the run behind each checkpoint.
 CHECKPOINTS = {
     "elastic-ml1m": "ml-1m-elastic-42-stream256.json",
-    "elastic-beauty": "beauty-elastic-42.json",
     "elastic-tiny": "synthetic-elastic-42-tiny.json",
 }
-
-
-def checkpoints() -> list[str]:
-    """Return the checkpoints that have results."""
-    results = read_results("*.json")
-    return [name for name, file in CHECKPOINTS.items() if file in results]
 
 
 def render(name: str) -> ModelCard:
@@ -64,9 +55,8 @@ def render(name: str) -> ModelCard:
 
 
 def main() -> None:
-    for name in checkpoints():
-        run = read_results(CHECKPOINTS[name])[CHECKPOINTS[name]]
-        plot_results(RunResults.from_dict(run), CARDS / name)
+    for name, file in CHECKPOINTS.items():
+        plot_results(RunResults.from_dict(read_results(file)[file], file), CARDS / name)
         render(name).save(CARDS / f"{name}.md")
         folder = EXAMPLES / name
         if folder.is_dir():

@@ -238,7 +238,6 @@ def test_overfits_50_users(model_type, settings, tmp_path):
             learning_rate=1e-2,
             save_strategy="no",
             report_to="none",
-            dataloader_pin_memory=False,
             disable_tqdm=True,
         ),
         collator,

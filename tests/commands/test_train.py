@@ -435,7 +435,7 @@ def test_two_processes(shop, finished, tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1_800,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr
@@ -560,7 +560,7 @@ def test_titles_that_the_locale_has_no_letters_for(shop, finished, tmp_path):
     process = subprocess.run(
         [sys.executable, *MODULE, *command_line(arguments | {"eval_strategy": "no"})],
         capture_output=True,
-        timeout=300,
+        timeout=1_800,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
     )
     assert process.returncode == 0, process.stderr

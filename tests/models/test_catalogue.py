@@ -258,12 +258,12 @@ def test_a_search_leaves_other_threads_their_precision(batch):
     def halt(module, args, scores):
         assert scores.dtype == torch.float64
         is_scoring.set()
-        assert is_done.wait(10)
+        assert is_done.wait(1_800)
 
     head.register_forward_hook(halt)
     thread = threading.Thread(target=search_catalogue, args=(head, users, CatalogueQuery(target_ids=targets), config))
     thread.start()
-    assert is_scoring.wait(10)
+    assert is_scoring.wait(1_800)
     try:
         assert nn.functional.linear(users, head.weight).dtype == torch.float32
     finally:

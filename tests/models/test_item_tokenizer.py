@@ -396,7 +396,7 @@ batch = tokenizer(histories, **arguments)
 print(json.dumps([type(tokenizer).__name__, batch["input_ids"], batch["attention_mask"], tokenizer.decode([0, 6])]))
 """
     command = [sys.executable, "-I", "-c", script]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1_800)
     assert run.returncode == 0, run.stderr
     expected = string_tokenizer(histories, **arguments)
     assert json.loads(run.stdout.splitlines()[-1]) == [

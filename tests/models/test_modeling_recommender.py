@@ -584,7 +584,7 @@ def test_a_sharded_model_recommends_the_same():
     subprocess.run(
         [*launcher, __file__],
         check=True,
-        timeout=300,
+        timeout=1_800,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
     )
 

@@ -404,6 +404,6 @@ print(json.dumps(pipeline("sequential-recommendation", model="someone/shop", top
     root = Path(elastic_hf.__file__).parents[1]
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", script]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1_800)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == approx(pipe([9]))

@@ -159,7 +159,7 @@ def main() -> None:
         held = hub.fail_next("PUT", ".", hold=True)
         command = [sys.executable, EXAMPLES / "publish.py", folder / "better", REPO]
         process = subprocess.Popen(list(map(str, command)), env=roundtrip.environment(), stderr=subprocess.DEVNULL)
-        assert held.reached.wait(300), "the upload has not begun"
+        assert held.reached.wait(1_800), "the upload has not begun"
         process.kill()
         process.wait()
         held.release.set()

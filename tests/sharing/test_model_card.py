@@ -440,8 +440,10 @@ def test_files_that_are_missing_broken_or_of_another_model_are_named(folder):
         render_model_card(folder, "org/x")
 
 
-def test_only_checkpoints_with_results_have_cards():
-    assert [path.stem for path in COMMITTED] == sorted(render_cards.checkpoints())
+def test_every_checkpoint_that_is_named_has_results_and_a_card():
+    named = re.findall(r"^\| `(elastic-\w+)` \|", (ROOT / "docs" / "hub.md").read_text(), flags=re.MULTILINE)
+    assert [path.stem for path in COMMITTED] == sorted(render_cards.CHECKPOINTS) == sorted(named)
+    assert set(render_cards.CHECKPOINTS.values()) <= render_cards.read_results("*.json").keys()
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda path: path.stem)
@@ -459,7 +461,8 @@ def test_render_cards_writes_cards_and_draws_their_figures(tmp_path, monkeypatch
     run = results_file(log_history=[{"epoch": 1.0, "loss": 2.0}], expert_half_lives=[[2.0, 300.0]], main_row=True)
     others = {"ml-1m-sasrec-42.json": run | {"model_type": "sasrec", "config": {}}}
     others |= {"trial.json": run | {"model_type": "gru4rec", "main_row": False}, "benchmark-data.json": {"rows": 1}}
-    files = {render_cards.CHECKPOINTS["elastic-ml1m"]: run, **others}
+    files = {"ml-1m-elastic-42.json": run, **others}
+    monkeypatch.setattr(render_cards, "CHECKPOINTS", {"elastic-ml1m": "ml-1m-elastic-42.json"})
     monkeypatch.setattr(render_cards, "read_results", lambda pattern: dict(files))
     monkeypatch.setattr(render_cards, "CARDS", tmp_path / "model_cards")
     monkeypatch.setattr(render_cards, "EXAMPLES", tmp_path)

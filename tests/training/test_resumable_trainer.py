@@ -109,7 +109,7 @@ def test_a_run_of_two_processes_resumed_within_an_epoch_is_the_same_run(tmp_path
         [*launcher, __file__, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1_800,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -115,6 +116,18 @@ def test_dataloader_workers(tmp_path):
     for trainer in trainers:
         trainer.train()
     assert losses(trainers[0]) == losses(trainers[1])
+
+
+def test_stock_arguments_warn_of_nothing(tmp_path):
+    """On a processor, PyTorch warns of every data loader whose memory is to be pinned."""
+    trainer = make_trainer(tmp_path, use_cpu=False, num_train_epochs=1)
+    assert trainer.args.dataloader_pin_memory
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train()
+        trainer.predict(evaluation_rows(make_histories()))
+    assert [str(warning.message) for warning in found] == []
+    assert trainer.args.dataloader_pin_memory
 
 
 def test_evaluation_is_the_same_for_any_batch_size(tmp_path):
@@ -401,7 +414,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     subprocess.run(
         [*launcher, __file__, str(tmp_path / "two"), "2"],
         check=True,
-        timeout=300,
+        timeout=1_800,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"},
     )
     one, two = (json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two"))
