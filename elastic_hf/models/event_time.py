@@ -1,0 +1,128 @@
+"""When events happened, and when a recommendation is asked for: Unix seconds to what a model reads.
+
+    pause     = seconds since the event before           elapsed = seconds from the last event to the request
+    bucket(s) = 1 + floor(log2(1 + s)), 33 at most; 0 where s is not known
+    phases    = cosine and sine of the place of a moment in its day, its week and its year, in UTC
+
+Axis letters: B batch, L history length, Q positions that read (L in training, 1 in serving).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+UNKNOWN = -1  # of a request whose time is not known, and of a pause with no event before it
+NUM_BUCKETS = 34
+PERIODS = (86_400, 7 * 86_400, 31_556_952)  # seconds: a day, a week and a mean year of the Gregorian calendar
+NUM_PHASES = 2 * len(PERIODS)
+
+
+def validate_timestamps(
+    timestamps: Tensor, attention_mask: Tensor, last_timestamps: Tensor | None = None
+) -> None:
+    """Check the timestamps of events. What depends on the values is not checked while a program is traced.
+
+    Args:
+        timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(B, L)`): Unix seconds.
+        attention_mask (`torch.BoolTensor` of shape `(B, L)`): `False` for padding, whose timestamps are not read.
+        last_timestamps (`torch.Tensor` of shape `(B,)`, *optional*): of the event before these, -1 where there is
+            none.
+
+    Raises:
+        ValueError: if the shape or the type is another one, or if a time is negative, not finite, or before the one
+            of an earlier event.
+    """
+    _validate_seconds("timestamps", timestamps, attention_mask.shape)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or timestamps.is_meta:
+        return
+    is_bad = attention_mask & ~((timestamps >= 0) & (timestamps < math.inf))
+    if is_bad.any():
+        row = int(is_bad.any(dim=1).nonzero()[0])
+        found = timestamps[row][is_bad[row]][0].item()
+        raise ValueError(f"timestamps must be finite Unix seconds of at least 0, found {found} in row {row}")
+    if last_timestamps is not None:
+        timestamps = torch.cat([last_timestamps[:, None], timestamps.double()], dim=1)
+        timestamps = torch.where(F.pad(attention_mask, (1, 0), value=True), timestamps, timestamps[:, :1])
+        attention_mask = F.pad(attention_mask, (1, 0), value=True)
+    goes_back = attention_mask[:, 1:] & (timestamps[:, 1:] < timestamps[:, :-1])
+    goes_back &= attention_mask[:, :-1] | (last_timestamps is not None)
+    if goes_back.any():
+        row, position = goes_back.nonzero()[0].tolist()
+        earlier, later = timestamps[row, position : position + 2].tolist()
+        raise ValueError(
+            f"timestamps must not go backwards (oldest event first), found {later} after {earlier} in row {row}"
+        )
+
+
+def validate_requests(request_timestamps: Tensor, last_timestamps: Tensor) -> None:
+    """Check the times of requests.
+
+    Args:
+        request_timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(B, Q)`): Unix seconds, -1 where the
+            time is not known.
+        last_timestamps (`torch.Tensor` of shape `(B, Q)`): of the latest event that each has read.
+
+    Raises:
+        ValueError: if the shape or the type is another one, or if a request is before the event.
+    """
+    _validate_seconds("request_timestamps", request_timestamps, last_timestamps.shape)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or request_timestamps.is_meta:
+        return
+    is_bad = (request_timestamps != UNKNOWN) & ~((request_timestamps >= last_timestamps) & (request_timestamps < math.inf))
+    if is_bad.any():
+        row, position = is_bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"request_timestamps must be {UNKNOWN} or at least the time of the last event, "
+            f"{last_timestamps[row, position].item()}, found {request_timestamps[row, position].item()} in row {row}"
+        )
+
+
+def _validate_seconds(name: str, seconds: Tensor, shape: torch.Size) -> None:
+    if not isinstance(seconds, Tensor) or seconds.shape != shape:
+        found = tuple(seconds.shape) if isinstance(seconds, Tensor) else type(seconds).__name__
+        raise ValueError(f"{name} must be a tensor of shape {tuple(shape)}, found {found}")
+    if seconds.dtype not in (torch.int64, torch.float64):
+        raise ValueError(f"{name} must be of torch.int64 or torch.float64, found {seconds.dtype}")
+
+
+def pauses_before(timestamps: Tensor, attention_mask: Tensor, last_timestamps: Tensor | None = None) -> Tensor:
+    """Return the seconds since the event before each.
+
+    Args:
+        timestamps (`torch.Tensor` of shape `(B, L)`): Unix seconds, oldest event first.
+        attention_mask (`torch.BoolTensor` of shape `(B, L)`): `False` for padding, which is on the left.
+        last_timestamps (`torch.Tensor` of shape `(B,)`, *optional*): of the event before these, -1 where there is
+            none.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, L)`: -1 for the first event of a user, and at padding.
+    """
+    before = torch.cat([timestamps[:, :1], timestamps[:, :-1]], dim=1)
+    has_event = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
+    if last_timestamps is not None:
+        is_first = attention_mask & ~has_event
+        before = torch.where(is_first, last_timestamps[:, None].to(before.dtype), before)
+        has_event = has_event | (is_first & (last_timestamps[:, None] != UNKNOWN))
+    return torch.where(has_event, timestamps - before, UNKNOWN).float()
+
+
+def elapsed_until(request_timestamps: Tensor, last_timestamps: Tensor) -> Tensor:
+    """Return the seconds from the last event to the request, -1 where that is not known: twice (B, Q) -> (B, Q)."""
+    elapsed = request_timestamps - last_timestamps
+    return torch.where(request_timestamps == UNKNOWN, UNKNOWN, elapsed).float()
+
+
+def time_buckets(seconds: Tensor) -> Tensor:
+    """Return `1 + floor(log2(1 + s))`, 0 for -1 seconds: `torch.FloatTensor` -> `torch.LongTensor`."""
+    buckets = 1 + (1 + seconds.clamp(min=0)).log2().floor().long()
+    return torch.where(seconds == UNKNOWN, 0, buckets.clamp(max=NUM_BUCKETS - 1))
+
+
+def time_phases(timestamps: Tensor) -> Tensor:
+    """Return the cosines and sines of moments in their day, week and year, zeros for -1: (...) -> (..., 6)."""
+    angles = torch.stack([(timestamps % period) / period for period in PERIODS], dim=-1).float() * (2 * math.pi)
+    phases = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return phases * (timestamps != UNKNOWN)[..., None]
