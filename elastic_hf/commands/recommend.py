@@ -32,6 +32,12 @@ class RecommendationArguments(ColumnArguments):
     model_name_or_path: str = field(kw_only=True, metadata={"help": "Folder or Hub id of a trained model."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub id."})
     history: list[str] | None = field(default=None, metadata={"help": "Item ids or titles, oldest first."})
+    timestamps: list[float] | None = field(
+        default=None, metadata={"help": "When the items came, in Unix seconds, for a model that reads times."}
+    )
+    now: float | None = field(
+        default=None, metadata={"help": "For which moment to recommend, in Unix seconds; by default the present one."}
+    )
     input_file: str | None = field(default=None, metadata={"help": "File or folder of interactions instead."})
     output_file: str | None = field(default=None, metadata={"help": "Parquet file of the recommendations for a file."})
     top_k: int = field(default=10, metadata={"help": "Number of items for each history."})
@@ -69,7 +75,12 @@ def main(argv: Sequence[str]) -> None:
     if args.history is None:
         recommend_for_file(recommend, args)
         return
-    for rank, item in enumerate(recommend(args.history), start=1):
+    history = args.history
+    if recommend.model.config.use_timestamps:
+        history = {"history": history, "timestamps": args.timestamps, "now": args.now}
+    elif args.timestamps is not None or args.now is not None:
+        raise ValueError("timestamps and now must be left out for a model that reads no times, found one of them")
+    for rank, item in enumerate(recommend(history), start=1):
         print(f"{rank:4}  {item['item']}  {item['title'] or ''}".rstrip())
 
 
@@ -86,7 +97,14 @@ def recommend_for_file(recommend: SequentialRecommendationPipeline, args: Recomm
     )
     with written_whole(Path(args.output_file)) as stream, pq.ParquetWriter(stream, schema) as writer:
         for batch in users.iter(args.batch_size):
-            recommended = recommend(batch["item_ids"], batch_size=len(batch["user_id"]))
+            histories = batch["item_ids"]
+            if recommend.model.config.use_timestamps:
+                timestamps = batch.get("timestamps") or [None] * len(histories)
+                histories = [
+                    {"history": items, "timestamps": times, "now": args.now}
+                    for items, times in zip(histories, timestamps, strict=True)
+                ]
+            recommended = recommend(histories, batch_size=len(batch["user_id"]))
             writer.write_table(pa.Table.from_pylist([*rows_of(batch["user_id"], recommended)], schema))
     print(f"{args.output_file}: {args.top_k:,} items for each of {len(users):,} users")
 

@@ -157,16 +157,16 @@ class SequentialRecommendationCollator:
             "seen_ids": torch.from_numpy(seen_ids),
         }
 
-    def _pad_left(
-        self, histories: list[np.ndarray], padding: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _pad_left(self, histories: list[np.ndarray], padding: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens, or other values with their `padding`, and which are of items: both
         `(batch_size, longest)`."""
         lengths = np.array([len(history) for history in histories])
         is_item = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
         joined = np.concatenate(histories)
         is_tokens = padding is None
-        tokens = np.full(is_item.shape, self.pad_token_id if is_tokens else padding, np.int64 if is_tokens else joined.dtype)
+        tokens = np.full(
+            is_item.shape, self.pad_token_id if is_tokens else padding, np.int64 if is_tokens else joined.dtype
+        )
         tokens[is_item] = joined
         return tokens, is_item
 

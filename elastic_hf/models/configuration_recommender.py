@@ -141,9 +141,7 @@ class RecommenderConfig(PreTrainedConfig):
         if not self.supports_timestamps:
             raise ValueError(f"use_timestamps must be False for {self.model_type}, which reads no times, found True")
         if self.training_objective != "next_item":
-            raise ValueError(
-                f"use_timestamps needs training_objective='next_item', found {self.training_objective!r}"
-            )
+            raise ValueError(f"use_timestamps needs training_objective='next_item', found {self.training_objective!r}")
 
     def _validate_at_least(self, smallest: int, *names: str):
         for name in names:

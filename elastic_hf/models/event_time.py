@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 UNKNOWN = -1  # of a request whose time is not known, and of a pause with no event before it
@@ -20,9 +21,57 @@ PERIODS = (86_400, 7 * 86_400, 31_556_952)  # seconds: a day, a week and a mean 
 NUM_PHASES = 2 * len(PERIODS)
 
 
-def validate_timestamps(
-    timestamps: Tensor, attention_mask: Tensor, last_timestamps: Tensor | None = None
-) -> None:
+def read_times(
+    model: PreTrainedModel,
+    timestamps: Tensor | None,
+    request_timestamps: Tensor | None,
+    attention_mask: Tensor,
+    last_position_only: bool,
+    last_timestamps: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Check the times that a base model is given, and return what it is to read of them.
+
+    In training mode the times of the requests of some histories, drawn with the configuration's `request_dropout`,
+    become unknown.
+
+    Args:
+        model (`PreTrainedModel`): a base model.
+        timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(B, L)`, *optional*): Unix seconds of the
+            items.
+        request_timestamps (`torch.LongTensor` or `torch.DoubleTensor`, *optional*):
+            Of the requests, (B, L) or, with `last_position_only`, (B,); -1, and without it all, are not known.
+        attention_mask (`torch.BoolTensor` of shape `(B, L)`): `False` for padding.
+        last_position_only (`bool`): whether the last position alone is asked for.
+        last_timestamps (`torch.Tensor` of shape `(B,)`, *optional*): as in [`validate_timestamps`].
+
+    Returns:
+        Nothing without `use_timestamps`, and else the timestamps, (B, L), and the times of the requests, (B, Q).
+
+    Raises:
+        ValueError: if a model with `use_timestamps` gets no timestamps, or another model any, or if they are not as
+            described.
+    """
+    if not model.config.use_timestamps:
+        for name, values in (("timestamps", timestamps), ("request_timestamps", request_timestamps)):
+            if values is not None:
+                raise ValueError(f"{name} must be None for a model with use_timestamps=False, found a value")
+        return ()
+    if timestamps is None:
+        raise ValueError("timestamps must be given to a model with use_timestamps=True, found None")
+    validate_timestamps(timestamps, attention_mask, last_timestamps)
+    latest = timestamps[:, -1:] if last_position_only else timestamps
+    if request_timestamps is None:
+        request_timestamps = torch.full_like(latest, UNKNOWN)
+    elif last_position_only:
+        request_timestamps = request_timestamps[:, None]
+    validate_requests(request_timestamps, latest)
+    if model.training:
+        is_known = torch.rand(len(timestamps), 1, device=timestamps.device) >= model.config.request_dropout
+        request_timestamps = torch.where(is_known, request_timestamps, UNKNOWN)
+    return timestamps, request_timestamps
+
+
+def validate_timestamps(timestamps: Tensor, attention_mask: Tensor, last_timestamps: Tensor | None = None) -> None:
     """Check the timestamps of events. What depends on the values is not checked while a program is traced.
 
     Args:
@@ -71,7 +120,9 @@ def validate_requests(request_timestamps: Tensor, last_timestamps: Tensor) -> No
     _validate_seconds("request_timestamps", request_timestamps, last_timestamps.shape)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or request_timestamps.is_meta:
         return
-    is_bad = (request_timestamps != UNKNOWN) & ~((request_timestamps >= last_timestamps) & (request_timestamps < math.inf))
+    is_bad = (request_timestamps != UNKNOWN) & ~(
+        (request_timestamps >= last_timestamps) & (request_timestamps < math.inf)
+    )
     if is_bad.any():
         row, position = is_bad.nonzero()[0].tolist()
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
+from .event_time import read_times
 from .modeling_recommender import evaluating, validate_histories
 
 
@@ -85,14 +86,13 @@ def explain(
     num_heads = model.config.num_attention_heads
     shares = []
     with evaluating(model), torch.enable_grad():
-        times = base.to_times(timestamps, attention_mask)
-        embeddings = base.embed(input_ids, *times).detach().requires_grad_()
+        times = read_times(base, timestamps, request_timestamps, attention_mask, last_position_only=True)
+        events = base.to_events(attention_mask, None, *times[:1])
+        embeddings = base.embed(input_ids, *events).detach().requires_grad_()
         stream = base.to_stream(embeddings, attention_mask)[0]
-        sigmoids, log_forget = base.experts(stream, *times[1:])
+        sigmoids, log_forget = base.experts(stream, *events[1:])
         interests = base.project(pool_history(stream, sigmoids, log_forget, attention_mask))
-        hidden_states, last, bias = base.to_readers(
-            base.scale(embeddings[:, -1:]), stream[:, -1:], request_timestamps, *times[:1]
-        )
+        hidden_states, last, bias = base.to_readers(base.scale(embeddings[:, -1:]), stream[:, -1:], *times)
         for layer, (key, value) in zip(base.layers, interests, strict=True):
             query, _ = layer.attention.query_and_gate(hidden_states, last)
             logits = query.to(key.dtype) @ key.mT / math.sqrt(key.shape[-1])  # (B, H, 1, E)

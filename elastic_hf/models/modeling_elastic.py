@@ -53,10 +53,9 @@ from .event_time import (
     UNKNOWN,
     elapsed_until,
     pauses_before,
+    read_times,
     time_buckets,
     time_phases,
-    validate_requests,
-    validate_timestamps,
 )
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
@@ -338,16 +337,18 @@ class ElasticModel(ElasticPreTrainedModel):
             raise ValueError("cache and use_cache need last_position_only=True, found last_position_only=False")
         if cache is not None:
             cache.check(self, len(input_ids))
-        times = self.to_times(timestamps, attention_mask, cache)
+        last_timestamps = None if cache is None else cache.last_timestamps
+        times = read_times(self, timestamps, request_timestamps, attention_mask, last_position_only, last_timestamps)
+        events = self.to_events(attention_mask, last_timestamps, *times[:1])
         if last_position_only:
-            hidden_states, stream, *states = self.compress(input_ids, attention_mask, cache, times)
+            hidden_states, stream, *states = self.compress(input_ids, attention_mask, cache, events)
             read, interests = dispatch, self.project(states[0])
         else:
-            embeddings = self.embed(input_ids, *times)
+            embeddings = self.embed(input_ids, *events)
             stream, _ = self.to_stream(embeddings, attention_mask)
             hidden_states = self.scale(embeddings)
-            read, interests = read_chunks, self.chunk(stream, attention_mask, *times[1:])
-        hidden_states, stream, bias = self.to_readers(hidden_states, stream, request_timestamps, *times[:1])
+            read, interests = read_chunks, self.chunk(stream, attention_mask, *events[1:])
+        hidden_states, stream, bias = self.to_readers(hidden_states, stream, *times)
         readers = attention_mask[:, -hidden_states.shape[1] :]
         for layer, of_layer in zip(self.layers, interests, strict=True):
             hidden_states = layer(hidden_states, stream, readers, read, *of_layer, *bias)
@@ -355,21 +356,12 @@ class ElasticModel(ElasticPreTrainedModel):
             cache = self.to_cache(cache, *states, attention_mask, *times[:1])
         return ElasticModelOutput(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
-    def to_times(
-        self, timestamps: Tensor | None, attention_mask: Tensor, cache: ElasticCache | None = None
+    def to_events(
+        self, attention_mask: Tensor, last_timestamps: Tensor | None = None, timestamps: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Return the timestamps of the items and the seconds since the items before them, both (B, L); nothing without
-        `use_timestamps`."""
-        if (timestamps is None) == self.config.use_timestamps:
-            wanted, found = ("given", "None") if self.config.use_timestamps else ("None", "a value")
-            raise ValueError(
-                f"timestamps must be {wanted} for a model with use_timestamps={self.config.use_timestamps}, "
-                f"found {found}"
-            )
+        """Return when the items came and how many seconds after the ones before, (B, L) both; nothing without them."""
         if timestamps is None:
             return ()
-        last_timestamps = None if cache is None else cache.last_timestamps
-        validate_timestamps(timestamps, attention_mask, last_timestamps)
         return timestamps, pauses_before(timestamps, attention_mask, last_timestamps)
 
     def embed(self, input_ids: Tensor, timestamps: Tensor | None = None, pauses: Tensor | None = None) -> Tensor:
@@ -395,25 +387,15 @@ class ElasticModel(ElasticPreTrainedModel):
         self,
         hidden_states: Tensor,
         stream: Tensor,
-        request_timestamps: Tensor | None,
         timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Add the times of the requests to what the reader starts from and to the stream that its first query reads,
-        (B, Q, D) twice; and return what they add to the logits of the experts, (B, H, Q, E), if they have times."""
+        """Add the times of the requests, (B, Q), to what the reader starts from and to the stream that its first query
+        reads, (B, Q, D) twice; and return what they add to the logits of the experts, (B, H, Q, E), if there are any.
+        """
         if timestamps is None:
-            if request_timestamps is not None:
-                raise ValueError("request_timestamps must be None for a model with use_timestamps=False, found a value")
             return hidden_states, stream, ()
-        last_timestamps = timestamps[:, -hidden_states.shape[1] :]
-        if request_timestamps is None:
-            request_timestamps = torch.full_like(last_timestamps, UNKNOWN)
-        elif request_timestamps.dim() == 1:
-            request_timestamps = request_timestamps[:, None]
-        validate_requests(request_timestamps, last_timestamps)
-        if self.training:
-            is_known = torch.rand(len(timestamps), 1, device=timestamps.device) >= self.config.request_dropout
-            request_timestamps = torch.where(is_known, request_timestamps, UNKNOWN)
-        request, bias = self.time.of_requests(request_timestamps, last_timestamps)
+        request, bias = self.time.of_requests(request_timestamps, timestamps[:, -hidden_states.shape[1] :])
         request = self.scale(request)
         return hidden_states + request, stream + request, (_float32(bias),)
 
@@ -438,9 +420,9 @@ class ElasticModel(ElasticPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         cache: ElasticCache | None = None,
-        times: tuple[Tensor, ...] = (),
+        events: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read histories, or the items after a `cache`: what the reader starts from, and the stream, at the last
+        """Read histories, or the items after a `cache`, with what [`to_events`] says of their times: what the reader starts from, and the stream, at the last
         position, (B, 1, D), the recurrent state, (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
 
         Where no gradient is needed, a large batch is read a few rows at a time and long histories in pieces.
@@ -448,7 +430,7 @@ class ElasticModel(ElasticPreTrainedModel):
         num_positions = limit(MAX_POSITIONS, input_ids.device)
         batch_size, length = input_ids.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or input_ids.numel() <= num_positions:
-            return self._compress(input_ids, attention_mask, cache, times)
+            return self._compress(input_ids, attention_mask, cache, events)
         num_rows = max(1, num_positions // min(length, MIN_ITEMS))
         rows = torch.arange(batch_size, device=input_ids.device).split(num_rows)
         read = [
@@ -456,7 +438,7 @@ class ElasticModel(ElasticPreTrainedModel):
                 input_ids[some],
                 attention_mask[some],
                 None if cache is None else cache.select(some),
-                tuple(time[some] for time in times),
+                tuple(x[some] for x in events),
                 max(MIN_ITEMS, num_positions // len(some)),
             )
             for some in rows
@@ -468,14 +450,14 @@ class ElasticModel(ElasticPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         cache: ElasticCache | None,
-        times: tuple[Tensor, ...],
+        events: tuple[Tensor, ...],
         num_items: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[`compress`] as a whole, or in pieces of `num_items`."""
         state = conv_state = None
         if cache is not None:
             state, conv_state = cache.recurrent_state, cache.conv_state
-        pieces = [(input_ids, attention_mask, *times)]
+        pieces = [(input_ids, attention_mask, *events)]
         if num_items is not None:
             pieces = zip(*(x.split(num_items, dim=1) for x in pieces[0]), strict=True)
         for ids, mask, *of_piece in pieces:
@@ -493,9 +475,7 @@ class ElasticModel(ElasticPreTrainedModel):
         projected = [project(interest) for project, interest in zip(self.key_value, interests, strict=True)]
         return self._of_layers(_float32(torch.stack(projected, dim=1)))
 
-    def chunk(
-        self, stream: Tensor, attention_mask: Tensor, pauses: Tensor | None = None
-    ) -> list[tuple[Tensor, ...]]:
+    def chunk(self, stream: Tensor, attention_mask: Tensor, pauses: Tensor | None = None) -> list[tuple[Tensor, ...]]:
         """Return what [`read_chunks`] reads of histories, for each layer: (B, L, D) and (B, L) once or twice."""
         num_heads = len(self.key_value)
         items = torch.stack([project(stream.to(self.dtype)) for project in self.key_value], dim=1)
@@ -594,10 +574,11 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
             input_ids, mask, self.config.num_special_tokens, timestamps
         )
         with evaluating(self):
-            times = self.model.to_times(timestamps, mask)
-            hidden_states, stream, state, _ = self.model.compress(input_ids, mask, None, times)
+            times = read_times(self.model, timestamps, request_timestamps, mask, last_position_only=True)
+            events = self.model.to_events(mask, None, *times[:1])
+            hidden_states, stream, state, _ = self.model.compress(input_ids, mask, None, events)
             *interests, of_last = self.model.project(state)
-            hidden_states, stream, bias = self.model.to_readers(hidden_states, stream, request_timestamps, *times[:1])
+            hidden_states, stream, bias = self.model.to_readers(hidden_states, stream, *times)
             for layer, of_layer in zip(layers, interests, strict=True):
                 hidden_states = layer(hidden_states, stream, mask[:, -1:], dispatch, *of_layer, *bias)
             hidden_states = last.attention(hidden_states, stream, dispatch, *of_last, *bias)

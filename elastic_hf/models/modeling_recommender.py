@@ -360,9 +360,7 @@ class SequentialRecommenderMixin:
         if query is not None:
             validate_query(query, len(input_ids), config)
         given = mask
-        input_ids, mask, timestamps = leave_out_special_tokens(
-            input_ids, mask, config.num_special_tokens, timestamps
-        )
+        input_ids, mask, timestamps = leave_out_special_tokens(input_ids, mask, config.num_special_tokens, timestamps)
         if timestamps is not None:
             kwargs["timestamps"] = timestamps
         if cache is not None and mask is not given and (given[:, -1] & ~mask[:, -1]).any():
@@ -559,7 +557,10 @@ class SequentialRecommenderMixin:
             if request_timestamps is None:
                 request_timestamps = torch.full((len(input_ids),), time.time(), dtype=torch.double)
             times = {"timestamps": timestamps, "request_timestamps": request_timestamps}
-            times = {name: None if values is None else torch.as_tensor(values, device=device) for name, values in times.items()}
+            times = {
+                name: None if values is None else torch.as_tensor(values, device=device)
+                for name, values in times.items()
+            }
         query = CatalogueQuery(top_k, seen_ids, candidate_ids, exclude_seen=exclude_seen)
         validate_query(query, len(input_ids), config)
         num_candidates = config.vocab_size - config.num_special_tokens
