@@ -28,9 +28,9 @@ class SequentialRecommendationCollator:
     Rows with a `target`, the token id of the item to rank, are evaluation rows. Their batches hold `input_ids`,
     `attention_mask`, `target_ids` (of shape `(batch_size,)`) and `seen_ids` (the whole history, left-padded).
 
-    With `use_timestamps` a row holds `timestamps`, as many as items, and a batch `timestamps` and `request_timestamps`:
-    in training when each label came, in evaluation when the target came, the row's `target_timestamp`, or -1 with
-    `know_request=False`: a time that the model is not told.
+    With `use_timestamps` a row holds `timestamps`, as many as items, and a batch `timestamps` (0 at padding) and
+    `request_timestamps`: in training when each label came, in evaluation when the target came, the row's
+    `target_timestamp`, or -1, with `know_request=False`: a time that the model is not told.
 
     The random objectives draw from PyTorch's global generator, once per batch. [`SequentialRecommendationTrainer`]
     seeds it by the epoch and the rows of the batch, so that a resumed run goes on with the same draws.
@@ -106,7 +106,7 @@ class SequentialRecommendationCollator:
 
     def _next_item_times(self, timestamps: list[np.ndarray]) -> dict[str, torch.Tensor]:
         """Return when the inputs of training rows and their labels came."""
-        times, is_item = self._pad_left([times[-self.max_length - 1 :] for times in timestamps], padding=0)
+        times, is_item = pad_left([times[-self.max_length - 1 :] for times in timestamps], 0)
         requests = np.where(is_item[:, :-1], times[:, 1:], -1)
         return {
             "timestamps": torch.from_numpy(np.ascontiguousarray(times[:, :-1])),
@@ -115,14 +115,13 @@ class SequentialRecommendationCollator:
 
     def _evaluation_times(self, timestamps: list[np.ndarray], features: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Return when the items of evaluation rows came and, if the model is told, their targets."""
-        times, _ = self._pad_left([times[-self.max_length :] for times in timestamps], padding=0)
+        times, _ = pad_left([times[-self.max_length :] for times in timestamps], 0)
         requests = np.full(len(times), -1, times.dtype)
         if self.know_request:
-            missing = [row for row, feature in enumerate(features) if "target_timestamp" not in feature]
-            if missing:
-                raise ValueError(
-                    f"with know_request=True a row must have a target_timestamp, found {', '.join(features[missing[0]])}"
-                )
+            for feature in features:
+                if "target_timestamp" not in feature:
+                    found = ", ".join(feature)
+                    raise ValueError(f"with know_request=True a row must have a target_timestamp, found {found}")
             requests = np.array([feature["target_timestamp"] for feature in features], times.dtype)
         return {"timestamps": torch.from_numpy(times), "request_timestamps": torch.from_numpy(requests)}
 
@@ -157,18 +156,9 @@ class SequentialRecommendationCollator:
             "seen_ids": torch.from_numpy(seen_ids),
         }
 
-    def _pad_left(self, histories: list[np.ndarray], padding: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens, or other values with their `padding`, and which are of items: both
-        `(batch_size, longest)`."""
-        lengths = np.array([len(history) for history in histories])
-        is_item = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
-        joined = np.concatenate(histories)
-        is_tokens = padding is None
-        tokens = np.full(
-            is_item.shape, self.pad_token_id if is_tokens else padding, np.int64 if is_tokens else joined.dtype
-        )
-        tokens[is_item] = joined
-        return tokens, is_item
+    def _pad_left(self, histories: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens and which of them are items, both of shape `(batch_size, longest)`."""
+        return pad_left([history.astype(np.int64, copy=False) for history in histories], self.pad_token_id)
 
     @staticmethod
     def _to_batch(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
@@ -184,3 +174,13 @@ class SequentialRecommendationCollator:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         return np.random.default_rng([int(torch.randint(2**62, ())), rank])
+
+
+def pad_left(rows: list[np.ndarray], padding: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of different lengths as one array, and which of its values are theirs: `(num_rows, longest)`."""
+    lengths = np.array([len(row) for row in rows])
+    is_value = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
+    values = np.concatenate(rows)
+    padded = np.full(is_value.shape, padding, values.dtype)
+    padded[is_value] = values
+    return padded, is_value

@@ -120,9 +120,8 @@ def validate_requests(request_timestamps: Tensor, last_timestamps: Tensor) -> No
     _validate_seconds("request_timestamps", request_timestamps, last_timestamps.shape)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or request_timestamps.is_meta:
         return
-    is_bad = (request_timestamps != UNKNOWN) & ~(
-        (request_timestamps >= last_timestamps) & (request_timestamps < math.inf)
-    )
+    is_good = (request_timestamps >= last_timestamps) & (request_timestamps < math.inf)
+    is_bad = (request_timestamps != UNKNOWN) & ~is_good
     if is_bad.any():
         row, position = is_bad.nonzero()[0].tolist()
         raise ValueError(

@@ -325,7 +325,7 @@ class ElasticModel(ElasticPreTrainedModel):
                 What was read before. Needs `last_position_only=True`, as does `use_cache`.
             use_cache (`bool`, defaults to `False`):
                 Return the `cache` after these items.
-            timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(batch_size, history_length)`, *optional*):
+            timestamps (`torch.LongTensor` or `torch.DoubleTensor`, `(batch_size, history_length)`, *optional*):
                 With `use_timestamps`: when the items came, in Unix seconds.
             request_timestamps (`torch.Tensor` of the same type, *optional*):
                 When what comes next is asked for, after each position or, with `last_position_only`, of shape
@@ -422,8 +422,10 @@ class ElasticModel(ElasticPreTrainedModel):
         cache: ElasticCache | None = None,
         events: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read histories, or the items after a `cache`, with what [`to_events`] says of their times: what the reader starts from, and the stream, at the last
-        position, (B, 1, D), the recurrent state, (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
+        """Read histories, or the items after a `cache`, with what [`to_events`] says of their times.
+
+        Returns what the reader starts from, and the stream, at the last position, (B, 1, D), the recurrent state,
+        (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
 
         Where no gradient is needed, a large batch is read a few rows at a time and long histories in pieces.
         """

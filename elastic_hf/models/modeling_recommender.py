@@ -333,7 +333,7 @@ class SequentialRecommenderMixin:
                 Return the `cache` that holds these items, too.
             query ([`CatalogueQuery`], *optional*):
                 Return its answer (`token_ids`, `scores` and `ranks`) instead of the `logits` of all tokens.
-            timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(batch_size, history_length)`, *optional*):
+            timestamps (`torch.LongTensor` or `torch.DoubleTensor`, `(batch_size, history_length)`, *optional*):
                 When the items came, in Unix seconds, for a model with `use_timestamps`, and for no other.
             request_timestamps (`torch.LongTensor` or `torch.DoubleTensor`, *optional*):
                 When the next item comes or is asked for: of shape `(batch_size, history_length)` with `labels`, and
@@ -514,7 +514,7 @@ class SequentialRecommenderMixin:
             seen_ids (`torch.LongTensor` of shape `(batch_size, num_seen)`, *optional*):
                 The whole histories, where the model reads a part of them; padding may fill them up. Defaults to
                 `input_ids`.
-            timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(batch_size, history_length)`, *optional*):
+            timestamps (`torch.LongTensor` or `torch.DoubleTensor`, `(batch_size, history_length)`, *optional*):
                 When the items came, in Unix seconds, for a model with `use_timestamps`, and for no other.
             request_timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
                 For which moment to recommend; -1 is no particular one. Defaults to now.

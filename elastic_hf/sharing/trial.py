@@ -65,8 +65,8 @@ def recommend_example(pipeline: SequentialRecommendationPipeline) -> dict[str, l
     counted. No user is shown.
 
     Returns:
-        `dict` with `history`, as the pipeline takes it, titles where they stand for one item alone and item ids elsewhere, and `recommended`, as
-        the pipeline returns it; None for a catalogue of one item.
+        `dict` with `history`, as the pipeline takes it, titles where they stand for one item alone and item ids
+        elsewhere, and `recommended`, as the pipeline returns it; None for a catalogue of one item.
     """
     items = pipeline.tokenizer.items
     num_items = min(EXAMPLE_ITEMS, len(items) - 1)
