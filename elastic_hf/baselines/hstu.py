@@ -180,14 +180,15 @@ def buckets_between(timestamps: Tensor, request_timestamps: Tensor) -> Tensor:
     Args:
         timestamps (`torch.Tensor` of shape `(B, L)`): Unix seconds.
         request_timestamps (`torch.Tensor` of shape `(B, L)` or `(B, 1)`):
-            When the item after each position comes, or after the last one alone: the others' come with their next
-            items. -1 is not known.
+            When the item after each position comes, -1 where that is not known; or after the last one alone: those
+            of the others are then known, from their next items, or not known, as it is.
 
     Returns:
         `torch.LongTensor` of shape `(B, L, L)`: at [t, j] that of the time from item j to the item after t.
     """
     if request_timestamps.shape[1] < timestamps.shape[1]:
-        request_timestamps = torch.cat([timestamps[:, 1:], request_timestamps.to(timestamps.dtype)], dim=1)
+        earlier = torch.where(request_timestamps == UNKNOWN, UNKNOWN, timestamps[:, 1:])
+        request_timestamps = torch.cat([earlier, request_timestamps], dim=1)
     nexts = torch.where(request_timestamps == UNKNOWN, timestamps, request_timestamps)
     seconds = (nexts[:, :, None] - timestamps[:, None]).float().clamp(min=1)
     return (seconds.log() / LOG_SECONDS_PER_BUCKET).floor().long().clamp(max=NUM_TIME_BUCKETS - 1)

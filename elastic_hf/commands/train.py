@@ -266,9 +266,12 @@ def save_model(trainer: SequentialRecommendationTrainer) -> None:
         (output_dir / "training_args.bin").unlink(missing_ok=True)
 
 
-def expert_half_lives(model: PreTrainedModel) -> list[list[float]]:
-    """Return the half-lives of the experts, in items: (num_attention_heads, num_interest_experts)."""
-    return model.model.experts.half_lives.detach().cpu().numpy().round(2).tolist()
+def describe_experts(model: PreTrainedModel, results: RunResults) -> None:
+    """Add the half-lives of the experts, (num_attention_heads, num_interest_experts), in items and in seconds."""
+    experts = model.model.experts
+    results.expert_half_lives = experts.half_lives.detach().cpu().numpy().round(2).tolist()
+    if experts.half_lives_seconds is not None:
+        results.expert_half_lives_seconds = experts.half_lives_seconds.detach().cpu().numpy().round(2).tolist()
 
 
 def derived_files(
@@ -363,7 +366,7 @@ def run(
     if training_args.do_predict:
         test(trainer, splits["test"], splits["train"], results)
     if config.model_type == "elastic":
-        results.expert_half_lives = expert_half_lives(trainer.model)
+        describe_experts(trainer.model, results)
 
     # 4. Results, figures and model card
     if trainer.is_world_process_zero():

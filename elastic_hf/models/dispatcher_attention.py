@@ -93,8 +93,8 @@ def final_weights(sigmoids: Tensor, log_forget: Tensor) -> Tensor:
         later_items = torch.arange(length - 1, -1, -1, device=sigmoids.device, dtype=sigmoids.dtype)
         log_kept = later_items[:, None] * log_forget
     else:
-        so_far = log_forget.cumsum(dim=1)
-        log_kept = so_far[:, -1:] - so_far
+        # Summed from the latest item on: a difference of two sums over the whole would round off what is recent.
+        log_kept = log_forget.flip(1).cumsum(dim=1).flip(1) - log_forget
     return to_exponent(sigmoids, log_kept).clamp_(min=MIN_EXPONENT).exp_().mT
 
 

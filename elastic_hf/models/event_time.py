@@ -8,6 +8,8 @@ Axis letters: B batch, L history length, Q positions that read (L in training, 1
 """
 
 import math
+import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,49 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-UNKNOWN = -1  # of a request whose time is not known, and of a pause with no event before it
+UNKNOWN = -1  # of a request whose time is not known, of a pause with no event before it, and of padding
 NUM_BUCKETS = 34
+# The first seconds of each bucket but 0: floor(log2(1 + s)) as the number of powers of two that 1 + s reaches, which
+# is exact where a logarithm is rounded.
+BUCKET_STARTS = tuple(float(2**power - 1) for power in range(NUM_BUCKETS - 1))
 PERIODS = (86_400, 7 * 86_400, 31_556_952)  # seconds: a day, a week and a mean year of the Gregorian calendar
 NUM_PHASES = 2 * len(PERIODS)
+
+
+def given_times(
+    model: PreTrainedModel, timestamps: Any, request_timestamps: Any, batch_size: int, device: torch.device
+) -> dict[str, Tensor | None]:
+    """Return the times that a caller gives with histories, as arguments of `forward`.
+
+    Args:
+        model (`PreTrainedModel`): with its head.
+        timestamps (tensor, array or lists of shape `(B, L)`, *optional*): Unix seconds of the items.
+        request_timestamps (tensor, array or list of shape `(B,)`, *optional*):
+            Of the requests. Defaults to now, for a model that reads times.
+        batch_size (`int`): B.
+        device (`torch.device`): of the histories.
+
+    Returns:
+        `dict` of `timestamps` and `request_timestamps`, each a tensor or `None`.
+
+    Raises:
+        ValueError: if they are no numbers, or lists of different lengths.
+    """
+    if model.config.use_timestamps and request_timestamps is None:
+        request_timestamps = torch.full((batch_size,), time.time(), dtype=torch.double)
+    times = {"timestamps": timestamps, "request_timestamps": request_timestamps}
+    return {name: None if times[name] is None else _as_tensor(name, times[name], device) for name in times}
+
+
+def _as_tensor(name: str, seconds: Any, device: torch.device) -> Tensor:
+    try:
+        # Lists as float64: float32 is minutes off today.
+        return torch.as_tensor(seconds, dtype=None if hasattr(seconds, "dtype") else torch.double, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} must be Unix seconds in a tensor, an array or lists of one length (padded on the left), "
+            f"found a {type(seconds).__name__}: {error}"
+        ) from error
 
 
 def read_times(
@@ -45,7 +86,8 @@ def read_times(
         last_timestamps (`torch.Tensor` of shape `(B,)`, *optional*): as in [`validate_timestamps`].
 
     Returns:
-        Nothing without `use_timestamps`, and else the timestamps, (B, L), and the times of the requests, (B, Q).
+        Nothing without `use_timestamps`, and else the timestamps, (B, L), -1 at padding, and the times of the
+        requests, (B, Q).
 
     Raises:
         ValueError: if a model with `use_timestamps` gets no timestamps, or another model any, or if they are not as
@@ -59,12 +101,13 @@ def read_times(
     if timestamps is None:
         raise ValueError("timestamps must be given to a model with use_timestamps=True, found None")
     validate_timestamps(timestamps, attention_mask, last_timestamps)
+    timestamps = torch.where(attention_mask, timestamps, UNKNOWN)
     latest = timestamps[:, -1:] if last_position_only else timestamps
     if request_timestamps is None:
         request_timestamps = torch.full_like(latest, UNKNOWN)
-    elif last_position_only:
-        request_timestamps = request_timestamps[:, None]
-    validate_requests(request_timestamps, latest)
+    else:
+        validate_requests(request_timestamps, latest[:, 0] if last_position_only else latest)
+        request_timestamps = request_timestamps.view_as(latest)
     if model.training:
         is_known = torch.rand(len(timestamps), 1, device=timestamps.device) >= model.config.request_dropout
         request_timestamps = torch.where(is_known, request_timestamps, UNKNOWN)
@@ -110,12 +153,12 @@ def validate_requests(request_timestamps: Tensor, last_timestamps: Tensor) -> No
     """Check the times of requests.
 
     Args:
-        request_timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(B, Q)`): Unix seconds, -1 where the
-            time is not known.
-        last_timestamps (`torch.Tensor` of shape `(B, Q)`): of the latest event that each has read.
+        request_timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(B, Q)` or `(B,)`): Unix seconds, -1
+            where the time is not known.
+        last_timestamps (`torch.Tensor` of the same shape): of the latest event that each has read, -1 for none.
 
     Raises:
-        ValueError: if the shape or the type is another one, or if a request is before the event.
+        ValueError: if the shape or the type is another one, or if a request is before the event or not finite.
     """
     _validate_seconds("request_timestamps", request_timestamps, last_timestamps.shape)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or request_timestamps.is_meta:
@@ -123,10 +166,10 @@ def validate_requests(request_timestamps: Tensor, last_timestamps: Tensor) -> No
     is_good = (request_timestamps >= last_timestamps) & (request_timestamps < math.inf)
     is_bad = (request_timestamps != UNKNOWN) & ~is_good
     if is_bad.any():
-        row, position = is_bad.nonzero()[0].tolist()
         raise ValueError(
             f"request_timestamps must be {UNKNOWN} or at least the time of the last event, "
-            f"{last_timestamps[row, position].item()}, found {request_timestamps[row, position].item()} in row {row}"
+            f"{last_timestamps[is_bad][0].item()}, found {request_timestamps[is_bad][0].item()} "
+            f"in row {int(is_bad.nonzero()[0, 0])}"
         )
 
 
@@ -160,15 +203,14 @@ def pauses_before(timestamps: Tensor, attention_mask: Tensor, last_timestamps: T
 
 
 def elapsed_until(request_timestamps: Tensor, last_timestamps: Tensor) -> Tensor:
-    """Return the seconds from the last event to the request, -1 where that is not known: twice (B, Q) -> (B, Q)."""
-    elapsed = request_timestamps - last_timestamps
-    return torch.where(request_timestamps == UNKNOWN, UNKNOWN, elapsed).float()
+    """Return the seconds from the last event to the request, -1 where one of them is: (B, Q) twice -> (B, Q)."""
+    is_known = (request_timestamps != UNKNOWN) & (last_timestamps != UNKNOWN)
+    return torch.where(is_known, request_timestamps - last_timestamps, UNKNOWN).float()
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
     """Return `1 + floor(log2(1 + s))`, 0 for -1 seconds: `torch.FloatTensor` -> `torch.LongTensor`."""
-    buckets = 1 + (1 + seconds.clamp(min=0)).log2().floor().long()
-    return torch.where(seconds == UNKNOWN, 0, buckets.clamp(max=NUM_BUCKETS - 1))
+    return torch.bucketize(seconds, seconds.new_tensor(BUCKET_STARTS), right=True)
 
 
 def time_phases(timestamps: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Why ELASTIC recommends what it recommends: half-lives, assignments, weights and contributions of the items."""
 
 import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
-from .event_time import read_times
+from .event_time import given_times, read_times
 from .modeling_recommender import evaluating, validate_histories
 
 
@@ -71,11 +70,9 @@ def explain(
     Raises:
         ValueError: if a history holds a special token, such as an unknown item, and as `recommend`.
     """
-    if timestamps is not None and request_timestamps is None:
-        request_timestamps = torch.full((len(input_ids),), time.time(), dtype=torch.double, device=input_ids.device)
-    times = {"timestamps": timestamps, "request_timestamps": request_timestamps}
-    token_ids = model.recommend(input_ids, attention_mask, top_k, **times).token_ids
     attention_mask = validate_histories(input_ids, attention_mask, model.config)
+    times = given_times(model, timestamps, request_timestamps, len(input_ids), input_ids.device)
+    token_ids = model.recommend(input_ids, attention_mask, top_k, **times).token_ids
     is_special = attention_mask & (input_ids < model.config.num_special_tokens)
     if is_special.any():
         raise ValueError(
@@ -86,7 +83,7 @@ def explain(
     num_heads = model.config.num_attention_heads
     shares = []
     with evaluating(model), torch.enable_grad():
-        times = read_times(base, timestamps, request_timestamps, attention_mask, last_position_only=True)
+        times = read_times(base, attention_mask=attention_mask, last_position_only=True, **times)
         events = base.to_events(attention_mask, None, *times[:1])
         embeddings = base.embed(input_ids, *events).detach().requires_grad_()
         stream = base.to_stream(embeddings, attention_mask)[0]

@@ -47,16 +47,7 @@ from .dispatcher_attention import (
     read_chunks,
     to_exponent,
 )
-from .event_time import (
-    NUM_BUCKETS,
-    NUM_PHASES,
-    UNKNOWN,
-    elapsed_until,
-    pauses_before,
-    read_times,
-    time_buckets,
-    time_phases,
-)
+from .event_time import UNKNOWN, pauses_before, read_times
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
 from .limits import MAX_POSITIONS, MIN_ITEMS, limit
@@ -67,6 +58,7 @@ from .modeling_recommender import (
     validate_histories,
     validate_outputs,
 )
+from .time_elastic import ElasticTime
 
 
 @dataclass
@@ -138,33 +130,6 @@ class ElasticInterestExperts(nn.Module):
                 log_forget, pauses.to(stream.dtype), self.half_lives_seconds.to(stream.dtype).flatten()
             )
         return expert_scores(stream, self.experts.to(stream.dtype).flatten(0, 1)), log_forget
-
-
-class ElasticTime(nn.Module):
-    """What the times of events and requests add: to the embeddings, to what the reader starts from, and to the logits
-    of the experts."""
-
-    def __init__(self, config: ElasticConfig):
-        super().__init__()
-        self.pause = nn.Embedding(NUM_BUCKETS, config.hidden_size)
-        self.phases = nn.Linear(NUM_PHASES, config.hidden_size, bias=False)
-        self.elapsed = nn.Embedding(NUM_BUCKETS, config.hidden_size)
-        self.request_phases = nn.Linear(NUM_PHASES, config.hidden_size, bias=False)
-        self.num_heads = config.num_attention_heads
-        self.expert_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads * config.num_interest_experts)
-
-    def of_events(self, timestamps: Tensor, pauses: Tensor) -> Tensor:
-        """Return what is added to the items' embeddings: (B, L) twice -> (B, L, D)."""
-        phases = time_phases(timestamps).to(self.pause.weight.dtype)
-        return self.pause(time_buckets(pauses)) + self.phases(phases)
-
-    def of_requests(self, request_timestamps: Tensor, last_timestamps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is added to the reader's embedding and to the experts' logits: (B, Q) twice -> (B, Q, D) and
-        (B, H, Q, E)."""
-        buckets = time_buckets(elapsed_until(request_timestamps, last_timestamps))
-        phases = time_phases(request_timestamps).to(self.elapsed.weight.dtype)
-        bias = self.expert_bias(buckets).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return self.elapsed(buckets) + self.request_phases(phases), bias
 
 
 class ElasticAttention(GradientCheckpointingLayer):

@@ -1,7 +1,6 @@
 """What all recommenders share: the output, what histories may be, and the head with its losses and `recommend`."""
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .catalogue import CatalogueAnswer, CatalogueQuery, item_embeddings, search_catalogue, validate_query
 from .configuration_recommender import RecommenderConfig
+from .event_time import given_times
 from .losses import SeenItems, bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
 
@@ -552,15 +552,7 @@ class SequentialRecommenderMixin:
             candidate_ids = as_token_ids("candidate_ids", candidate_ids, device)
         if exclude_seen is None:
             exclude_seen = config.exclude_seen
-        times = {}
-        if config.use_timestamps or timestamps is not None or request_timestamps is not None:
-            if request_timestamps is None:
-                request_timestamps = torch.full((len(input_ids),), time.time(), dtype=torch.double)
-            times = {"timestamps": timestamps, "request_timestamps": request_timestamps}
-            times = {
-                name: None if values is None else torch.as_tensor(values, device=device)
-                for name, values in times.items()
-            }
+        times = given_times(self, timestamps, request_timestamps, len(input_ids), device)
         query = CatalogueQuery(top_k, seen_ids, candidate_ids, exclude_seen=exclude_seen)
         validate_query(query, len(input_ids), config)
         num_candidates = config.vocab_size - config.num_special_tokens
