@@ -210,7 +210,7 @@ def elapsed_until(request_timestamps: Tensor, last_timestamps: Tensor) -> Tensor
 
 def time_buckets(seconds: Tensor) -> Tensor:
     """Return `1 + floor(log2(1 + s))`, 0 for -1 seconds: `torch.FloatTensor` -> `torch.LongTensor`."""
-    return torch.bucketize(seconds, seconds.new_tensor(BUCKET_STARTS), right=True)
+    return torch.bucketize(seconds.contiguous(), seconds.new_tensor(BUCKET_STARTS), right=True)
 
 
 def time_phases(timestamps: Tensor) -> Tensor:

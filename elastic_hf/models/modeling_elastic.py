@@ -238,8 +238,6 @@ class ElasticPreTrainedModel(PreTrainedModel):
             if module.log_half_life_seconds is not None:
                 # From a minute to a year.
                 init.copy_(module.log_half_life_seconds, math.log(60) + steps * math.log(365 * 1440))
-        elif isinstance(module, ElasticTime):
-            init.zeros_(module.expert_bias.weight)
         elif isinstance(module, ElasticInterestMemory):
             module.init_weights(std)
 
