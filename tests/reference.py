@@ -6,8 +6,8 @@ import torch
 
 
 def causal_lda(query, key, value, scores, log_forget, bias=None):
-    """(B, H, L, K) queries, keys, values and (B, H, L, E) scores, log-forgetting and what is added to the logits of the
-    experts -> (B, H, L, K), term by term."""
+    """(B, H, L, K) queries, keys, values and (B, H, L, E) scores, log-forgetting and what is added to the experts'
+    logits -> (B, H, L, K), term by term."""
     B, H, L, K = query.shape
     E = scores.shape[-1]
     rows = []
