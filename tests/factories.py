@@ -47,7 +47,8 @@ def histories(length: int = 7, batch_size: int = 3, padding: int = 2) -> tuple[t
 def times(length: int = 7, batch_size: int = 3, padding: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Unix seconds of the items of [`histories`], and of the item after each: float64, (batch_size, length) both.
 
-    They are whole. Pauses are from nothing to some months. NaN stands at the padding of the first row, and -1 for its next items.
+    They are whole, with pauses from nothing to some months. NaN stands at the padding of the first row, and -1 for its
+    next items.
     """
     generator = torch.Generator().manual_seed(length)
     pauses = 10 ** (7 * torch.rand(batch_size, length + 1, generator=generator, dtype=torch.double))
