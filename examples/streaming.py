@@ -111,7 +111,11 @@ def main() -> None:
         token_id = tokenizer.convert_tokens_to_ids(item)
         if token_id in tokenizer.all_special_ids:
             raise ValueError(f"line {number}: the model does not know the item {item!r}")
-        token_ids = append(model, store, user, token_id, args.top_k, *map(float, seconds))
+        try:
+            timestamp = float(*seconds) if seconds else None
+        except ValueError as error:
+            raise ValueError(f"line {number}: Unix seconds must be a number, found {seconds[0]!r}") from error
+        token_ids = append(model, store, user, token_id, args.top_k, timestamp)
         print(user, *tokenizer.convert_ids_to_titles(token_ids), sep="\t", flush=True)
 
 

@@ -3,7 +3,8 @@
     elastic-hf recommend --model_name_or_path outputs/shop --history "sku 17" "sku 4"
     elastic-hf recommend --model_name_or_path outputs/shop --input_file shop.csv --output_file recommended.parquet
 
-A history is given as item ids or titles, oldest first. The recommendations for a file are a Parquet file with one row
+A history is given as item ids or titles, oldest first; for a model that reads times, `--timestamps` say when each came,
+in Unix seconds, and `--now` for which moment to recommend. The recommendations for a file are a Parquet file with one row
 for each user and place: `user_id`, `rank` (from 1), `item_id` and `score` (larger is better, comparable for one user
 only).
 """
@@ -61,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("set history or input_file, one of them")
     if (args.input_file is None) != (args.output_file is None):
         raise ValueError("input_file and output_file belong together, found one of them")
+    if args.history is None and args.timestamps is not None:
+        raise ValueError("timestamps belong to a history, those of an input_file stand in it")
     if args.output_file is not None:
         make_folder(Path(args.output_file).parent, "the folder of output_file")
     recommend = pipeline(
@@ -72,14 +75,15 @@ def main(argv: Sequence[str]) -> None:
         unknown=args.unknown,
         fallback=args.fallback,
     )
+    uses_timestamps = recommend.model.config.use_timestamps
+    if not uses_timestamps and (args.timestamps is not None or args.now is not None):
+        raise ValueError("timestamps and now must be left out for a model that reads no times, found one of them")
     if args.history is None:
         recommend_for_file(recommend, args)
         return
     history = args.history
-    if recommend.model.config.use_timestamps:
+    if uses_timestamps:
         history = {"history": history, "timestamps": args.timestamps, "now": args.now}
-    elif args.timestamps is not None or args.now is not None:
-        raise ValueError("timestamps and now must be left out for a model that reads no times, found one of them")
     for rank, item in enumerate(recommend(history), start=1):
         print(f"{rank:4}  {item['item']}  {item['title'] or ''}".rstrip())
 

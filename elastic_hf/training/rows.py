@@ -49,10 +49,11 @@ def check_timestamps(dataset: Any, field: str, with_targets: bool) -> None:
             check_timestamps(rows, f"{field}[{name!r}]", with_targets)
     if not isinstance(dataset, datasets.Dataset):
         return
-    wanted = ["timestamps", *(["target_timestamp"] if with_targets else [])]
-    if not {*wanted} <= {*dataset.column_names}:
+    wanted = {"timestamps", "target_timestamp"} if with_targets else {"timestamps"}
+    if not wanted <= {*dataset.column_names}:
+        columns = "columns timestamps and target_timestamp" if with_targets else "column timestamps"
         raise ValueError(
-            f"{field} must have the columns {' and '.join(wanted)} for a model with use_timestamps=True, "
+            f"{field} must have the {columns} for a model with use_timestamps=True, "
             f"found {', '.join(dataset.column_names)}"
         )
 
