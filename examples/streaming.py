@@ -112,7 +112,7 @@ def main() -> None:
         if token_id in tokenizer.all_special_ids:
             raise ValueError(f"line {number}: the model does not know the item {item!r}")
         try:
-            timestamp = float(*seconds) if seconds else None
+            timestamp = float(seconds[0]) if seconds else None
         except ValueError as error:
             raise ValueError(f"line {number}: Unix seconds must be a number, found {seconds[0]!r}") from error
         token_ids = append(model, store, user, token_id, args.top_k, timestamp)

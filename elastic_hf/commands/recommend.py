@@ -3,10 +3,10 @@
     elastic-hf recommend --model_name_or_path outputs/shop --history "sku 17" "sku 4"
     elastic-hf recommend --model_name_or_path outputs/shop --input_file shop.csv --output_file recommended.parquet
 
-A history is given as item ids or titles, oldest first; for a model that reads times, `--timestamps` say when each came,
-in Unix seconds, and `--now` for which moment to recommend. The recommendations for a file are a Parquet file with one row
-for each user and place: `user_id`, `rank` (from 1), `item_id` and `score` (larger is better, comparable for one user
-only).
+A history is given as item ids or titles, oldest first; for a model that reads times, `--timestamps` say when each
+came, in Unix seconds, and `--now` for which moment to recommend. The recommendations for a file are a Parquet file
+with one row for each user and place: `user_id`, `rank` (from 1), `item_id` and `score` (larger is better, comparable
+for one user only).
 """
 
 from collections.abc import Iterator, Sequence

@@ -347,6 +347,22 @@ def test_the_example_has_titles_and_what_the_model_recommends():
     assert "```text" not in without.text and 'items["item_id"]' in python_of(without)
 
 
+def test_the_example_of_a_model_that_reads_times_can_be_pasted():
+    recommended = [{"item": 7, "title": "Amélie", "score": 1.5}, {"item": "sku 8", "title": None, "score": 1.0}]
+    history = {"history": ['The "Heat"', 12], "timestamps": [0, 3600], "now": 7200}
+    card = make_model_card("org/x", make_results(), example={"history": history, "recommended": recommended})
+    check_metadata(card)
+    asked = []
+
+    def recommend(history, top_k):
+        asked.append(history)
+        return recommended
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(python_of(card).split("\n", 4)[4], {"recommend": recommend})
+    assert asked == [history]
+
+
 def test_the_example_is_of_the_model_beside_the_results(tmp_path):
     """In the middle of a training, before there are any, the folder may hold an older model, or a torn one."""
     ElasticItemTokenizer.from_items(range(NUM_TOKENS - 3), model_max_length=11).save_pretrained(tmp_path)
