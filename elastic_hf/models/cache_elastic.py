@@ -153,12 +153,14 @@ class ElasticCache:
 def _shapes(config: "ElasticConfig", batch_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The shape and the type of each tensor of a cache."""
     num_experts = config.num_attention_heads * config.num_interest_experts
-    shapes = {
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "recurrent_state": ((batch_size, num_experts, config.hidden_size + 1), torch.float32),
         "conv_state": ((batch_size, config.conv_kernel_size - 1, config.hidden_size), torch.float32),
         "num_items": ((batch_size,), torch.long),
     }
-    return shapes | ({"last_timestamps": ((batch_size,), torch.double)} if config.use_timestamps else {})
+    if config.use_timestamps:
+        shapes["last_timestamps"] = ((batch_size,), torch.double)
+    return shapes
 
 
 __all__ = ["ElasticCache"]

@@ -253,10 +253,11 @@ def read_chunks(
     if not isinstance(padding, int) or padding > 0:
         query = F.pad(query, (0, 0, 0, padding))
         bias = None if bias is None else F.pad(bias, (0, 0, 0, padding))
-    read = _read if torch.compiler.is_compiling() else _Read.apply
-    chunks = (x.flatten(0, -3) for x in (key, value, weights, total, past_keys, past_values))
-    biases = () if bias is None else (bias.reshape(-1, chunk_size, bias.shape[-1]),)
-    output = read(query.reshape(-1, chunk_size, query.shape[-1]), *chunks, *biases)
+    inputs = [query.reshape(-1, chunk_size, query.shape[-1])]
+    inputs += [x.flatten(0, -3) for x in (key, value, weights, total, past_keys, past_values)]
+    if bias is not None:
+        inputs.append(bias.reshape(-1, chunk_size, bias.shape[-1]))
+    output = (_read if torch.compiler.is_compiling() else _Read.apply)(*inputs)
     return output.view_as(query)[..., :length, :]
 
 

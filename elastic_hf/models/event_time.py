@@ -28,8 +28,8 @@ NUM_PHASES = 2 * len(PERIODS)
 
 def given_times(
     model: PreTrainedModel, timestamps: Any, request_timestamps: Any, batch_size: int, device: torch.device
-) -> dict[str, Tensor | None]:
-    """Return the times that a caller gives with histories, as arguments of `forward`.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the times that a caller gives with histories, as tensors for `forward`.
 
     Args:
         model (`PreTrainedModel`): with its head.
@@ -40,18 +40,22 @@ def given_times(
         device (`torch.device`): of the histories.
 
     Returns:
-        `dict` of `timestamps` and `request_timestamps`, each a tensor or `None`.
+        The timestamps and those of the requests, `None` where a model that reads none is given none.
 
     Raises:
         ValueError: if they are no numbers, or lists of different lengths.
     """
     if model.config.use_timestamps and request_timestamps is None:
         request_timestamps = torch.full((batch_size,), time.time(), dtype=torch.double)
-    times = {"timestamps": timestamps, "request_timestamps": request_timestamps}
-    return {name: None if times[name] is None else _as_tensor(name, times[name], device) for name in times}
+    return (
+        _as_tensor("timestamps", timestamps, device),
+        _as_tensor("request_timestamps", request_timestamps, device),
+    )
 
 
-def _as_tensor(name: str, seconds: Any, device: torch.device) -> Tensor:
+def _as_tensor(name: str, seconds: Any, device: torch.device) -> Tensor | None:
+    if seconds is None:
+        return None
     try:
         # Lists as float64: float32 is minutes off today.
         return torch.as_tensor(seconds, dtype=None if hasattr(seconds, "dtype") else torch.double, device=device)

@@ -71,8 +71,12 @@ def explain(
         ValueError: if a history holds a special token, such as an unknown item, and as `recommend`.
     """
     attention_mask = validate_histories(input_ids, attention_mask, model.config)
-    times = given_times(model, timestamps, request_timestamps, len(input_ids), input_ids.device)
-    token_ids = model.recommend(input_ids, attention_mask, top_k, **times).token_ids
+    timestamps, request_timestamps = given_times(
+        model, timestamps, request_timestamps, len(input_ids), input_ids.device
+    )
+    token_ids = model.recommend(
+        input_ids, attention_mask, top_k, timestamps=timestamps, request_timestamps=request_timestamps
+    ).token_ids
     is_special = attention_mask & (input_ids < model.config.num_special_tokens)
     if is_special.any():
         raise ValueError(
@@ -83,7 +87,7 @@ def explain(
     num_heads = model.config.num_attention_heads
     shares = []
     with evaluating(model), torch.enable_grad():
-        times = read_times(base, attention_mask=attention_mask, last_position_only=True, **times)
+        times = read_times(base, timestamps, request_timestamps, attention_mask, last_position_only=True)
         events = base.to_events(attention_mask, None, *times[:1])
         embeddings = base.embed(input_ids, *events).detach().requires_grad_()
         stream = base.to_stream(embeddings, attention_mask)[0]

@@ -47,7 +47,7 @@ from .dispatcher_attention import (
     read_chunks,
     to_exponent,
 )
-from .event_time import UNKNOWN, pauses_before, read_times
+from .event_time import pauses_before, read_times
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
 from .limits import MAX_POSITIONS, MIN_ITEMS, limit
@@ -374,8 +374,9 @@ class ElasticModel(ElasticPreTrainedModel):
         num_items = attention_mask.sum(dim=1) + (0 if cache is None else cache.num_items)
         digest = self.digest() if cache is None else cache.model_digest
         if timestamps is not None:
-            before = UNKNOWN if cache is None else cache.last_timestamps
-            timestamps = torch.where(attention_mask[:, -1], timestamps[:, -1].double(), before)
+            timestamps = timestamps[:, -1].double()
+            if cache is not None and cache.last_timestamps is not None:
+                timestamps = torch.where(attention_mask[:, -1], timestamps, cache.last_timestamps)
         return ElasticCache(state, conv_state, num_items, digest, timestamps)
 
     def compress(

@@ -552,7 +552,8 @@ class SequentialRecommenderMixin:
             candidate_ids = as_token_ids("candidate_ids", candidate_ids, device)
         if exclude_seen is None:
             exclude_seen = config.exclude_seen
-        times = given_times(self, timestamps, request_timestamps, len(input_ids), device)
+        timestamps, request_timestamps = given_times(self, timestamps, request_timestamps, len(input_ids), device)
+        times = {"timestamps": timestamps, "request_timestamps": request_timestamps}
         query = CatalogueQuery(top_k, seen_ids, candidate_ids, exclude_seen=exclude_seen)
         validate_query(query, len(input_ids), config)
         num_candidates = config.vocab_size - config.num_special_tokens

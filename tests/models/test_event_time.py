@@ -213,16 +213,15 @@ def test_a_request_of_each_position_is_checked():
 def test_times_may_be_lists_and_arrays(convert):
     timestamps, requests = rows([1.7e9, 1.7e9 + 0.25]), rows([1.7e9 + 1])[0]
     found = given_times(model_with(), convert(timestamps), convert(requests), 1, torch.device("cpu"))
-    assert torch.equal(found["timestamps"], timestamps) and torch.equal(found["request_timestamps"], requests)
+    assert torch.equal(found[0], timestamps) and torch.equal(found[1], requests)
 
 
 def test_a_request_without_a_time_is_for_now(monkeypatch):
     monkeypatch.setattr(event_time.time, "time", lambda: 1.7e9 + 0.5)
-    found = given_times(model_with(), torch.tensor([[3], [4]]), None, 2, torch.device("cpu"))
-    assert found["request_timestamps"].tolist() == [1.7e9 + 0.5] * 2
-    assert found["request_timestamps"].dtype == torch.double
-    expected = {"timestamps": None, "request_timestamps": None}
-    assert given_times(model_with(use_timestamps=False), None, None, 2, torch.device("cpu")) == expected
+    _, found = given_times(model_with(), torch.tensor([[3], [4]]), None, 2, torch.device("cpu"))
+    assert found.tolist() == [1.7e9 + 0.5] * 2 and found.dtype == torch.double
+    plain = given_times(model_with(use_timestamps=False), None, None, 2, torch.device("cpu"))
+    assert plain == (None, None)
 
 
 @pytest.mark.parametrize("timestamps", [[[1, 2], [3]], [["now"]], np.array([["2026-01-01"]], "datetime64[s]")])
