@@ -177,6 +177,17 @@ def test_the_protocol_stands_before_the_numbers(folder):
     assert "sampled" not in make_model_card("org/x", make_results()).text
 
 
+def test_a_card_says_what_a_model_that_reads_times_was_told():
+    config = {"use_timestamps": True, "exclude_seen": False, "mask_seen_in_loss": False}
+    metrics = {"test_ndcg@10": 0.2, "test_ndcg@10_seen_kept": 0.3, "untimed_ndcg@10": 0.1}
+    results = make_results(config=config, **metrics, **{"untimed_ndcg@10_seen_kept": 0.125})
+    text = make_model_card("org/x", results).text
+    told = "The model reads when items came, and is told when each target came, as a service knows when it is asked."
+    assert f"{told} Without that time its NDCG@10 on the test items is 0.1250.\n" in text
+    assert f"{told}\n" in make_model_card("org/x", make_results(config=config)).text
+    assert "told when" not in make_model_card("org/x", make_results()).text
+
+
 def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
     card = render_model_card(folder, "org/elastic-ml1m")
     check_metadata(card)
