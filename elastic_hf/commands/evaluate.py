@@ -120,6 +120,11 @@ def print_test(results: RunResults) -> None:
             print()
     print(f"{'Coverage@10':16}{metrics['test_coverage@10']:11.4f}{metrics['popularity_coverage@10']:21.4f}")
     print("After ± stands the standard error over the users.")
+    untimed = f"untimed_ndcg@10{results.suffix}"
+    if untimed in metrics:
+        print(
+            f"The model was told when the targets came; without, its NDCG@10 is {describe_metric(metrics, untimed)}."
+        )
 
     print(f"\nThe last items of user {sample['user_id']}:")
     for title in sample["history"]:

@@ -122,7 +122,7 @@ class SequentialRecommendationCollator:
                 if "target_timestamp" not in feature:
                     found = ", ".join(feature)
                     raise ValueError(f"with know_request=True a row must have a target_timestamp, found {found}")
-            requests = np.array([feature["target_timestamp"] for feature in features], times.dtype)
+            requests = np.array([feature["target_timestamp"] for feature in features])
         return {"timestamps": torch.from_numpy(times), "request_timestamps": torch.from_numpy(requests)}
 
     def _next_item_batch(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:

@@ -178,6 +178,7 @@ def test_what_is_printed(finished):
     ]
     shown = [describe(results, cell) if cell.startswith("test") else f"{results[cell]:.4f}" for cell in cells]
     assert " ".join(line.split()[1:]) == " ".join(shown)
+    assert "when the targets came" not in output
     recommended = output.split("Recommended:\n")[1].splitlines()[:10]
     assert [line.split()[0] for line in recommended] == [str(rank) for rank in range(1, 11)]
     assert all("Product no. " in line for line in recommended)
@@ -219,7 +220,9 @@ def timed(shop, tmp_path_factory):
 
 def test_a_run_with_times(timed):
     """Both figures are in the results: with the times of the targets told, and not."""
-    output_dir, results, _ = timed
+    output_dir, results, output = timed
+    described = describe(results, "untimed_ndcg@10")
+    assert f"The model was told when the targets came; without, its NDCG@10 is {described}.\n" in output
     assert results["protocol"] == "leave_one_out, full ranking, target times given"
     assert results["config"]["use_timestamps"] is True and results["config"]["request_dropout"] == 0.3
     names = {name.removeprefix("test_") for name in results if name.startswith("test_") and "@" in name}

@@ -156,6 +156,8 @@ def test_evaluation_batches_say_when_items_came_and_the_target_if_it_may_be_know
     told = collator(use_timestamps=True)(features)
     assert told["timestamps"].tolist() == [[30, 40, 50, 60, 70], [0, 0, 0, 0, 8]]
     assert told["request_timestamps"].tolist() == [75, 8]
+    fractions = rows([13], target=[31], timestamps=[[8]], target_timestamp=[8.75])
+    assert collator(use_timestamps=True)(fractions)["request_timestamps"].tolist() == [8.75]
     assert told["seen_ids"].tolist() == [LONG, [0] * 6 + [13]]
     without = rows(LONG, [13], target=[30, 31], timestamps=[WHEN, [8]])
     for some in (features, without):
