@@ -9,6 +9,7 @@ from textwrap import fill
 from typing import BinaryIO
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from .results import SUFFIXES, RunResults
 
@@ -16,6 +17,8 @@ from .results import SUFFIXES, RunResults
 # Characters of a title on one line.
 TITLE_WIDTH = 36
 HEADING_WIDTH = 60
+# Seconds of the ticks of an axis of times.
+DURATIONS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "month": 2_629_746, "year": 31_556_952}
 
 
 def figures_of(results: RunResults) -> dict[str, Callable[[str | os.PathLike | BinaryIO], None]]:
@@ -30,7 +33,9 @@ def figures_of(results: RunResults) -> dict[str, Callable[[str | os.PathLike | B
             exclude_seen=results.exclude_seen,
         )
     if results.expert_half_lives:
-        figures["expert_horizons"] = partial(plot_expert_horizons, results.expert_half_lives)
+        figures["expert_horizons"] = partial(
+            plot_expert_horizons, results.expert_half_lives, half_lives_seconds=results.expert_half_lives_seconds
+        )
     return figures
 
 
@@ -95,7 +100,11 @@ def plot_training_curve(
     figure.savefig(file, dpi=120)
 
 
-def plot_expert_horizons(half_lives: list[list[float]], file: str | os.PathLike | BinaryIO) -> None:
+def plot_expert_horizons(
+    half_lives: list[list[float]],
+    file: str | os.PathLike | BinaryIO,
+    half_lives_seconds: list[list[float]] | None = None,
+) -> None:
     """
     Draw how far back each interest expert of ELASTIC looks, one row of points for each head.
 
@@ -103,26 +112,37 @@ def plot_expert_horizons(half_lives: list[list[float]], file: str | os.PathLike 
         half_lives (nested `list` of shape `(num_heads, num_experts)`):
             Half-life of each expert, in items: after so many new items, what it has read counts half.
         file (`str`, `os.PathLike` or `BinaryIO`): The image, in the format of its suffix, or PNG.
+        half_lives_seconds (nested `list` of the same shape, *optional*):
+            Of a model that reads times: after so many seconds without an item it does. They are drawn below.
 
     Raises:
         ValueError: if there is no expert, or a half-life is not positive.
     """
-    rows = {f"head {head}": experts for head, experts in enumerate(half_lives, start=1)}
-    smallest = min((value for experts in rows.values() for value in experts), default=0.0)
-    if not smallest > 0:
-        raise ValueError(f"half_lives must hold positive numbers of items, found {smallest} as the smallest")
-    figure = Figure(figsize=(7, 1.6 + 0.4 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    for row, experts in enumerate(rows.values()):
-        axis.plot(experts, [row] * len(experts), "o", color="tab:blue", alpha=0.5)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    largest = max(value for experts in rows.values() for value in experts)
-    axis.set(xscale="log", xlim=(min(0.9, 0.9 * smallest), max(11, 1.1 * largest)))
-    axis.xaxis.set_major_formatter("{x:,g}")
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_title("How far back the interest experts look")
-    axis.set_xlabel("half-life of an expert (items after which what it has read counts half)")
+    panels = [("half_lives", half_lives, "items")]
+    if half_lives_seconds is not None:
+        panels.append(("half_lives_seconds", half_lives_seconds, "seconds"))
+    for name, heads, unit in panels:
+        smallest = min((value for experts in heads for value in experts), default=0.0)
+        if not smallest > 0:
+            raise ValueError(f"{name} must hold positive numbers of {unit}, found {smallest} as the smallest")
+    figure = Figure(figsize=(7, (1.6 + 0.4 * len(half_lives)) * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axis, (_, heads, _) in zip(axes, panels, strict=True):
+        for row, experts in enumerate(heads):
+            axis.plot(experts, [row] * len(experts), "o", color="tab:blue", alpha=0.5)
+        axis.set_yticks(range(len(heads)), [f"head {head}" for head in range(1, len(heads) + 1)])
+        axis.set_ylim(len(heads) - 0.5, -0.5)
+        axis.set_xscale("log")
+        axis.grid(axis="x", alpha=0.3)
+    values = [value for experts in half_lives for value in experts]
+    axes[0].set_xlim(min(0.9, 0.9 * min(values)), max(11, 1.1 * max(values)))
+    axes[0].xaxis.set_major_formatter("{x:,g}")
+    axes[0].set_title("How far back the interest experts look")
+    axes[0].set_xlabel("half-life of an expert (items after which what it has read counts half)")
+    if half_lives_seconds is not None:
+        axes[1].set_xticks(list(DURATIONS.values()), list(DURATIONS))
+        axes[1].xaxis.set_minor_locator(NullLocator())
+        axes[1].set_xlabel("half-life of an expert (time without an item after which it counts half)")
     figure.savefig(file, dpi=120)
 
 

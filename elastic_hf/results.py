@@ -50,14 +50,17 @@ class RunResults:
         log_history (`list[dict]`):
             The loss and the validation NDCG@10 by epoch, with seen items excluded or kept as the model recommends.
         metrics (`dict[str, float]`):
-            By `<on>_<metric>`, where `<on>` is `validation`, `test`, `popularity` (that of popularity on the test
-            items) or `eval`, and the metric is one of [`~training.metrics.ranking_metrics`], its `_standard_error`
-            over the users, or one of [`~training.metrics.popularity_bias`]. In the file they stand beside the rest.
+            By `<on>_<metric>`, where `<on>` is `validation`, `test`, `untimed` (on the test items, by a model that
+            reads times and is not told when they came), `popularity` (that of popularity on the test items) or `eval`,
+            and the metric is one of [`~training.metrics.ranking_metrics`], its `_standard_error` over the users, or
+            one of [`~training.metrics.popularity_bias`]. In the file they stand beside the rest.
         memory_slots (`int`): Slots of the interest memory.
         memory_share_retrieved (`float`): Share of them that is retrieved for at least one test user.
         memory_entropy (`float`): Entropy of the retrievals, 1 where all slots are retrieved equally often.
         expert_half_lives (`list[list[float]]`):
             After how many items what an expert has read counts half, by head and expert.
+        expert_half_lives_seconds (`list[list[float]]`):
+            Of a model that reads times: after how many seconds without an item it does.
         example (`dict`): As [`~sharing.trial.recommend_example`] returns it.
         sample (`dict`): A test user, the recommendations and what came next; it is never published.
         git_commit (`str`): Commit of the package, with `-dirty` where a file was changed since.
@@ -104,6 +107,7 @@ class RunResults:
     memory_share_retrieved: float | None = None
     memory_entropy: float | None = None
     expert_half_lives: list[list[float]] | None = None
+    expert_half_lives_seconds: list[list[float]] | None = None
     example: dict[str, Any] | None = None
     sample: dict[str, Any] | None = None
     git_commit: str | None = None

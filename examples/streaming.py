@@ -7,11 +7,11 @@ it again).
     printf 'ada\\tsku 17\\nada\\tsku 4\\nbob\\tsku 17\\n' |
         python examples/streaming.py --model_name_or_path outputs/shop --store users.sqlite
 
-Each line of the input is a user and an item, with a tab between them, in the order of time. For each line the service
-reads the one new item on top of the user's state, stores the new state, and prints the user and the items most likely
-to come next. Started again with the same store, it goes on where it stopped; several processes may share a store. A
-line that ends in an error leaves the store as it was. The same loop works with any store of bytes: LMDB, Redis, a
-table of a data warehouse.
+Each line of the input is a user and an item, with a tab between them, in the order of time; for a model that reads
+times, another tab and the Unix seconds of the event follow. For each line the service reads the one new item on top of
+the user's state, stores the new state, and prints the user and the items most likely to come next. Started again with
+the same store, it goes on where it stopped; several processes may share a store. A line that ends in an error leaves
+the store as it was. The same loop works with any store of bytes: LMDB, Redis, a table of a data warehouse.
 
 States are of one model: after training on, read the histories into a new store.
 """
@@ -59,27 +59,31 @@ class UserStore:
 
     def write(self, user: str, cache: ElasticCache, seen: torch.Tensor) -> None:
         """Store what [`read`] returns."""
-        tensors = {**vars(cache), "seen": seen}
-        model_digest = tensors.pop("model_digest")
-        row = (user, model_digest, safetensors.torch.save(tensors))
+        row = (user, cache.model_digest, safetensors.torch.save({**cache.tensors, "seen": seen}))
         self.connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?, ?)", row)
 
 
 @torch.inference_mode()
-def append(model, store: UserStore, user: str, token_id: int, top_k: int) -> torch.Tensor:
-    """Read one new item of a user and return the `top_k` items most likely to come next, best first, without those
-    seen where the model leaves them out.
+def append(
+    model, store: UserStore, user: str, token_id: int, top_k: int, timestamp: float | None = None
+) -> torch.Tensor:
+    """Read one new item of a user, which came at a `timestamp` if the model reads times, and return the `top_k` items
+    most likely to come next, as of that moment, best first, without those seen where the model leaves them out.
 
     Raises:
-        ValueError: if `token_id` is no item, another model made the user's state, or fewer than `top_k` items are
-            left.
+        ValueError: if `token_id` is no item, another model made the user's state, fewer than `top_k` items are left,
+            or the time is missing or before the user's last one.
     """
     item = torch.tensor([[token_id]])
+    times = {}
+    if timestamp is not None:
+        now = torch.tensor([timestamp], dtype=torch.double)
+        times = {"timestamps": now[None], "request_timestamps": now}
     validate_token_ids("token_id", item, model.config.num_special_tokens, model.config)
     with store.transaction():
         cache, seen = store.read(user)
         seen = torch.cat([seen, item[0]]).unique()
-        outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(top_k, seen[None]))
+        outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(top_k, seen[None]), **times)
         (token_ids,) = outputs.token_ids
         num_left = int((token_ids >= 0).sum())
         if num_left < top_k:
@@ -98,15 +102,20 @@ def main() -> None:
     model = AutoModel.from_pretrained(args.model_name_or_path, revision=args.revision).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
     store = UserStore(args.store)
+    names = ["a user", "an item", *(["Unix seconds"] if model.config.use_timestamps else [])]
     for number, line in enumerate(sys.stdin, start=1):
         fields = line.rstrip("\n").split("\t")
-        if len(fields) != 2:
-            raise ValueError(f"line {number} must be a user and an item with a tab between them, found {line!r}")
-        user, item = fields
+        if len(fields) != len(names):
+            raise ValueError(f"line {number} must be {', '.join(names)} with tabs between them, found {line!r}")
+        user, item, *seconds = fields
         token_id = tokenizer.convert_tokens_to_ids(item)
         if token_id in tokenizer.all_special_ids:
             raise ValueError(f"line {number}: the model does not know the item {item!r}")
-        token_ids = append(model, store, user, token_id, args.top_k)
+        try:
+            timestamp = float(seconds[0]) if seconds else None
+        except ValueError as error:
+            raise ValueError(f"line {number}: Unix seconds must be a number, found {seconds[0]!r}") from error
+        token_ids = append(model, store, user, token_id, args.top_k, timestamp)
         print(user, *tokenizer.convert_ids_to_titles(token_ids), sep="\t", flush=True)
 
 

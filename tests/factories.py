@@ -42,3 +42,18 @@ def histories(length: int = 7, batch_size: int = 3, padding: int = 2) -> tuple[t
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, :padding] = 0
     return input_ids * attention_mask, attention_mask
+
+
+def times(length: int = 7, batch_size: int = 3, padding: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unix seconds of the items of [`histories`], and of the item after each: float64, (batch_size, length) both.
+
+    They are whole, with pauses from nothing to some months. NaN stands at the padding of the first row, and -1 for its
+    next items.
+    """
+    generator = torch.Generator().manual_seed(length)
+    pauses = 10 ** (7 * torch.rand(batch_size, length + 1, generator=generator, dtype=torch.double))
+    pauses[:, 1::4] = 0
+    seconds = 1e9 + pauses.floor().cumsum(dim=1)
+    timestamps, request_timestamps = seconds[:, :-1].clone(), seconds[:, 1:].clone()
+    timestamps[0, :padding], request_timestamps[0, :padding] = torch.nan, -1
+    return timestamps, request_timestamps

@@ -5,8 +5,9 @@ import math
 import torch
 
 
-def causal_lda(query, key, value, scores, log_forget):
-    """(B, H, L, K) queries, keys, values and (B, H, L, E) scores and log-forgetting -> (B, H, L, K), term by term."""
+def causal_lda(query, key, value, scores, log_forget, bias=None):
+    """(B, H, L, K) queries, keys, values and (B, H, L, E) scores, log-forgetting and what is added to the experts'
+    logits -> (B, H, L, K), term by term."""
     B, H, L, K = query.shape
     E = scores.shape[-1]
     rows = []
@@ -25,13 +26,16 @@ def causal_lda(query, key, value, scores, log_forget):
                     compressed_key = (weights[:, None] * key[b, h, : t + 1]).sum(dim=0) / total
                     logits.append(query[b, h, t] @ compressed_key / math.sqrt(K))
                     interests.append((weights[:, None] * value[b, h, : t + 1]).sum(dim=0) / total)
-                shares = torch.stack(logits).softmax(dim=0)
+                logits = torch.stack(logits)
+                shares = (logits if bias is None else logits + bias[b, h, t]).softmax(dim=0)
                 rows.append(sum(shares[m] * interests[m] for m in range(E)))
     return torch.stack(rows).reshape(B, H, L, K)
 
 
 def pool_history(stream, scores, log_forget, attention_mask):
-    """(B, L, D) streams, (B, L, M) scores, (M,) log-forgetting, (B, L) masks -> (B, M, D + 1), item by item."""
+    """(B, L, D) streams, (B, L, M) scores, (M,) or (B, L, M) log-forgetting, (B, L) masks -> (B, M, D + 1), item by
+    item."""
+    log_forget = log_forget.expand_as(scores)
     rows = []
     for b in range(stream.shape[0]):
         for m in range(scores.shape[-1]):
@@ -39,16 +43,35 @@ def pool_history(stream, scores, log_forget, attention_mask):
             for t in range(stream.shape[1]):
                 if attention_mask[b, t]:
                     item = torch.cat([stream[b, t], stream.new_ones(1)])
-                    state = log_forget[m].exp() * state + scores[b, t, m].exp() * item
+                    state = log_forget[b, t, m].exp() * state + scores[b, t, m].exp() * item
             rows.append(state)
     return torch.stack(rows).unflatten(0, (stream.shape[0], -1))
 
 
-def user_embeddings(model, input_ids, attention_mask):
+def pauses_before(times):
+    """Seconds since the event before each, -1 for the first: a list of numbers -> a list of as many."""
+    return [-1 if t == 0 else times[t] - times[t - 1] for t in range(len(times))]
+
+
+def time_bucket(seconds):
+    """1 + floor(log2(1 + s)), 33 at most, and 0 for -1, by counting the binary digits of 1 + s."""
+    return 0 if seconds == -1 else min(33, len(f"{1 + int(seconds):b}"))
+
+
+def time_phases(seconds):
+    """Cosines, then sines, of a moment in its day, week and year; zeros for -1."""
+    if seconds == -1:
+        return [0.0] * 6
+    angles = [2 * math.pi * (seconds % period) / period for period in (86_400, 604_800, 365.2425 * 86_400)]
+    return [*map(math.cos, angles), *map(math.sin, angles)]
+
+
+def user_embeddings(model, input_ids, attention_mask, timestamps=None, request_timestamps=None):
     """The user embedding of an `ElasticModel` at every item of (B, L) histories, zeros at padding: (B, L, D).
 
     One user, position, layer, head and expert at a time, from the compressed interests themselves. The interest memory
-    and the feed-forward blocks work on one vector alone, and so are called on it.
+    and the feed-forward blocks work on one vector alone, and so are called on it. Timestamps and the times of what
+    comes after each item, -1 where that is not known, are (B, L), too.
     """
     config = model.config
     D, H, E = config.hidden_size, config.num_attention_heads, config.num_interest_experts
@@ -56,19 +79,32 @@ def user_embeddings(model, input_ids, attention_mask):
     experts, convolution = model.experts, model.stream.convolution
     key_value = [projection.weight.view(len(model.layers), 2, K, D) for projection in model.key_value]
     output = []
-    for ids, mask in zip(input_ids, attention_mask, strict=True):
+    for b, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
         rows = [torch.zeros(D, dtype=convolution.dtype) for _ in range(int((mask == 0).sum()))]
         embedded, normed, stream = [], [], []
+        if timestamps is not None:
+            seconds, requests = timestamps[b][mask == 1].tolist(), request_timestamps[b][mask == 1].tolist()
+            pauses = pauses_before(seconds)
         for item in ids[mask == 1]:
             embedded.append(model.embed_tokens.weight[item])
+            if timestamps is not None:
+                phases = torch.tensor(time_phases(seconds[len(stream)]), dtype=convolution.dtype)
+                pause = model.time.pause.weight[time_bucket(pauses[len(stream)])]
+                embedded[-1] = embedded[-1] + pause + model.time.phases.weight @ phases
             normed.append(model.stream.norm(embedded[-1]))
             t = len(stream)
             x = normed[t] + sum(convolution[i] * normed[t - i] for i in range(min(len(convolution), t + 1)))
             stream.append(x if model.stream.feed_forward is None else model.stream.feed_forward(x))
             h = math.sqrt(D) * embedded[t]
+            first = stream[t]
+            if timestamps is not None:
+                elapsed = -1 if requests[t] == -1 else requests[t] - seconds[t]
+                phases = torch.tensor(time_phases(requests[t]), dtype=convolution.dtype)
+                request = model.time.elapsed.weight[time_bucket(elapsed)] + model.time.request_phases.weight @ phases
+                h, first = h + math.sqrt(D) * request, first + math.sqrt(D) * request
             for n, layer in enumerate(model.layers):
                 attention = layer.attention
-                reader = stream[t] if n == 0 else attention.norm(h)
+                reader = first if n == 0 else attention.norm(h)
                 q, g = attention.query(reader), attention.gate(reader)
                 heads = []
                 for head in range(H):
@@ -76,13 +112,20 @@ def user_embeddings(model, input_ids, attention_mask):
                     for m in range(E):
                         P = experts.experts[head, m]
                         half_life = 1 + experts.log_half_life[head, m].exp()
+                        forgotten = [(t - j) / half_life for j in range(t + 1)]
+                        if timestamps is not None:
+                            half_life = experts.log_half_life_seconds[head, m].exp()
+                            for j in range(t + 1):
+                                for pause in pauses[j + 1 : t + 1]:
+                                    forgotten[j] = forgotten[j] + (pause / half_life).clamp(max=2)
                         a = [
-                            torch.exp(10 * torch.tanh(P @ stream[j] / 10)) * 0.5 ** ((t - j) / half_life)
-                            for j in range(t + 1)
+                            torch.exp(10 * torch.tanh(P @ stream[j] / 10)) * 0.5 ** forgotten[j] for j in range(t + 1)
                         ]
                         c = sum(a[j] * stream[j] for j in range(t + 1)) / sum(a)
                         W_k, W_v = key_value[head][n]  # (K, D)
                         logits.append(q[head * K : (head + 1) * K] @ (W_k @ c) / math.sqrt(K))
+                        if timestamps is not None:
+                            logits[-1] = logits[-1] + model.time.expert_bias.weight[time_bucket(elapsed), head * E + m]
                         values.append(W_v @ c)
                     shares = torch.stack(logits).softmax(dim=0)
                     heads.append(sum(share * value for share, value in zip(shares, values, strict=True)))
@@ -112,8 +155,11 @@ def attend(query, key, value, attention_mask):
     return torch.stack(rows).reshape(B, H, Q, K)
 
 
-def hstu(model, input_ids, attention_mask):
-    """The vectors of an `HSTUModel` at the items of each history: a list of (n, D), one position after the other."""
+def hstu(model, input_ids, attention_mask, timestamps=None, request_timestamps=None):
+    """The vectors of an `HSTUModel` at the items of each history: a list of (n, D), one position after the other.
+
+    Timestamps and the times of what comes after each item, -1 where that is not known, are (B, L).
+    """
     config = model.config
     D, H, n = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
 
@@ -125,8 +171,10 @@ def hstu(model, input_ids, attention_mask):
         return centred / torch.sqrt((centred**2).mean() + config.layer_norm_eps)
 
     output = []
-    for ids, mask in zip(input_ids, attention_mask, strict=True):
+    for b, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
         ids = ids[mask == 1]
+        if timestamps is not None:
+            seconds, requests = timestamps[b][mask == 1].tolist(), request_timestamps[b][mask == 1].tolist()
         positions = model.embeddings.embed_positions.weight[n - len(ids) :]
         x = list(math.sqrt(D) * model.embeddings.embed_tokens.weight[ids] + positions)
         for layer in model.layers:
@@ -138,8 +186,14 @@ def hstu(model, input_ids, attention_mask):
             bias = attention.position_bias.weight[:, 0]
             for t in range(len(ids)):
                 heads = []
+                biases = [bias[t - j] for j in range(t + 1)]
+                if timestamps is not None:
+                    until = seconds[t] if requests[t] == -1 else requests[t]
+                    for j in range(t + 1):
+                        bucket = int(math.log(max(1, until - seconds[j])) / 0.301)
+                        biases[j] = biases[j] + attention.time_bias.weight[bucket, 0]
                 for part in torch.arange(D).chunk(H):
-                    weights = [silu(q[t][part] @ k[j][part] + bias[t - j]) / n for j in range(t + 1)]
+                    weights = [silu(q[t][part] @ k[j][part] + biases[j]) / n for j in range(t + 1)]
                     heads.append(sum(weights[j] * v[j][part] for j in range(t + 1)))
                 x[t] = x[t] + layer.output.weight @ (u[t] * norm(torch.cat(heads))) + layer.output.bias
         output.append(torch.stack([norm(row) * model.norm.weight + model.norm.bias for row in x]))

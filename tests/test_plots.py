@@ -93,6 +93,21 @@ def test_expert_horizons_show_every_expert_of_every_head(figures, tmp_path):
     assert (tmp_path / "horizons.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_expert_horizons_show_seconds_below_items(figures, tmp_path):
+    half_lives, seconds = [[2.0, 3.0, 500.0], [5.0, 6.0, 1025.0]], [[60.0, 7e4, 9e5], [61.0, 3.6e3, 4e7]]
+    results = RunResults("elastic", expert_half_lives=half_lives, expert_half_lives_seconds=seconds)
+    plot_results(results, tmp_path)
+    above, below = figures[0].axes
+    assert [[x for x, _ in row] for row in points(above)] == half_lives
+    assert [[x for x, _ in row] for row in points(below)] == seconds
+    labels = dict(zip(below.get_xticks(), (label.get_text() for label in below.get_xticklabels()), strict=True))
+    assert labels[60] == "minute" and labels[86_400] == "day" and below.get_xscale() == "log"
+    assert below.get_xlim()[0] < 60 and below.get_xlim()[1] > 4e7
+    assert "time without an item" in below.get_xlabel()
+    with pytest.raises(ValueError, match="half_lives_seconds must hold positive numbers of seconds, found -1.0"):
+        plot_expert_horizons(half_lives, tmp_path / "horizons.png", [[-1.0]])
+
+
 def test_nothing_to_draw_is_refused(tmp_path):
     with pytest.raises(ValueError, match="log_history must have entries with loss or eval_ndcg@10, found 1 without"):
         plot_training_curve([{"epoch": 1.0}], tmp_path / "curve.png")

@@ -32,6 +32,17 @@ def evaluation_rows(histories):
     return Dataset.from_dict({"input_ids": [h[:-1] for h in histories], "target": [h[-1] for h in histories]})
 
 
+def with_times(rows, histories):
+    """Rows with the times of their items, an hour apart, and of their targets."""
+    seconds = [[1_700_000_000 + 3600 * i for i in range(len(history))] for history in histories]
+    lengths = [len(items) for items in rows["input_ids"]]
+    rows = rows.add_column("timestamps", [row[:length] for row, length in zip(seconds, lengths, strict=True)])
+    if "target" not in rows.column_names:
+        return rows
+    targets = [row[length] for row, length in zip(seconds, lengths, strict=True)]
+    return rows.add_column("target_timestamp", targets)
+
+
 def make_model(model_type="elastic", **overrides):
     config = dict(vocab_size=NUM_ITEMS + 3, hidden_size=16, intermediate_size=24)
     if model_type == "elastic":
@@ -56,12 +67,17 @@ def make_trainer(output_dir, model=None, callbacks=None, histories=None, options
     )
     histories = make_histories() if histories is None else histories
     model = make_model() if model is None else model
+    config, datasets = model.config, [train_rows(histories), evaluation_rows(histories)]
+    if config.use_timestamps:
+        datasets = [with_times(rows, histories) for rows in datasets]
     return SequentialRecommendationTrainer(
         model,
         TrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments}),
-        SequentialRecommendationCollator(0, 2, MAX_LENGTH, objective=model.config.training_objective),
-        train_dataset=train_rows(histories),
-        eval_dataset=evaluation_rows(histories),
+        SequentialRecommendationCollator(
+            0, 2, MAX_LENGTH, objective=config.training_objective, use_timestamps=config.use_timestamps
+        ),
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
         callbacks=callbacks,
         **(options or {}),
     )

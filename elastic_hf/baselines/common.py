@@ -11,6 +11,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..models.configuration_recommender import RecommenderConfig
+from ..models.event_time import read_times
 from ..models.modeling_recommender import SequentialRecommenderMixin, validate_histories, validate_outputs
 
 
@@ -55,6 +56,8 @@ class BaselineModel(BaselinePreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         last_position_only: bool = False,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         r"""
@@ -66,14 +69,18 @@ class BaselineModel(BaselinePreTrainedModel):
             last_position_only (`bool`, defaults to `False`):
                 Compute the last layer at the last position only: `last_hidden_state` has shape
                 `(batch_size, 1, hidden_size)`.
+            timestamps, request_timestamps (`torch.Tensor`, *optional*):
+                With `use_timestamps`, as [`ElasticModel`] takes them.
         """
         attention_mask = validate_histories(input_ids, attention_mask, self.config)
+        times = read_times(self, timestamps, request_timestamps, attention_mask, last_position_only)
         is_recorded = validate_outputs(self, kwargs)
         if is_recorded or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return BaseModelOutput(self.encode(input_ids, attention_mask, last_position_only))
+            return BaseModelOutput(self.encode(input_ids, attention_mask, last_position_only, *times))
         num_rows = max(1, MAX_POSITIONS // input_ids.shape[1])
-        batches = zip(input_ids.split(num_rows), attention_mask.split(num_rows), strict=True)
-        return BaseModelOutput(torch.cat([self.encode(ids, mask, last_position_only) for ids, mask in batches]))
+        batches = zip(*(x.split(num_rows) for x in (input_ids, attention_mask, *times)), strict=True)
+        encoded = [self.encode(ids, mask, last_position_only, *of_batch) for ids, mask, *of_batch in batches]
+        return BaseModelOutput(torch.cat(encoded))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         """(B, L) and a mask (B, L) -> (B, L, D), or (B, 1, D) with `last_position_only`."""

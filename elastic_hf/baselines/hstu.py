@@ -1,10 +1,14 @@
 """HSTU (Zhai et al. 2024, "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative
-Recommendations") as its authors' public code has it for item ids, with the position bias and without the time bias.
+Recommendations") as its authors' public code has it for item ids, with the position bias and, with `use_timestamps`,
+the time bias.
 
 Attention is pointwise, with no softmax over the items, and its result is gated:
 
-    u, v, q, k = SiLU(norm(x) W)                    a_t = 1/n sum_(j <= t) SiLU(q_t k_j + b[t - j]) v_j
+    u, v, q, k = SiLU(norm(x) W)                    a_t = 1/n sum_(j <= t) SiLU(q_t k_j + b[t - j] + c[s_tj]) v_j
     x = x + W_o dropout(u * norm(a)) + b_o
+
+s_tj is the bucket of the time from item j to the item after t, floor(log(max(1, seconds)) / 0.301). Where that is not
+known, item t itself takes its place.
 
 n is the longest history that the model can read, `max_position_embeddings`, as in that code, and not the length of a
 batch or of a history: padding changes nothing. As a norm follows, n counts only against its epsilon. The norms of the
@@ -25,7 +29,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.configuration_recommender import RecommenderConfig
+from ..models.event_time import UNKNOWN
 from .common import BaselineForSequentialRecommendation, BaselineModel, BaselinePreTrainedModel, ItemEmbeddings
+
+
+# As in the authors' code.
+NUM_TIME_BUCKETS = 128
+LOG_SECONDS_PER_BUCKET = 0.301
 
 
 @strict
@@ -48,6 +58,7 @@ class HSTUConfig(RecommenderConfig):
     """
 
     model_type = "hstu"
+    supports_timestamps = True
 
     num_hidden_layers: int = 2
     num_attention_heads: int = 1
@@ -68,7 +79,7 @@ class HSTUConfig(RecommenderConfig):
 
 
 class HSTUAttention(nn.Module):
-    """a_t = 1/n sum_(j <= t) SiLU(q_t k_j + b[t - j]) v_j, one bias b[lag] for all heads."""
+    """a_t = 1/n sum_(j <= t) SiLU(q_t k_j + b[t - j] + c[s_tj]) v_j, one b and one c for all heads."""
 
     def __init__(self, config: HSTUConfig):
         super().__init__()
@@ -78,9 +89,11 @@ class HSTUAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.position_bias = nn.Embedding(config.max_position_embeddings, 1)
+        self.time_bias = nn.Embedding(NUM_TIME_BUCKETS, 1) if config.use_timestamps else None
 
-    def forward(self, readers: Tensor, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """The last Q positions (B, Q, D), all of them (B, L, D), and who reads what (B, 1, Q, L) -> (B, Q, D)."""
+    def forward(self, readers: Tensor, hidden_states: Tensor, mask: Tensor, time_buckets: Tensor | None) -> Tensor:
+        """The last Q positions (B, Q, D), all of them (B, L, D), who reads what (B, 1, Q, L) and the buckets of the
+        times between them (B, Q, L) -> (B, Q, D)."""
         query, key, value = (
             F.silu(projection(states)).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection, states in ((self.query, readers), (self.key, hidden_states), (self.value, hidden_states))
@@ -88,6 +101,8 @@ class HSTUAttention(nn.Module):
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         lags = (positions[-readers.shape[1] :, None] - positions).clamp(min=0)
         scores = query @ key.transpose(-1, -2) + self.position_bias(lags)[..., 0]  # (B, H, Q, L)
+        if self.time_bias is not None:
+            scores = scores + self.time_bias(time_buckets)[:, None, ..., 0]
         weights = (F.silu(scores) / self.longest).masked_fill(~mask, 0.0).to(value.dtype)
         return (weights @ value).transpose(1, 2).flatten(2)
 
@@ -104,13 +119,17 @@ class HSTULayer(GradientCheckpointingLayer):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor, last_position_only: bool) -> Tensor:
-        """(B, L, D) and who reads what (B, 1, L, L) -> (B, L, D), or (B, 1, D) with `last_position_only`."""
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor, time_buckets: Tensor | None, last_position_only: bool
+    ) -> Tensor:
+        """(B, L, D), who reads what (B, 1, L, L) and the buckets of the times between them (B, L, L), or those of the
+        last position, -> (B, L, D), or (B, 1, D) with `last_position_only`."""
         normed = self.norm(hidden_states)
         readers = normed
         if last_position_only:
             hidden_states, readers, mask = hidden_states[:, -1:], normed[:, -1:], mask[:, :, -1:]
-        attended = self.attention_norm(self.attention(readers, normed, mask))
+            time_buckets = None if time_buckets is None else time_buckets[:, -1:]
+        attended = self.attention_norm(self.attention(readers, normed, mask, time_buckets))
         return hidden_states + self.output(self.dropout(F.silu(self.gate(readers)) * attended))
 
 
@@ -134,22 +153,52 @@ class HSTUModel(BaselineModel, HSTUPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        last_position_only: bool,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
+    ) -> Tensor:
         hidden_states = self.dropout(self.embeddings(input_ids, scale=math.sqrt(self.config.hidden_size)))
         length = input_ids.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         mask = earlier & attention_mask[:, None, None]  # (B, 1, L, L)
+        time_buckets = None
+        if timestamps is not None:
+            time_buckets = buckets_between(timestamps, request_timestamps)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, mask, last_position_only and i == last)
+            hidden_states = layer(hidden_states, mask, time_buckets, last_position_only and i == last)
         return self.norm(hidden_states)
+
+
+def buckets_between(timestamps: Tensor, request_timestamps: Tensor) -> Tensor:
+    """Return the buckets of the times from each item to the one after each position.
+
+    Args:
+        timestamps (`torch.Tensor` of shape `(B, L)`): Unix seconds.
+        request_timestamps (`torch.Tensor` of shape `(B, L)` or `(B, 1)`):
+            When the item after each position comes, -1 where that is not known; or after the last one alone: those
+            of the others are then known, from their next items, or not known, as it is.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, L, L)`: at [t, j] that of the time from item j to the item after t.
+    """
+    if request_timestamps.shape[1] < timestamps.shape[1]:
+        earlier = torch.where(request_timestamps == UNKNOWN, UNKNOWN, timestamps[:, 1:])
+        request_timestamps = torch.cat([earlier, request_timestamps], dim=1)
+    nexts = torch.where(request_timestamps == UNKNOWN, timestamps, request_timestamps)
+    seconds = (nexts[:, :, None] - timestamps[:, None]).float().clamp(min=1)
+    return (seconds.log() / LOG_SECONDS_PER_BUCKET).floor().long().clamp(max=NUM_TIME_BUCKETS - 1)
 
 
 class HSTUForSequentialRecommendation(BaselineForSequentialRecommendation, HSTUPreTrainedModel):
     """HSTU with its scores over the catalogue, its training losses and `recommend`."""
 
     base_model_class = HSTUModel
-    paper = "Zhai et al. 2024; item ids and positions, without the time bias"
+    paper = "Zhai et al. 2024; item ids, positions and, if asked for, times"
     description = (
         "HSTU weighs each item of the history by itself, with no softmax over them, by what it is and how far back it "
         "lies, and gates what it has read."

@@ -36,6 +36,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Fields of the configuration, such as `hidden_size=128,training_loss=sampled_softmax`."},
     )
+    use_timestamps: bool = field(
+        default=False,
+        metadata={"help": "Let a new model read when items came and when the next one is asked for (elastic, hstu)."},
+    )
 
 
 @dataclass

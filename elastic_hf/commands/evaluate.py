@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from ..results import CUTOFFS, RunResults
 from ..sharing.tables import describe_metric, rankings
 from ..training.metrics import popularity_bias, standard_errors
 from ..training.output_folder import make_folder
-from ..training.trainer import SequentialRecommendationTrainer
+from ..training.trainer import READ, SequentialRecommendationTrainer
 from .arguments import DataArguments, parse_arguments
-from .steps import make_tokenizer, read_histories, set_up_process, settings_of, tokenize
+from .steps import describe_protocol, make_tokenizer, read_histories, set_up_process, settings_of, tokenize
 
 
 @dataclass
@@ -46,10 +46,16 @@ def test(trainer: SequentialRecommendationTrainer, users: Dataset, histories: Da
     """Add the metrics on the test items, beside those of the popularity in the training `histories`."""
     prediction = trainer.predict(users)
     model_config = trainer.model.config
+    if model_config.use_timestamps:
+        told = trainer.data_collator
+        trainer.data_collator = replace(told, know_request=False)
+        results.metrics |= with_errors(trainer.predict(users, metric_key_prefix="untimed"), "untimed")
+        trainer.data_collator = told
     config = PopularityConfig(vocab_size=model_config.vocab_size, exclude_seen=model_config.exclude_seen)
     popularity = PopularityForSequentialRecommendation(config)
     popularity.count_items(histories)
-    counter = SequentialRecommendationTrainer(popularity, trainer.args, trainer.data_collator, eval_dataset=users)
+    collator = replace(trainer.data_collator, use_timestamps=False)
+    counter = SequentialRecommendationTrainer(popularity, trainer.args, collator, eval_dataset=users)
     results.metrics |= with_errors(prediction, "test")
     results.metrics |= with_errors(counter.predict(users, metric_key_prefix="popularity"), "popularity")
 
@@ -75,8 +81,8 @@ def describe_memory(trainer: SequentialRecommendationTrainer, users: Dataset, re
     model = trainer.model.eval()
     counts = torch.zeros(model.config.num_memory_subkeys**2, device=model.device)
     for batch in trainer.get_test_dataloader(users):
-        inputs = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        counts += torch.bincount(model.get_retrieved_slots(*inputs).flatten(), minlength=len(counts))
+        inputs = {name: batch[name].to(model.device) for name in READ if name in batch}
+        counts += torch.bincount(model.get_retrieved_slots(**inputs).flatten(), minlength=len(counts))
     counts = trainer.accelerator.reduce(counts)
     entropy = torch.distributions.Categorical(probs=counts).entropy()
     results.memory_slots = len(counts)
@@ -114,6 +120,11 @@ def print_test(results: RunResults) -> None:
             print()
     print(f"{'Coverage@10':16}{metrics['test_coverage@10']:11.4f}{metrics['popularity_coverage@10']:21.4f}")
     print("After ± stands the standard error over the users.")
+    untimed = f"untimed_ndcg@10{results.suffix}"
+    if untimed in metrics:
+        print(
+            f"The model was told when the targets came; without, its NDCG@10 is {describe_metric(metrics, untimed)}."
+        )
 
     print(f"\nThe last items of user {sample['user_id']}:")
     for title in sample["history"]:
@@ -143,7 +154,10 @@ def main(argv: Sequence[str]) -> None:
         model = AutoModel.from_pretrained(args.model_name_or_path)
         trainer = SequentialRecommendationTrainer(model, training_args, processing_class=tokenizer)
         results = RunResults(
-            model.config.model_type, **counts, protocol=data_args.protocol, config=settings_of(model.config)
+            model.config.model_type,
+            **counts,
+            protocol=describe_protocol(data_args, model.config),
+            config=settings_of(model.config),
         )
         validate(trainer, splits["validation"], results)
         test(trainer, splits["test"], splits["train"], results)

@@ -9,6 +9,10 @@ and returns the logits and the next state, whose size does not depend on the len
 are free. States are of one model: `step.onnx` names it in its metadata, as `model_digest`. `items.parquet` and
 `tokenizer.json` lie in the same folder.
 
+Of a model with `use_timestamps` both programs also take `timestamps`, of shape (batch, length), and
+`request_timestamps`, of shape (batch,), in Unix seconds as float64: when the items came, and for which moment to
+recommend, or -1. The state then holds `last_timestamps` as well, -1 for a new user.
+
 Each program is run by ONNX Runtime on histories of several lengths before the command ends, and must give PyTorch's
 logits to 1e-5, and its states to 1e-5 of their largest value.
 """
@@ -34,81 +38,92 @@ except ImportError as error:
     raise ImportError("elastic-hf export needs ONNX: pip install onnx onnxruntime onnxscript") from error
 
 
+# Inputs whose second axis is the length of the histories.
+HISTORIES = ("input_ids", "attention_mask", "timestamps")
+
+
 class History(nn.Module):
-    """Whole histories to scores."""
+    """Whole histories, and what else `names` says, to scores."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names = model, names
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids, attention_mask).logits
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
 class Step(nn.Module):
-    """New items and states to scores and the next states."""
+    """New items and states, in the order of `names`, to scores and the next states."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names = model, names
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        cache = ElasticCache(*state, model_digest=self.model.model.digest())
-        outputs = self.model(input_ids, attention_mask, cache=cache, use_cache=True)
-        return outputs.logits, *tensors(outputs.cache)
-
-
-def tensors(cache: ElasticCache) -> tuple[Tensor, ...]:
-    return tuple(getattr(cache, name) for name in TENSORS)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, inputs, strict=True))
+        state = {name: given.pop(name) for name in TENSORS if name in given}
+        cache = ElasticCache(**state, model_digest=self.model.model.digest())
+        outputs = self.model(**given, cache=cache, use_cache=True)
+        return outputs.logits, *outputs.cache.tensors.values()
 
 
-def make_inputs(model: nn.Module, batch_size: int, length: int, with_state: bool) -> tuple[Tensor, ...]:
-    """Random histories, the first with padding where it is long enough, and states of users who have read some."""
+def make_inputs(model: nn.Module, batch_size: int, length: int, with_state: bool) -> dict[str, Tensor]:
+    """Random histories, the first with padding where it is long enough, with times for a model that reads them, and
+    states of users who have read some."""
     config = model.config
     generator = torch.Generator().manual_seed(length)
-    input_ids = torch.randint(config.num_special_tokens, config.vocab_size, (batch_size, length), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
+    num_before = 9
+    items = torch.randint(
+        config.num_special_tokens, config.vocab_size, (batch_size, num_before + length), generator=generator
+    )
+    attention_mask = torch.ones(batch_size, length, dtype=torch.long)
     attention_mask[0, : length // 3] = 0
-    if not with_state:
-        return input_ids, attention_mask
-    before = torch.randint(config.num_special_tokens, config.vocab_size, (batch_size, 9), generator=generator)
-    with torch.no_grad():
-        cache = model(before, use_cache=True).cache
-    return input_ids, attention_mask, *tensors(cache)
-
-
-def export(program: nn.Module, file: Path, with_state: bool) -> None:
-    """Write one program and check it."""
-    names = ["input_ids", "attention_mask", *(TENSORS if with_state else ())]
-    results = ["logits", *(f"next_{name}" for name in TENSORS if with_state)]
-    program.eval()
-    inputs = make_inputs(program.model, 2, 70, with_state)
-    shapes = [{0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 1: Dim.AUTO}]
+    inputs = {"input_ids": items[:, num_before:], "attention_mask": attention_mask}
+    before = {"input_ids": items[:, :num_before]}
+    if config.use_timestamps:
+        # From a second to some days between two events.
+        pauses = 10 ** (6 * torch.rand(batch_size, num_before + length + 1, generator=generator, dtype=torch.double))
+        seconds = 1.7e9 + pauses.cumsum(dim=1)
+        inputs |= {"timestamps": seconds[:, num_before:-1], "request_timestamps": seconds[:, -1]}
+        before["timestamps"] = seconds[:, :num_before]
     if with_state:
-        shapes.append(tuple({0: Dim.AUTO} for _ in TENSORS))
+        with torch.no_grad():
+            inputs |= model(**before, use_cache=True).cache.tensors
+    return inputs
+
+
+def export(model: nn.Module, file: Path, with_state: bool) -> nn.Module:
+    """Write one program, check it, and return what it was made from."""
+    inputs = make_inputs(model, 2, 70, with_state)
+    names = [*inputs]
+    results = ["logits", *(f"next_{name}" for name in names if name in TENSORS)]
+    program = (Step if with_state else History)(model, names).eval()
+    axes = [{0: Dim.AUTO, 1: Dim.AUTO} if name in HISTORIES else {0: Dim.AUTO} for name in names]
     exported = torch.onnx.export(
         program,
-        inputs,
+        tuple(inputs.values()),
         input_names=names,
         output_names=results,
-        dynamic_shapes=tuple(shapes),
+        dynamic_shapes=(tuple(axes),),
         dynamo=True,
         verbose=False,
     )
     if with_state:
-        exported.model.metadata_props["model_digest"] = program.model.model.digest()
+        exported.model.metadata_props["model_digest"] = model.model.digest()
     exported.save(file, external_data=False)
     session = onnxruntime.InferenceSession(file)
     for batch_size, length in ((1, 1), (3, 2), (2, 64), (5, 130), (1, 5000)):
-        inputs = make_inputs(program.model, batch_size, length, with_state)
+        inputs = make_inputs(model, batch_size, length, with_state)
         with torch.no_grad():
-            expected = program(*inputs)
-        found = session.run(results, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+            expected = program(*inputs.values())
+        found = session.run(results, {name: value.numpy() for name, value in inputs.items()})
         for name, wanted, value in zip(results, expected if with_state else [expected], found, strict=True):
             # A state adds up what it has read: its sums grow with the history, and so does their rounding.
             scale = 1.0 if name == "logits" else max(1.0, float(wanted.abs().max()))
             message = f"{file.name}: {name}"
             np.testing.assert_allclose(value, wanted.numpy(), atol=1e-5 * scale, rtol=0, err_msg=message)
+    return program
 
 
 def main(argv: Sequence[str]) -> None:
@@ -119,11 +134,11 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"output_dir must be empty or not exist, found files in {args.output_dir}")
     model = AutoModel.from_pretrained(args.model_name_or_path, revision=args.revision).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
-    programs = {"history.onnx": (History(model), False)}
+    programs = {"history.onnx": False}
     if model.config.model_type == "elastic":
-        programs["step.onnx"] = (Step(model), True)
-    for name, (program, with_state) in programs.items():
-        export(program, args.output_dir / name, with_state)
+        programs["step.onnx"] = True
+    for name, with_state in programs.items():
+        export(model, args.output_dir / name, with_state)
         print(f"{args.output_dir / name}: {(args.output_dir / name).stat().st_size:,} bytes")
     tokenizer.save_pretrained(args.output_dir)
 

@@ -3,9 +3,10 @@
     elastic-hf recommend --model_name_or_path outputs/shop --history "sku 17" "sku 4"
     elastic-hf recommend --model_name_or_path outputs/shop --input_file shop.csv --output_file recommended.parquet
 
-A history is given as item ids or titles, oldest first. The recommendations for a file are a Parquet file with one row
-for each user and place: `user_id`, `rank` (from 1), `item_id` and `score` (larger is better, comparable for one user
-only).
+A history is given as item ids or titles, oldest first; for a model that reads times, `--timestamps` say when each
+came, in Unix seconds, and `--now` for which moment to recommend. The recommendations for a file are a Parquet file
+with one row for each user and place: `user_id`, `rank` (from 1), `item_id` and `score` (larger is better, comparable
+for one user only).
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,12 @@ class RecommendationArguments(ColumnArguments):
     model_name_or_path: str = field(kw_only=True, metadata={"help": "Folder or Hub id of a trained model."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the Hub id."})
     history: list[str] | None = field(default=None, metadata={"help": "Item ids or titles, oldest first."})
+    timestamps: list[float] | None = field(
+        default=None, metadata={"help": "When the items came, in Unix seconds, for a model that reads times."}
+    )
+    now: float | None = field(
+        default=None, metadata={"help": "For which moment to recommend, in Unix seconds; by default the present one."}
+    )
     input_file: str | None = field(default=None, metadata={"help": "File or folder of interactions instead."})
     output_file: str | None = field(default=None, metadata={"help": "Parquet file of the recommendations for a file."})
     top_k: int = field(default=10, metadata={"help": "Number of items for each history."})
@@ -55,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("set history or input_file, one of them")
     if (args.input_file is None) != (args.output_file is None):
         raise ValueError("input_file and output_file belong together, found one of them")
+    if args.history is None and args.timestamps is not None:
+        raise ValueError("timestamps belong to a history, those of an input_file stand in it")
     if args.output_file is not None:
         make_folder(Path(args.output_file).parent, "the folder of output_file")
     recommend = pipeline(
@@ -66,10 +75,16 @@ def main(argv: Sequence[str]) -> None:
         unknown=args.unknown,
         fallback=args.fallback,
     )
+    uses_timestamps = recommend.model.config.use_timestamps
+    if not uses_timestamps and (args.timestamps is not None or args.now is not None):
+        raise ValueError("timestamps and now must be left out for a model that reads no times, found one of them")
     if args.history is None:
         recommend_for_file(recommend, args)
         return
-    for rank, item in enumerate(recommend(args.history), start=1):
+    history = args.history
+    if uses_timestamps:
+        history = {"history": history, "timestamps": args.timestamps, "now": args.now}
+    for rank, item in enumerate(recommend(history), start=1):
         print(f"{rank:4}  {item['item']}  {item['title'] or ''}".rstrip())
 
 
@@ -86,7 +101,14 @@ def recommend_for_file(recommend: SequentialRecommendationPipeline, args: Recomm
     )
     with written_whole(Path(args.output_file)) as stream, pq.ParquetWriter(stream, schema) as writer:
         for batch in users.iter(args.batch_size):
-            recommended = recommend(batch["item_ids"], batch_size=len(batch["user_id"]))
+            histories = batch["item_ids"]
+            if recommend.model.config.use_timestamps:
+                timestamps = batch.get("timestamps") or [None] * len(histories)
+                histories = [
+                    {"history": items, "timestamps": times, "now": args.now}
+                    for items, times in zip(histories, timestamps, strict=True)
+                ]
+            recommended = recommend(histories, batch_size=len(batch["user_id"]))
             writer.write_table(pa.Table.from_pylist([*rows_of(batch["user_id"], recommended)], schema))
     print(f"{args.output_file}: {args.top_k:,} items for each of {len(users):,} users")
 

@@ -17,6 +17,8 @@ from ..models.item_tokenizer import ElasticItemTokenizer
 from .arguments import DEFAULT_MAX_LENGTH, DataArguments
 
 
+# Of the protocol, where the model is told when each target came.
+TIMED = ", target times given"
 logger = logging.getLogger(__name__)
 
 
@@ -84,6 +86,11 @@ def tokenize(
     with training_args.main_process_first(local=False, desc="tokenizing the histories"):
         splits = tokenizer.tokenize_histories(histories, num_proc=data_args.preprocessing_num_workers)
     return splits.with_format("numpy")
+
+
+def describe_protocol(data_args: DataArguments, config: RecommenderConfig) -> str:
+    """Return how the results say that the data were split and the catalogue ranked, and what the model was told."""
+    return data_args.protocol + (TIMED if config.use_timestamps else "")
 
 
 def settings_of(config: RecommenderConfig) -> dict[str, Any]:

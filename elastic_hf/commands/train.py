@@ -44,7 +44,7 @@ from ..training.output_folder import LOCK, lock_output_dir, make_folder
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, ModelArguments, SeqRecTrainingArguments, parse_arguments
 from .evaluate import print_test, test, validate
-from .steps import make_tokenizer, read_histories, set_up_process, settings_of, tokenize
+from .steps import describe_protocol, make_tokenizer, read_histories, set_up_process, settings_of, tokenize
 
 
 logger = logging.getLogger(__name__)
@@ -71,9 +71,10 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
-    """Return `<dataset>-<model>-<seed>[-<regime>][-<variant>]`."""
+    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-<variant>]`."""
     parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
-    parts += [part for part in (data_args.regime, training_args.variant) if part is not None]
+    timed = "timed" if model_args.use_timestamps else None
+    parts += [part for part in (data_args.regime, timed, training_args.variant) if part is not None]
     return "-".join(parts)
 
 
@@ -129,6 +130,7 @@ def make_config(
         config = AutoConfig.for_model(model_args.model_type, vocab_size=len(tokenizer))
     else:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    config.use_timestamps = config.use_timestamps or model_args.use_timestamps
     try:
         overrides = model_args.config_overrides or ""
         if is_new and "exclude_seen" not in overrides:
@@ -183,6 +185,7 @@ def make_trainer(
         mask_token_id=tokenizer.mask_token_id,
         max_length=tokenizer.model_max_length,
         objective=model.config.training_objective,
+        use_timestamps=model.config.use_timestamps,
         mask_probability=training_args.mask_probability,
     )
     patience = training_args.early_stopping_patience
@@ -213,7 +216,7 @@ def describe_run(
         main_row=args.variant is None,
         dataset=data_args.name,
         hub_dataset=source if "/" in source and not Path(source).exists() else None,
-        protocol=data_args.protocol,
+        protocol=describe_protocol(data_args, config),
         k_core=data_args.k_core,
         **counts,
         num_parameters=trainer.model.num_parameters(),
@@ -263,9 +266,12 @@ def save_model(trainer: SequentialRecommendationTrainer) -> None:
         (output_dir / "training_args.bin").unlink(missing_ok=True)
 
 
-def expert_half_lives(model: PreTrainedModel) -> list[list[float]]:
-    """Return the half-lives of the experts, in items: (num_attention_heads, num_interest_experts)."""
-    return model.model.experts.half_lives.detach().cpu().numpy().round(2).tolist()
+def describe_experts(model: PreTrainedModel, results: RunResults) -> None:
+    """Add the half-lives of the experts, (num_attention_heads, num_interest_experts), in items and in seconds."""
+    experts = model.model.experts
+    results.expert_half_lives = experts.half_lives.detach().cpu().numpy().round(2).tolist()
+    if experts.half_lives_seconds is not None:
+        results.expert_half_lives_seconds = experts.half_lives_seconds.detach().cpu().numpy().round(2).tolist()
 
 
 def derived_files(
@@ -360,7 +366,7 @@ def run(
     if training_args.do_predict:
         test(trainer, splits["test"], splits["train"], results)
     if config.model_type == "elastic":
-        results.expert_half_lives = expert_half_lives(trainer.model)
+        describe_experts(trainer.model, results)
 
     # 4. Results, figures and model card
     if trainer.is_world_process_zero():

@@ -28,6 +28,10 @@ class SequentialRecommendationCollator:
     Rows with a `target`, the token id of the item to rank, are evaluation rows. Their batches hold `input_ids`,
     `attention_mask`, `target_ids` (of shape `(batch_size,)`) and `seen_ids` (the whole history, left-padded).
 
+    With `use_timestamps` a row holds `timestamps`, as many as items, and a batch `timestamps` (0 at padding) and
+    `request_timestamps`: in training when each label came, in evaluation when the target came, the row's
+    `target_timestamp`, or -1, with `know_request=False`: a time that the model is not told.
+
     The random objectives draw from PyTorch's global generator, once per batch. [`SequentialRecommendationTrainer`]
     seeds it by the epoch and the rows of the batch, so that a resumed run goes on with the same draws.
 
@@ -37,10 +41,13 @@ class SequentialRecommendationCollator:
         max_length (`int`): Number of items a model sees, the most recent ones.
         objective (`str`, *optional*, defaults to `"next_item"`): One of the objectives above.
         mask_probability (`float`, *optional*, defaults to 0.2): Share of masked items, in (0, 1].
+        use_timestamps (`bool`, *optional*, defaults to `False`): Whether the model reads times; `"next_item"` only.
+        know_request (`bool`, *optional*, defaults to `True`): Whether an evaluation tells when the target came.
 
     Raises:
         `ValueError`: for an unknown objective, a `max_length` below 1, a `mask_probability` outside (0, 1], a training
-        history of fewer than two items, an empty evaluation history, or a batch that mixes both kinds of rows.
+        history of fewer than two items, an empty evaluation history, timestamps that are missing or not as many as
+        the items, or a batch that mixes both kinds of rows.
     """
 
     pad_token_id: int
@@ -48,6 +55,8 @@ class SequentialRecommendationCollator:
     max_length: int
     objective: str = "next_item"
     mask_probability: float = 0.2
+    use_timestamps: bool = False
+    know_request: bool = True
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -56,6 +65,8 @@ class SequentialRecommendationCollator:
             raise ValueError(f"max_length must be at least 1 item, found {self.max_length}")
         if not 0 < self.mask_probability <= 1:
             raise ValueError(f"mask_probability must be in (0, 1], found {self.mask_probability}")
+        if self.use_timestamps and self.objective != "next_item":
+            raise ValueError(f"use_timestamps needs objective='next_item', found {self.objective!r}")
 
     def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor]:
         num_targets = sum("target" in feature for feature in features)
@@ -63,13 +74,56 @@ class SequentialRecommendationCollator:
             raise ValueError(f"all rows of a batch or none must have a target, found {num_targets} of {len(features)}")
         histories = [np.asarray(feature["input_ids"]) for feature in features]
         shortest = min(len(history) for history in histories)
+        timestamps = self._timestamps(features, histories) if self.use_timestamps else None
         if num_targets:
             if shortest < 1:
                 raise ValueError("an evaluation history must have at least 1 item, found an empty one")
-            return self._evaluation_batch(histories, [feature["target"] for feature in features])
+            batch = self._evaluation_batch(histories, [feature["target"] for feature in features])
+            if timestamps is not None:
+                batch |= self._evaluation_times(timestamps, features)
+            return batch
         if shortest < 2:
             raise ValueError(f"a training history must have at least 2 items, found one of {shortest}")
-        return getattr(self, f"_{self.objective}_batch")(histories)
+        batch = getattr(self, f"_{self.objective}_batch")(histories)
+        if timestamps is not None:
+            batch |= self._next_item_times(timestamps)
+        return batch
+
+    @staticmethod
+    def _timestamps(features: Sequence[dict], histories: list[np.ndarray]) -> list[np.ndarray]:
+        """Return the timestamps of each history, checked for their number."""
+        timestamps = []
+        for row, (feature, history) in enumerate(zip(features, histories, strict=True)):
+            if "timestamps" not in feature:
+                raise ValueError(f"with use_timestamps a row must have timestamps, found {', '.join(feature)}")
+            timestamps.append(np.asarray(feature["timestamps"]))
+            if len(timestamps[-1]) != len(history):
+                raise ValueError(
+                    f"timestamps must be as many as the items of a history, {len(history)} in row {row}, "
+                    f"found {len(timestamps[-1])}"
+                )
+        return timestamps
+
+    def _next_item_times(self, timestamps: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Return when the inputs of training rows and their labels came."""
+        times, is_item = pad_left([times[-self.max_length - 1 :] for times in timestamps], 0)
+        requests = np.where(is_item[:, :-1], times[:, 1:], -1)
+        return {
+            "timestamps": torch.from_numpy(np.ascontiguousarray(times[:, :-1])),
+            "request_timestamps": torch.from_numpy(requests),
+        }
+
+    def _evaluation_times(self, timestamps: list[np.ndarray], features: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Return when the items of evaluation rows came and, if the model is told, their targets."""
+        times, _ = pad_left([times[-self.max_length :] for times in timestamps], 0)
+        requests = np.full(len(times), -1, times.dtype)
+        if self.know_request:
+            for feature in features:
+                if "target_timestamp" not in feature:
+                    found = ", ".join(feature)
+                    raise ValueError(f"with know_request=True a row must have a target_timestamp, found {found}")
+            requests = np.array([feature["target_timestamp"] for feature in features])
+        return {"timestamps": torch.from_numpy(times), "request_timestamps": torch.from_numpy(requests)}
 
     def _next_item_batch(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
         tokens, is_item = self._pad_left([history[-self.max_length - 1 :] for history in histories])  # (B, L + 1)
@@ -104,11 +158,7 @@ class SequentialRecommendationCollator:
 
     def _pad_left(self, histories: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens and which of them are items, both of shape `(batch_size, longest)`."""
-        lengths = np.array([len(history) for history in histories])
-        is_item = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
-        tokens = np.full(is_item.shape, self.pad_token_id, dtype=np.int64)
-        tokens[is_item] = np.concatenate(histories)
-        return tokens, is_item
+        return pad_left([history.astype(np.int64, copy=False) for history in histories], self.pad_token_id)
 
     @staticmethod
     def _to_batch(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
@@ -124,3 +174,13 @@ class SequentialRecommendationCollator:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         return np.random.default_rng([int(torch.randint(2**62, ())), rank])
+
+
+def pad_left(rows: list[np.ndarray], padding: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of different lengths as one array, and which of its values are theirs: `(num_rows, longest)`."""
+    lengths = np.array([len(row) for row in rows])
+    is_value = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
+    values = np.concatenate(rows)
+    padded = np.full(is_value.shape, padding, values.dtype)
+    padded[is_value] = values
+    return padded, is_value

@@ -54,7 +54,7 @@ class Histories(NamedTuple):
         histories (`DatasetDict`):
             Splits `train`, `validation` and `test`, memory-mapped, one row per user: `user_id`, `item_ids` (oldest
             first), `timestamps` (Unix seconds, as long as `item_ids`; only where the source has time) and, in
-            `validation` and `test`, `target`: the item to predict after `item_ids`.
+            `validation` and `test`, `target`: the item to predict after `item_ids`, and its `target_timestamp`.
         items (`Dataset`):
             One row per item, sorted by `item_id`: `item_id`, `title` (null where unknown) and `count` (interactions to
             train on, also those of users who are left out of `train`).
@@ -292,6 +292,8 @@ def _write_splits(
             features["timestamps"] = List(Value("int64" if is_integer else "float64"))
         if name != "train":
             features["target"] = item_type
+            if "timestamps" in features:
+                features["target_timestamp"] = features["timestamps"].feature
         batches = _history_batches(interactions, starts, rows, prefix_lengths, with_target=name != "train")
         _write_arrow(folder / f"{name}.arrow", Features(features), batches)
 
@@ -313,7 +315,10 @@ def _history_batches(
         if interactions.timestamps is not None:
             batch["timestamps"] = pa.ListArray.from_arrays(offsets, pa.array(interactions.timestamps[indices]))
         if with_target:
-            batch["target"] = item_ids.take(pa.array(items[starts[batch_rows] + lengths]))
+            targets = starts[batch_rows] + lengths
+            batch["target"] = item_ids.take(pa.array(items[targets]))
+            if interactions.timestamps is not None:
+                batch["target_timestamp"] = pa.array(interactions.timestamps[targets])
         yield batch
 
 

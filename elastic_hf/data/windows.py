@@ -14,7 +14,9 @@ def split_into_windows(histories: Dataset, max_length: int) -> Dataset:
     begins with the last item of the one before it; only the oldest may be shorter than the others.
 
     Args:
-        histories (`datasets.Dataset`): Training rows with `input_ids`; other columns are repeated for each window.
+        histories (`datasets.Dataset`):
+            Training rows with `input_ids` and, cut in the same places, `timestamps`; other columns are repeated for
+            each window.
         max_length (`int`): Number of items a model sees.
 
     Returns:
@@ -45,6 +47,10 @@ def _split_batch(table: pa.Table, max_length: int) -> pa.Table:
     offsets = np.concatenate([[0], np.cumsum(ends - starts)])
     first_items = np.cumsum(lengths) - lengths
     items = np.repeat(first_items[rows] + starts - offsets[:-1], ends - starts) + np.arange(offsets[-1])
-    windows = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), histories.flatten().take(pa.array(items)))
-    column = table.column_names.index("input_ids")
-    return table.take(pa.array(rows)).set_column(column, "input_ids", windows)
+    windows = table.take(pa.array(rows))
+    for name in ("input_ids", "timestamps"):
+        if name in table.column_names:
+            values = table[name].combine_chunks().flatten().take(pa.array(items))
+            column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+            windows = windows.set_column(table.column_names.index(name), name, column)
+    return windows

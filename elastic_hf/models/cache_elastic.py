@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -12,12 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .event_time import UNKNOWN
+
 
 if TYPE_CHECKING:
     from .configuration_elastic import ElasticConfig
     from .modeling_elastic import ElasticModel
 
-TENSORS = ("recurrent_state", "conv_state", "num_items")
+TENSORS = ("recurrent_state", "conv_state", "num_items", "last_timestamps")
 
 
 # The digests of models, and the versions of the weights that they are of.
@@ -62,12 +64,15 @@ class ElasticCache:
             How many items have been read.
         model_digest (`str`):
             Digest of the weights that the state depends on. Another model refuses the cache.
+        last_timestamps (`torch.DoubleTensor` of shape `(B,)`, *optional*):
+            Of models with `use_timestamps`, 8 bytes more: when the last item came, -1 where none has come.
     """
 
     recurrent_state: Tensor
     conv_state: Tensor
     num_items: Tensor
     model_digest: str
+    last_timestamps: Tensor | None = None
 
     @classmethod
     def empty(cls, model: "ElasticModel", batch_size: int) -> "ElasticCache":
@@ -76,11 +81,16 @@ class ElasticCache:
             name: torch.zeros(shape, dtype=dtype, device=model.device)
             for name, (shape, dtype) in _shapes(model.config, batch_size).items()
         }
+        if "last_timestamps" in tensors:
+            tensors["last_timestamps"].fill_(UNKNOWN)
         return cls(**tensors, model_digest=model.base_model.digest())
 
     def check(self, model: "ElasticModel", batch_size: int) -> None:
         """Raise a `ValueError` if this is no cache of `batch_size` users of this model."""
-        for name, (shape, dtype) in _shapes(model.config, batch_size).items():
+        shapes = _shapes(model.config, batch_size)
+        if self.tensors.keys() != shapes.keys():
+            raise ValueError(f"cache must hold {', '.join(shapes)}, found {', '.join(self.tensors)}")
+        for name, (shape, dtype) in shapes.items():
             found = getattr(self, name)
             if found.shape != shape or found.is_floating_point() != dtype.is_floating_point:
                 raise ValueError(
@@ -93,6 +103,12 @@ class ElasticCache:
                 "made this cache, or this one before its weights changed"
             )
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds of each user, by name."""
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     def __len__(self) -> int:
         """Return the number of users."""
         return len(self.num_items)
@@ -100,7 +116,7 @@ class ElasticCache:
     def select(self, rows: Tensor | list[int]) -> "ElasticCache":
         """Return the cache of some users, in the order of `rows`; a row may come more than once."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.num_items.device)
-        return replace(self, **{name: getattr(self, name)[rows] for name in TENSORS})
+        return replace(self, **{name: tensor[rows] for name, tensor in self.tensors.items()})
 
     @staticmethod
     def cat(caches: list["ElasticCache"]) -> "ElasticCache":
@@ -110,36 +126,41 @@ class ElasticCache:
         digests = {cache.model_digest for cache in caches}
         if len(digests) > 1:
             raise ValueError(f"caches must be of one model, found the digests {', '.join(sorted(digests))}")
-        return ElasticCache(*(torch.cat([getattr(c, name) for c in caches]) for name in TENSORS), digests.pop())
+        tensors = {name: torch.cat([getattr(cache, name) for cache in caches]) for name in caches[0].tensors}
+        return ElasticCache(**tensors, model_digest=digests.pop())
 
     def to(self, device: torch.device | str) -> "ElasticCache":
         """Return the cache on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def save(self, file: str | PathLike) -> None:
         """Write a safetensors file."""
-        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         save_file(tensors, file, metadata={"model_digest": self.model_digest})
 
     @classmethod
     def load(cls, file: str | PathLike, device: torch.device | str = "cpu") -> "ElasticCache":
         """Read a file of [`save`]."""
         with safe_open(file, framework="pt", device=str(device)) as opened:
-            found = [*opened.keys(), *(opened.metadata() or {})]
-            wanted = [field.name for field in fields(cls)]
-            if sorted(found) != sorted(wanted):
+            found = {*opened.keys(), *(opened.metadata() or {})}
+            wanted = [field.name for field in fields(cls) if field.default is MISSING]
+            if found - {"last_timestamps"} != {*wanted}:
                 raise ValueError(f"{file} must hold {', '.join(wanted)}, found {', '.join(sorted(found))}")
-            return cls(*map(opened.get_tensor, TENSORS), opened.metadata()["model_digest"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            return cls(**tensors, model_digest=opened.metadata()["model_digest"])
 
 
 def _shapes(config: "ElasticConfig", batch_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The shape and the type of each tensor of a cache."""
     num_experts = config.num_attention_heads * config.num_interest_experts
-    return {
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "recurrent_state": ((batch_size, num_experts, config.hidden_size + 1), torch.float32),
         "conv_state": ((batch_size, config.conv_kernel_size - 1, config.hidden_size), torch.float32),
         "num_items": ((batch_size,), torch.long),
     }
+    if config.use_timestamps:
+        shapes["last_timestamps"] = ((batch_size,), torch.double)
+    return shapes
 
 
 __all__ = ["ElasticCache"]

@@ -43,6 +43,7 @@ class ElasticConfig(RecommenderConfig):
     """
 
     model_type = "elastic"
+    supports_timestamps = True
 
     num_hidden_layers: int = 2
     num_attention_heads: int = 2

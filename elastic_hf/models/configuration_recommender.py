@@ -43,6 +43,11 @@ class RecommenderConfig(PreTrainedConfig):
             read by the full softmax.
         gbce_calibration (`float`, defaults to 0.75):
             Calibration t of gBCE, from 0 (BCE) to 1 (as confident as a full softmax).
+        use_timestamps (`bool`, defaults to `False`):
+            Read when events happened and when a recommendation is asked for, by models that can.
+        request_dropout (`float`, defaults to 0.3):
+            With `use_timestamps`: the share of training histories whose requests have no time, so that the model can
+            do without.
         num_special_tokens (`int`, defaults to 3):
             The first token ids, which are no items: padding, unknown, mask.
         pad_token_id (`int`, defaults to 0):
@@ -53,6 +58,7 @@ class RecommenderConfig(PreTrainedConfig):
             Score items with their input embeddings.
     """
 
+    supports_timestamps = False
     keys_to_ignore_at_inference = ["hidden_states", "attentions", "user_embeddings", "cache"]
 
     vocab_size: int = 1000
@@ -65,6 +71,8 @@ class RecommenderConfig(PreTrainedConfig):
     mask_seen_in_loss: bool | None = None
     num_negatives: int = 256
     gbce_calibration: float | int = 0.75
+    use_timestamps: bool = False
+    request_dropout: float | int = 0.3
     num_special_tokens: int = 3
     pad_token_id: int = 0
     mask_token_id: int = 2
@@ -111,7 +119,7 @@ class RecommenderConfig(PreTrainedConfig):
     def validate_training(self):
         """Objective and loss exist, and the answer does not leak."""
         self._validate_at_least(1, "hidden_size", "num_negatives")
-        self._validate_fractions("gbce_calibration")
+        self._validate_fractions("gbce_calibration", "request_dropout")
         if self.training_objective not in TRAINING_OBJECTIVES:
             raise ValueError(
                 f"training_objective must be one of {TRAINING_OBJECTIVES}, found {self.training_objective!r}"
@@ -125,6 +133,15 @@ class RecommenderConfig(PreTrainedConfig):
             )
         if self.training_objective == "masked_item" and self.is_causal:
             raise ValueError("training_objective='masked_item' reads both sides and needs is_causal=False")
+
+    def validate_timestamps(self):
+        """Only some models read times, and only where each position predicts the next event."""
+        if not self.use_timestamps:
+            return
+        if not self.supports_timestamps:
+            raise ValueError(f"use_timestamps must be False for {self.model_type}, which reads no times, found True")
+        if self.training_objective != "next_item":
+            raise ValueError(f"use_timestamps needs training_objective='next_item', found {self.training_objective!r}")
 
     def _validate_at_least(self, smallest: int, *names: str):
         for name in names:

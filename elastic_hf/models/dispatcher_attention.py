@@ -17,7 +17,8 @@ Axis letters: B batch, L history length, D hidden size, H heads, K head size, E 
 all heads, J chunks, C chunk size. The leading axes `...` are usually (B, H).
 
 Range: with |scores| <= 10 and a half-life of at least one item, every exponent in a chunk of 64 items stays within
-+-33, so that even squares fit float32. Give float32 or float64 tensors, also under autocast.
++-33, so that even squares fit float32; and in a chunk of 32 items within +-44, where a pause counts two half-lives at
+most. Give float32 or float64 tensors, also under autocast.
 """
 
 import math
@@ -36,6 +37,9 @@ SCORE_CAP = 10.0
 # takes several times as long where its results are denormal.
 MIN_EXPONENT = -80.0
 CHUNK_SIZE = 64
+CHUNK_SIZE_WITH_PAUSES = 32
+# A pause in a history takes no more of what an expert holds than so many of its half-lives.
+MAX_HALF_LIVES = 2.0
 # So many states come from one closed form, the next ones from the last of these.
 MAX_PREFIX = 64
 
@@ -58,19 +62,40 @@ def to_exponent(sigmoids: Tensor, log_kept: Tensor) -> Tensor:
     return torch.add(log_kept - SCORE_CAP, sigmoids, alpha=2 * SCORE_CAP)
 
 
+def forgetting(log_forget: Tensor, pauses: Tensor, half_lives: Tensor) -> Tensor:
+    """Add what experts forget in the pauses before the items to what they forget at each item.
+
+    Args:
+        log_forget (`torch.Tensor` of shape `(M,)`): log of what an expert keeps of its state at each new item, <= 0.
+        pauses (`torch.Tensor` of shape `(B, L)`): seconds since the item before, below 0 where there is none.
+        half_lives (`torch.Tensor` of shape `(M,)`): seconds; a pause counts [`MAX_HALF_LIVES`] at most.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L, M)`: log of what an expert keeps of its state when each item comes.
+    """
+    num_half_lives = (pauses.clamp(min=0)[..., None] / half_lives).clamp_(max=MAX_HALF_LIVES)
+    return torch.add(log_forget, num_half_lives, alpha=-math.log(2))
+
+
 def final_weights(sigmoids: Tensor, log_forget: Tensor) -> Tensor:
     """Return the weight of each item in what each expert holds after the last one, a[L,m,j].
 
     Args:
         sigmoids (`torch.Tensor` of shape `(B, L, M)`): of [`expert_scores`].
-        log_forget (`torch.Tensor` of shape `(M,)`): log of what an expert keeps of its state at each new item, <= 0.
+        log_forget (`torch.Tensor` of shape `(M,)` or `(B, L, M)`): log of what an expert keeps of its state at each
+            new item, <= 0.
 
     Returns:
         `torch.Tensor` of shape `(B, M, L)`.
     """
-    length = sigmoids.shape[1]
-    later_items = torch.arange(length - 1, -1, -1, device=sigmoids.device, dtype=sigmoids.dtype)
-    return to_exponent(sigmoids, later_items[:, None] * log_forget).clamp_(min=MIN_EXPONENT).exp_().mT
+    if log_forget.dim() == 1:
+        length = sigmoids.shape[1]
+        later_items = torch.arange(length - 1, -1, -1, device=sigmoids.device, dtype=sigmoids.dtype)
+        log_kept = later_items[:, None] * log_forget
+    else:
+        # Summed from the latest item on: a difference of two sums over the whole would round off what is recent.
+        log_kept = log_forget.flip(1).cumsum(dim=1).flip(1) - log_forget
+    return to_exponent(sigmoids, log_kept).clamp_(min=MIN_EXPONENT).exp_().mT
 
 
 def pool_history(
@@ -81,7 +106,7 @@ def pool_history(
     Args:
         stream (`torch.Tensor` of shape `(B, L, D)`): zeros at padding.
         sigmoids (`torch.Tensor` of shape `(B, L, M)`): of [`expert_scores`].
-        log_forget (`torch.Tensor` of shape `(M,)`): as in [`final_weights`].
+        log_forget (`torch.Tensor` of shape `(M,)` or `(B, L, M)`): as in [`final_weights`].
         attention_mask (`torch.BoolTensor` of shape `(B, L)`): False for padding, which is on the left.
         state (`torch.Tensor` of shape `(B, M, D + 1)`, *optional*): before these items; `None` is no history.
 
@@ -93,8 +118,11 @@ def pool_history(
     pooled = weights @ torch.cat([stream, is_item], dim=-1)
     if state is None:
         return pooled
-    kept = torch.exp(is_item.sum(dim=1) * log_forget)  # (B, M)
-    return torch.addcmul(pooled, kept[..., None], state)
+    if log_forget.dim() == 1:
+        log_kept = is_item.sum(dim=1) * log_forget
+    else:
+        log_kept = (is_item * log_forget).sum(dim=1)
+    return torch.addcmul(pooled, log_kept.exp()[..., None], state)  # kept is (B, M)
 
 
 def compressed_interests(state: Tensor) -> Tensor:
@@ -103,17 +131,18 @@ def compressed_interests(state: Tensor) -> Tensor:
     return state[..., :-1] / torch.where(total == 0, 1.0, total)
 
 
-def dispatch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def dispatch(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """Let queries read the projected interests of one position, by softmax attention over the experts.
 
     Args:
         query (`torch.Tensor` of shape `(B, H, Q, K)`).
         key, value (`torch.Tensor` of shape `(B, H, E, K)`).
+        bias (`torch.Tensor` of shape `(B, H, Q, E)`, *optional*): added to the logits of the experts.
 
     Returns:
         `torch.Tensor` of shape `(B, H, Q, K)`.
     """
-    return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 class Chunks(NamedTuple):
@@ -197,7 +226,14 @@ def prefix_states(added: Tensor, log_kept: Tensor) -> Tensor:
 
 
 def read_chunks(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, total: Tensor, past_keys: Tensor, past_values: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    total: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Let the query of each position read the state of the experts there.
 
@@ -206,6 +242,7 @@ def read_chunks(
         key, value (`torch.Tensor` of shape `(..., J, C, K)`): `W_k x_j` and `W_v x_j`, of the items of [`Chunks`].
         weights, total (`torch.Tensor` of shape `(..., J, C, E)`): of [`Chunks`].
         past_keys, past_values (`torch.Tensor` of shape `(..., J, E, K)`): of the past of [`Chunks`].
+        bias (`torch.Tensor` of shape `(..., L, E)`, *optional*): added to the logits of the experts.
 
     Returns:
         `torch.Tensor` of shape `(..., L, K)`.
@@ -215,19 +252,32 @@ def read_chunks(
     padding = num_chunks * chunk_size - length
     if not isinstance(padding, int) or padding > 0:
         query = F.pad(query, (0, 0, 0, padding))
-    read = _read if torch.compiler.is_compiling() else _Read.apply
-    chunks = (x.flatten(0, -3) for x in (key, value, weights, total, past_keys, past_values))
-    output = read(query.reshape(-1, chunk_size, query.shape[-1]), *chunks)
+        bias = None if bias is None else F.pad(bias, (0, 0, 0, padding))
+    inputs = [query.reshape(-1, chunk_size, query.shape[-1])]
+    inputs += [x.flatten(0, -3) for x in (key, value, weights, total, past_keys, past_values)]
+    if bias is not None:
+        inputs.append(bias.reshape(-1, chunk_size, bias.shape[-1]))
+    output = (_read if torch.compiler.is_compiling() else _Read.apply)(*inputs)
     return output.view_as(query)[..., :length, :]
 
 
 def _read(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor, total: Tensor, past_keys: Tensor, past_values: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    total: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """[`read_chunks`] with all chunks along one axis: (J, C, .) and (J, E, .) -> (J, C, K)."""
     scale = 1 / math.sqrt(query.shape[-1])
     logits = (query @ past_keys.mT).baddbmm_((query @ key.mT).tril_(), weights, beta=scale, alpha=scale)
-    shares = logits.div_(total).softmax(dim=-1) / total  # (J, C, E)
+    logits = logits.div_(total)
+    if bias is not None:
+        logits += bias
+    shares = logits.softmax(dim=-1) / total  # (J, C, E)
     del logits
     return (shares @ past_values).baddbmm_((shares @ weights.mT).tril_(), value)
 
@@ -241,12 +291,13 @@ def _read_backward(
     total: Tensor,
     past_keys: Tensor,
     past_values: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of [`_read`] by its arguments, from that by its output."""
     scale = 1 / math.sqrt(query.shape[-1])
     affinity = (query @ key.mT).tril_()
     logits = torch.baddbmm(query @ past_keys.mT, affinity, weights, beta=scale, alpha=scale).div_(total)
-    probabilities = logits.softmax(dim=-1)
+    probabilities = (logits if bias is None else logits + bias).softmax(dim=-1)
     shares = probabilities / total
 
     # output = (shares W^T, item by item) V + shares V_past
@@ -265,6 +316,7 @@ def _read_backward(
 
     # logits = ((Q K^T, item by item) W + Q K_past^T) / (total sqrt(K))
     total_gradient = total_gradient.addcmul_(logits_gradient, logits).div_(total).neg_()
+    bias_gradients = () if bias is None else (logits_gradient.clone(),)
     logits_gradient = logits_gradient.div_(total).mul_(scale)
     weights_gradient = weights_gradient.baddbmm_(affinity.mT, logits_gradient)
     del affinity
@@ -280,6 +332,7 @@ def _read_backward(
         total_gradient,
         past_keys_gradient,
         past_values_gradient,
+        *bias_gradients,
     )
 
 

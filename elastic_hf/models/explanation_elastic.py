@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
+from .event_time import given_times, read_times
 from .modeling_recommender import evaluating, validate_histories
 
 
@@ -24,6 +25,9 @@ class ElasticExplanation(ModelOutput):
     Args:
         half_lives (`torch.FloatTensor` of shape `(H, E)`):
             How far back each expert looks: the number of items after which it has forgotten half of what it held.
+        half_lives_seconds (`torch.FloatTensor` of shape `(H, E)`):
+            With `use_timestamps`: after how many seconds without an item each expert has forgotten half of what it
+            held.
         assignments (`torch.FloatTensor` of shape `(batch_size, H, history_length, E)`):
             How each item is shared out among the experts of a head; sums to 1 over them.
         item_weights (`torch.FloatTensor` of shape `(batch_size, N, H, history_length)`):
@@ -36,6 +40,7 @@ class ElasticExplanation(ModelOutput):
     """
 
     half_lives: Tensor | None = None
+    half_lives_seconds: Tensor | None = None
     assignments: Tensor | None = None
     item_weights: Tensor | None = None
     token_ids: Tensor | None = None
@@ -47,6 +52,8 @@ def explain(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     top_k: int = 10,
+    timestamps: Tensor | None = None,
+    request_timestamps: Tensor | None = None,
 ) -> ElasticExplanation:
     """Show which experts took each interaction, how far back they look, and which items carried the recommendations.
 
@@ -55,6 +62,7 @@ def explain(
         input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `recommend`.
         attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `recommend`.
         top_k (`int`, defaults to 10): how many recommendations are explained, each by a backward pass.
+        timestamps, request_timestamps (`torch.Tensor`, *optional*): as in `recommend`.
 
     Returns:
         [`ElasticExplanation`]
@@ -62,8 +70,13 @@ def explain(
     Raises:
         ValueError: if a history holds a special token, such as an unknown item, and as `recommend`.
     """
-    token_ids = model.recommend(input_ids, attention_mask, top_k).token_ids
     attention_mask = validate_histories(input_ids, attention_mask, model.config)
+    timestamps, request_timestamps = given_times(
+        model, timestamps, request_timestamps, len(input_ids), input_ids.device
+    )
+    token_ids = model.recommend(
+        input_ids, attention_mask, top_k, timestamps=timestamps, request_timestamps=request_timestamps
+    ).token_ids
     is_special = attention_mask & (input_ids < model.config.num_special_tokens)
     if is_special.any():
         raise ValueError(
@@ -74,16 +87,18 @@ def explain(
     num_heads = model.config.num_attention_heads
     shares = []
     with evaluating(model), torch.enable_grad():
-        embeddings = base.embed(input_ids).detach().requires_grad_()
+        times = read_times(base, timestamps, request_timestamps, attention_mask, last_position_only=True)
+        events = base.to_events(attention_mask, None, *times[:1])
+        embeddings = base.embed(input_ids, *events).detach().requires_grad_()
         stream = base.to_stream(embeddings, attention_mask)[0]
-        sigmoids, log_forget = base.experts(stream)
+        sigmoids, log_forget = base.experts(stream, *events[1:])
         interests = base.project(pool_history(stream, sigmoids, log_forget, attention_mask))
-        hidden_states, last = base.scale(embeddings[:, -1:]), stream[:, -1:]
+        hidden_states, last, bias = base.to_readers(base.scale(embeddings[:, -1:]), stream[:, -1:], *times)
         for layer, (key, value) in zip(base.layers, interests, strict=True):
             query, _ = layer.attention.query_and_gate(hidden_states, last)
             logits = query.to(key.dtype) @ key.mT / math.sqrt(key.shape[-1])  # (B, H, 1, E)
-            shares.append(logits.softmax(dim=-1))
-            hidden_states = layer(hidden_states, last, attention_mask[:, -1:], dispatch, key, value)
+            shares.append(sum(bias, logits).softmax(dim=-1))
+            hidden_states = layer(hidden_states, last, attention_mask[:, -1:], dispatch, key, value, *bias)
         scores = model.lm_head(base.norm(hidden_states)[:, 0]).gather(1, token_ids)
         scores = scores.sum(dim=0)  # (top_k,): rows do not depend on each other
         gradients = [torch.autograd.grad(score, embeddings, retain_graph=True)[0] for score in scores]
@@ -93,7 +108,8 @@ def explain(
         weights = final_weights(sigmoids, log_forget) * attention_mask[:, None]  # (B, M, L)
         weights = (weights / weights.sum(dim=-1, keepdim=True)).unflatten(1, (num_heads, -1))  # (B, H, E, L)
         return ElasticExplanation(
-            half_lives=(-math.log(2) / log_forget).view(num_heads, -1),
+            half_lives=base.experts.half_lives,
+            half_lives_seconds=base.experts.half_lives_seconds,
             assignments=assignments.transpose(1, 2) * attention_mask[:, None, :, None],
             item_weights=torch.stack([(share @ weights)[..., 0, :] for share in shares], dim=1),
             token_ids=token_ids,

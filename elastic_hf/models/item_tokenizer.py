@@ -27,6 +27,8 @@ NUM_SPECIAL_TOKENS = len(SPECIAL_TOKENS)
 ITEMS_FILE = "items.parquet"
 # Every batch hashes the catalogue once: batches are large so that this is little beside the histories.
 HISTORIES_PER_BATCH = 10_000
+# Columns of histories that stay as they are.
+UNCHANGED = ("timestamps", "target_timestamp")
 
 
 class ElasticItemTokenizer(TokenizersBackend):
@@ -174,7 +176,8 @@ class ElasticItemTokenizer(TokenizersBackend):
 
         Returns:
             `datasets.DatasetDict`: The same splits with `user_id` (where there is one), `input_ids` (`List(int32)`,
-            the whole history, untruncated) and `target` (int32 token id, in evaluation splits).
+            the whole history, untruncated) and `target` (int32 token id, in evaluation splits), and `timestamps` and
+            `target_timestamp` as they are.
 
         Raises:
             ValueError: If a split is empty or has no `item_ids`, and as [`encode_histories`].
@@ -191,6 +194,9 @@ class ElasticItemTokenizer(TokenizersBackend):
                 types = {"user_id": split.features.arrow_schema.field("user_id").type, **types}
             if "target" in split.column_names:
                 types["target"] = pa.int32()
+            for column in UNCHANGED:
+                if column in split.column_names:
+                    types[column] = split.features.arrow_schema.field(column).type
             tokenized[name] = (
                 split.with_format("arrow")
                 .map(
@@ -345,4 +351,5 @@ def _tokenize_batch(table: pa.Table, item_ids: pa.ChunkedArray) -> pa.Table:
         columns = {"user_id": table["user_id"], **columns}
     if "target" in table.column_names:
         columns["target"] = _encode(table["target"].combine_chunks(), item_ids)
+    columns |= {column: table[column] for column in UNCHANGED if column in table.column_names}
     return pa.table(columns)

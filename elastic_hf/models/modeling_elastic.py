@@ -8,6 +8,9 @@
                                      h = h + FeedForward(norm(h))
     user embedding = norm(h_t)
 
+With `use_timestamps`, e_j also holds the pause before the event and its time of day, week and year; an expert forgets
+in the pauses, too; and h_t, the first query and the logits of all experts hold the same of the request.
+
 Serving compresses a history once and runs the layers at its last position alone: depth, the feed-forward block and
 the memory cost nothing per item of the history.
 
@@ -33,14 +36,18 @@ from .cache_elastic import ElasticCache, digest_weights
 from .causal_convolution import causal_convolution, prepend
 from .configuration_elastic import ElasticConfig
 from .dispatcher_attention import (
+    CHUNK_SIZE,
+    CHUNK_SIZE_WITH_PAUSES,
     compressed_interests,
     dispatch,
     expert_scores,
+    forgetting,
     pool_history,
     prepare_chunks,
     read_chunks,
     to_exponent,
 )
+from .event_time import pauses_before, read_times
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
 from .limits import MAX_POSITIONS, MIN_ITEMS, limit
@@ -51,6 +58,7 @@ from .modeling_recommender import (
     validate_histories,
     validate_outputs,
 )
+from .time_elastic import ElasticTime
 
 
 @dataclass
@@ -100,16 +108,27 @@ class ElasticInterestExperts(nn.Module):
         sizes = (config.num_attention_heads, config.num_interest_experts)
         self.experts = nn.Parameter(torch.empty(*sizes, config.hidden_size))  # (H, E, D)
         self.log_half_life = nn.Parameter(torch.empty(sizes))  # (H, E)
+        self.log_half_life_seconds = nn.Parameter(torch.empty(sizes)) if config.use_timestamps else None
 
     @property
     def half_lives(self) -> Tensor:
         """After how many items each expert has forgotten half of what it held: (H, E), at least 1."""
         return 1 + _float32(self.log_half_life).exp()
 
-    def forward(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def half_lives_seconds(self) -> Tensor | None:
+        """After how many seconds without an item each expert has forgotten half of what it held: (H, E)."""
+        return None if self.log_half_life_seconds is None else _float32(self.log_half_life_seconds).exp()
+
+    def forward(self, stream: Tensor, pauses: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the sigmoids of the items' scores, as [`expert_scores`] does, and logs of what the experts keep of
-        their states at each new item: (B, L, D) -> (B, L, M) and (M,)."""
+        their states at each new item: (B, L, D) and, with timestamps, the seconds since the item before, (B, L), to
+        (B, L, M) and (M,) or, with timestamps, (B, L, M)."""
         log_forget = -math.log(2) / self.half_lives.to(stream.dtype).flatten()
+        if pauses is not None:
+            log_forget = forgetting(
+                log_forget, pauses.to(stream.dtype), self.half_lives_seconds.to(stream.dtype).flatten()
+            )
         return expert_scores(stream, self.experts.to(stream.dtype).flatten(0, 1)), log_forget
 
 
@@ -132,7 +151,8 @@ class ElasticAttention(GradientCheckpointingLayer):
         return self.query(reader).unflatten(-1, (self.num_heads, -1)).transpose(1, 2), self.gate(reader)
 
     def forward(self, hidden_states: Tensor, stream: Tensor, read: Callable, *interests: Tensor) -> Tensor:
-        """(B, L, D) twice -> (B, L, D); `read` is [`read_chunks`] or [`dispatch`], which reads the `interests`."""
+        """(B, L, D) twice -> (B, L, D); `read` is [`read_chunks`] or [`dispatch`], which reads the `interests`, with
+        what requests add to their logits, if anything, as the last of them."""
         query, gate = self.query_and_gate(hidden_states, stream)
         with torch.autocast(query.device.type, enabled=False):
             interest = read(_float32(query), *interests)
@@ -215,6 +235,9 @@ class ElasticPreTrainedModel(PreTrainedModel):
             # Half-lives from 2 to 1,025 items, evenly spaced in the logarithm.
             steps = torch.linspace(0, 1, self.config.num_interest_experts).expand_as(module.log_half_life)
             init.copy_(module.log_half_life, steps * math.log(1024))
+            if module.log_half_life_seconds is not None:
+                # From a minute to a year.
+                init.copy_(module.log_half_life_seconds, math.log(60) + steps * math.log(365 * 1440))
         elif isinstance(module, ElasticInterestMemory):
             module.init_weights(std)
 
@@ -228,6 +251,7 @@ class ElasticModel(ElasticPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.stream = ElasticStream(config)
         self.experts = ElasticInterestExperts(config)
+        self.time = ElasticTime(config) if config.use_timestamps else None
         # Of each head, for all layers: the projections of what its experts hold, or of the items.
         head_size = config.hidden_size // config.num_attention_heads
         self.key_value = nn.ModuleList(
@@ -247,6 +271,8 @@ class ElasticModel(ElasticPreTrainedModel):
         last_position_only: bool = False,
         cache: ElasticCache | None = None,
         use_cache: bool = False,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
         **kwargs,
     ) -> ElasticModelOutput:
         r"""
@@ -262,6 +288,11 @@ class ElasticModel(ElasticPreTrainedModel):
                 What was read before. Needs `last_position_only=True`, as does `use_cache`.
             use_cache (`bool`, defaults to `False`):
                 Return the `cache` after these items.
+            timestamps (`torch.LongTensor` or `torch.DoubleTensor`, `(batch_size, history_length)`, *optional*):
+                With `use_timestamps`: when the items came, in Unix seconds.
+            request_timestamps (`torch.Tensor` of the same type, *optional*):
+                When what comes next is asked for, after each position or, with `last_position_only`, of shape
+                `(batch_size,)`; -1, as without it, is a time that is not known.
         """
         attention_mask = validate_histories(input_ids, attention_mask, self.config)
         validate_outputs(self, kwargs)
@@ -269,26 +300,39 @@ class ElasticModel(ElasticPreTrainedModel):
             raise ValueError("cache and use_cache need last_position_only=True, found last_position_only=False")
         if cache is not None:
             cache.check(self, len(input_ids))
+        last_timestamps = None if cache is None else cache.last_timestamps
+        times = read_times(self, timestamps, request_timestamps, attention_mask, last_position_only, last_timestamps)
+        events = self.to_events(attention_mask, last_timestamps, *times[:1])
         if last_position_only:
-            hidden_states, stream, *states = self.compress(input_ids, attention_mask, cache)
+            hidden_states, stream, *states = self.compress(input_ids, attention_mask, cache, events)
             read, interests = dispatch, self.project(states[0])
         else:
-            embeddings = self.embed(input_ids)
+            embeddings = self.embed(input_ids, *events)
             stream, _ = self.to_stream(embeddings, attention_mask)
             hidden_states = self.scale(embeddings)
-            read, interests = read_chunks, self.chunk(stream, attention_mask)
+            read, interests = read_chunks, self.chunk(stream, attention_mask, *events[1:])
+        hidden_states, stream, bias = self.to_readers(hidden_states, stream, *times)
         readers = attention_mask[:, -hidden_states.shape[1] :]
         for layer, of_layer in zip(self.layers, interests, strict=True):
-            hidden_states = layer(hidden_states, stream, readers, read, *of_layer)
+            hidden_states = layer(hidden_states, stream, readers, read, *of_layer, *bias)
         if use_cache:
-            num_items = attention_mask.sum(dim=1) + (0 if cache is None else cache.num_items)
-            digest = self.digest() if cache is None else cache.model_digest
-            cache = ElasticCache(*states, num_items, digest)
+            cache = self.to_cache(cache, *states, attention_mask, *times[:1])
         return ElasticModelOutput(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Return the item embeddings: (B, L) -> (B, L, D)."""
-        return self.dropout(self.embed_tokens(input_ids))
+    def to_events(
+        self, attention_mask: Tensor, last_timestamps: Tensor | None = None, timestamps: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return when the items came and how many seconds after the ones before, (B, L) both; nothing without them."""
+        if timestamps is None:
+            return ()
+        return timestamps, pauses_before(timestamps, attention_mask, last_timestamps)
+
+    def embed(self, input_ids: Tensor, timestamps: Tensor | None = None, pauses: Tensor | None = None) -> Tensor:
+        """Return the embeddings of the items and of their times: (B, L) each -> (B, L, D)."""
+        embeddings = self.embed_tokens(input_ids)
+        if pauses is not None:
+            embeddings = embeddings + self.time.of_events(timestamps, pauses)
+        return self.dropout(embeddings)
 
     def scale(self, embeddings: Tensor) -> Tensor:
         """Return what the reader starts from: (B, L, D) -> (B, L, D)."""
@@ -302,18 +346,57 @@ class ElasticModel(ElasticPreTrainedModel):
         stream, conv_state = self.stream(embeddings, attention_mask, conv_state)
         return _float32(stream), _float32(conv_state)
 
+    def to_readers(
+        self,
+        hidden_states: Tensor,
+        stream: Tensor,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Add the times of the requests, (B, Q), to what the reader starts from and to the stream that its first query
+        reads, (B, Q, D) twice; and return what they add to the logits of the experts, (B, H, Q, E), if there are any.
+        """
+        if timestamps is None:
+            return hidden_states, stream, ()
+        request, bias = self.time.of_requests(request_timestamps, timestamps[:, -hidden_states.shape[1] :])
+        request = self.scale(request)
+        return hidden_states + request, stream + request, (_float32(bias),)
+
+    def to_cache(
+        self,
+        cache: ElasticCache | None,
+        state: Tensor,
+        conv_state: Tensor,
+        attention_mask: Tensor,
+        timestamps: Tensor | None = None,
+    ) -> ElasticCache:
+        """Return the cache after histories, or after the items that follow a `cache`."""
+        num_items = attention_mask.sum(dim=1) + (0 if cache is None else cache.num_items)
+        digest = self.digest() if cache is None else cache.model_digest
+        if timestamps is not None:
+            timestamps = timestamps[:, -1].double()
+            if cache is not None and cache.last_timestamps is not None:
+                timestamps = torch.where(attention_mask[:, -1], timestamps, cache.last_timestamps)
+        return ElasticCache(state, conv_state, num_items, digest, timestamps)
+
     def compress(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: ElasticCache | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        cache: ElasticCache | None = None,
+        events: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read histories, or the items after a `cache`: what the reader starts from, and the stream, at the last
-        position, (B, 1, D), the recurrent state, (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
+        """Read histories, or the items after a `cache`, with what [`to_events`] says of their times.
+
+        Returns what the reader starts from, and the stream, at the last position, (B, 1, D), the recurrent state,
+        (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
 
         Where no gradient is needed, a large batch is read a few rows at a time and long histories in pieces.
         """
         num_positions = limit(MAX_POSITIONS, input_ids.device)
         batch_size, length = input_ids.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or input_ids.numel() <= num_positions:
-            return self._compress(input_ids, attention_mask, cache)
+            return self._compress(input_ids, attention_mask, cache, events)
         num_rows = max(1, num_positions // min(length, MIN_ITEMS))
         rows = torch.arange(batch_size, device=input_ids.device).split(num_rows)
         read = [
@@ -321,6 +404,7 @@ class ElasticModel(ElasticPreTrainedModel):
                 input_ids[some],
                 attention_mask[some],
                 None if cache is None else cache.select(some),
+                tuple(x[some] for x in events),
                 max(MIN_ITEMS, num_positions // len(some)),
             )
             for some in rows
@@ -328,22 +412,27 @@ class ElasticModel(ElasticPreTrainedModel):
         return tuple(map(torch.cat, zip(*read, strict=True)))
 
     def _compress(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: ElasticCache | None, num_items: int | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        cache: ElasticCache | None,
+        events: tuple[Tensor, ...],
+        num_items: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[`compress`] as a whole, or in pieces of `num_items`."""
         state = conv_state = None
         if cache is not None:
             state, conv_state = cache.recurrent_state, cache.conv_state
-        pieces = [(input_ids, attention_mask)]
+        pieces = [(input_ids, attention_mask, *events)]
         if num_items is not None:
-            pieces = zip(input_ids.split(num_items, dim=1), attention_mask.split(num_items, dim=1), strict=True)
-        for ids, mask in pieces:
-            embeddings = self.embed(ids)
+            pieces = zip(*(x.split(num_items, dim=1) for x in pieces[0]), strict=True)
+        for ids, mask, *of_piece in pieces:
+            embeddings = self.embed(ids, *of_piece)
             stream, conv_state = self.to_stream(embeddings, mask, conv_state)
             last = self.scale(embeddings[:, -1:]), stream[:, -1:]
             del embeddings  # the largest tensors are gone before the next ones come
             with torch.autocast(stream.device.type, enabled=False):
-                state = pool_history(stream, *self.experts(stream), mask, state)
+                state = pool_history(stream, *self.experts(stream, *of_piece[1:]), mask, state)
         return *last, state, conv_state
 
     def project(self, state: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -352,14 +441,19 @@ class ElasticModel(ElasticPreTrainedModel):
         projected = [project(interest) for project, interest in zip(self.key_value, interests, strict=True)]
         return self._of_layers(_float32(torch.stack(projected, dim=1)))
 
-    def chunk(self, stream: Tensor, attention_mask: Tensor) -> list[tuple[Tensor, ...]]:
-        """Return what [`read_chunks`] reads of histories, for each layer: (B, L, D) and (B, L)."""
+    def chunk(self, stream: Tensor, attention_mask: Tensor, pauses: Tensor | None = None) -> list[tuple[Tensor, ...]]:
+        """Return what [`read_chunks`] reads of histories, for each layer: (B, L, D) and (B, L) once or twice."""
+        num_heads = len(self.key_value)
         items = torch.stack([project(stream.to(self.dtype)) for project in self.key_value], dim=1)
         with torch.autocast(stream.device.type, enabled=False):
-            sigmoids, log_forget = self.experts(stream)
+            sigmoids, log_forget = self.experts(stream, pauses)
             scores = to_exponent(sigmoids, torch.where(attention_mask, 0.0, -math.inf).to(stream.dtype)[..., None])
-            scores = scores.unflatten(-1, (len(self.key_value), -1)).transpose(1, 2)  # (B, H, L, E)
-            chunks = prepare_chunks(_float32(items), scores, log_forget.view(len(self.key_value), 1, -1))
+            scores = scores.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, L, E)
+            log_forget = log_forget.unflatten(-1, (num_heads, -1))
+            if pauses is None:
+                chunks = prepare_chunks(_float32(items), scores, log_forget[:, None], CHUNK_SIZE)
+            else:
+                chunks = prepare_chunks(_float32(items), scores, log_forget.transpose(1, 2), CHUNK_SIZE_WITH_PAUSES)
         layers = zip(self._of_layers(chunks.items), self._of_layers(chunks.past), strict=True)
         return [(*item, chunks.weights, chunks.total, *past) for item, past in layers]
 
@@ -370,8 +464,10 @@ class ElasticModel(ElasticPreTrainedModel):
 
     @torch._dynamo.assume_constant_result
     def digest(self) -> str:
-        """Return a digest of the weights behind a state: those of the embeddings, the stream and the experts."""
-        return digest_weights(self, (self.embed_tokens, self.stream, self.experts))
+        """Return a digest of the weights behind a state: those of the embeddings, the stream and the experts, and of
+        the times of events."""
+        of_events = () if self.time is None else (self.time.pause, self.time.phases)
+        return digest_weights(self, (self.embed_tokens, self.stream, self.experts, *of_events))
 
 
 class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreTrainedModel):
@@ -403,17 +499,31 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def explain(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 10) -> ElasticExplanation:
+    def explain(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        top_k: int = 10,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
+    ) -> ElasticExplanation:
         """Explain recommendations, see [`~explanation_elastic.explain`]."""
-        return explain(self, input_ids, attention_mask, top_k)
+        return explain(self, input_ids, attention_mask, top_k, timestamps, request_timestamps)
 
     @torch.no_grad()
-    def get_retrieved_slots(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def get_retrieved_slots(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
+    ) -> Tensor:
         """Return the slots of the interest memory that answer for each history.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `forward`.
             attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `forward`.
+            timestamps, request_timestamps (`torch.Tensor`, *optional*): as in `forward`.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, num_memory_heads, memory_top_k)`: best first, from 0 to
@@ -426,13 +536,18 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         if last.retrieval is None:
             raise ValueError("num_memory_subkeys must be at least 1 for a model that retrieves slots, found 0")
         mask = validate_histories(input_ids, attention_mask, self.config)
-        input_ids, mask = leave_out_special_tokens(input_ids, mask, self.config.num_special_tokens)
+        input_ids, mask, timestamps = leave_out_special_tokens(
+            input_ids, mask, self.config.num_special_tokens, timestamps
+        )
         with evaluating(self):
-            hidden_states, stream, state, _ = self.model.compress(input_ids, mask)
+            times = read_times(self.model, timestamps, request_timestamps, mask, last_position_only=True)
+            events = self.model.to_events(mask, None, *times[:1])
+            hidden_states, stream, state, _ = self.model.compress(input_ids, mask, None, events)
             *interests, of_last = self.model.project(state)
+            hidden_states, stream, bias = self.model.to_readers(hidden_states, stream, *times)
             for layer, of_layer in zip(layers, interests, strict=True):
-                hidden_states = layer(hidden_states, stream, mask[:, -1:], dispatch, *of_layer)
-            hidden_states = last.attention(hidden_states, stream, dispatch, *of_last)
+                hidden_states = layer(hidden_states, stream, mask[:, -1:], dispatch, *of_layer, *bias)
+            hidden_states = last.attention(hidden_states, stream, dispatch, *of_last, *bias)
             return last.retrieval.retrieve(hidden_states[:, 0])
 
 

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .catalogue import CatalogueAnswer, CatalogueQuery, item_embeddings, search_catalogue, validate_query
 from .configuration_recommender import RecommenderConfig
+from .event_time import given_times
 from .losses import SeenItems, bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
 
@@ -168,24 +169,29 @@ def validate_outputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def leave_out_special_tokens(
-    input_ids: Tensor, attention_mask: Tensor, num_special_tokens: int
-) -> tuple[Tensor, Tensor]:
+    input_ids: Tensor, attention_mask: Tensor, num_special_tokens: int, timestamps: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Leave out what is no item of a history, such as unknown items: nothing was learned of them.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`).
         attention_mask (`torch.BoolTensor` of shape `(batch_size, history_length)`): `True` for all but padding.
         num_special_tokens (`int`): the first token ids.
+        timestamps (`torch.Tensor` of shape `(batch_size, history_length)`, *optional*): of the items.
 
     Returns:
-        The histories of items alone, in their order, padded on the left, and their mask, both of the same shape.
+        The histories of items alone, in their order, padded on the left, their mask and their timestamps, all of the
+        same shape.
     """
     is_item = attention_mask & (input_ids >= num_special_tokens)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_meta or is_item.equal(attention_mask):
-        return input_ids, attention_mask
+        return input_ids, attention_mask, timestamps
     logger.warning_once("input_ids hold special tokens, such as unknown items, among the items: they are left out")
     order = is_item.int().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), is_item.gather(1, order)
+    if timestamps is not None:
+        validate_shape("timestamps", timestamps, input_ids)
+        timestamps = timestamps.gather(1, order)
+    return input_ids.gather(1, order), is_item.gather(1, order), timestamps
 
 
 def as_token_ids(name: str, token_ids: Any, device: torch.device) -> Tensor:
@@ -303,6 +309,8 @@ class SequentialRecommenderMixin:
         cache: Any = None,
         use_cache: bool = False,
         query: CatalogueQuery | None = None,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
         **kwargs,
     ) -> SequentialRecommendationOutput:
         r"""
@@ -325,6 +333,11 @@ class SequentialRecommenderMixin:
                 Return the `cache` that holds these items, too.
             query ([`CatalogueQuery`], *optional*):
                 Return its answer (`token_ids`, `scores` and `ranks`) instead of the `logits` of all tokens.
+            timestamps (`torch.LongTensor` or `torch.DoubleTensor`, `(batch_size, history_length)`, *optional*):
+                When the items came, in Unix seconds, for a model with `use_timestamps`, and for no other.
+            request_timestamps (`torch.LongTensor` or `torch.DoubleTensor`, *optional*):
+                When the next item comes or is asked for: of shape `(batch_size, history_length)` with `labels`, and
+                else `(batch_size,)`. -1, as without it, is a time that is not known.
         """
         config = self.config
         if (cache is not None or use_cache) and not self.supports_cache:
@@ -332,6 +345,8 @@ class SequentialRecommenderMixin:
         if labels is not None and (cache is not None or use_cache or query is not None):
             raise ValueError("labels must not be given with cache, use_cache or query: training reads whole histories")
         mask = validate_histories(input_ids, attention_mask, config)
+        if config.use_timestamps or timestamps is not None or request_timestamps is not None:
+            kwargs |= {"timestamps": timestamps, "request_timestamps": request_timestamps}
         if labels is not None:
             validate_shape("labels", labels, input_ids)
             outputs = self.model(input_ids, mask, return_dict=True, **kwargs)
@@ -345,7 +360,9 @@ class SequentialRecommenderMixin:
         if query is not None:
             validate_query(query, len(input_ids), config)
         given = mask
-        input_ids, mask = leave_out_special_tokens(input_ids, mask, config.num_special_tokens)
+        input_ids, mask, timestamps = leave_out_special_tokens(input_ids, mask, config.num_special_tokens, timestamps)
+        if timestamps is not None:
+            kwargs["timestamps"] = timestamps
         if cache is not None and mask is not given and (given[:, -1] & ~mask[:, -1]).any():
             row = int((given[:, -1] & ~mask[:, -1]).nonzero()[0])
             raise ValueError(
@@ -434,12 +451,19 @@ class SequentialRecommenderMixin:
         return gbce_loss(*arguments, config.gbce_calibration, is_seen)
 
     @torch.no_grad()
-    def get_user_embeddings(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def get_user_embeddings(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
+    ) -> Tensor:
         """Return what the histories say about the next item, without scoring the catalogue, in evaluation mode.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `forward`.
             attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `forward`.
+            timestamps, request_timestamps (`torch.Tensor`, *optional*): as in `forward`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
@@ -448,7 +472,14 @@ class SequentialRecommenderMixin:
             ValueError: as [`validate_histories`].
         """
         with evaluating(self):
-            return self(input_ids, attention_mask, query=CatalogueQuery(), return_dict=True).user_embeddings
+            return self(
+                input_ids,
+                attention_mask,
+                query=CatalogueQuery(),
+                timestamps=timestamps,
+                request_timestamps=request_timestamps,
+                return_dict=True,
+            ).user_embeddings
 
     @torch.no_grad()
     def recommend(
@@ -460,6 +491,8 @@ class SequentialRecommenderMixin:
         candidate_ids: Tensor | None = None,
         index=None,
         seen_ids: Tensor | None = None,
+        timestamps: Tensor | None = None,
+        request_timestamps: Tensor | None = None,
     ) -> Recommendations:
         """Recommend the items most likely to come next, in evaluation mode.
 
@@ -481,6 +514,10 @@ class SequentialRecommenderMixin:
             seen_ids (`torch.LongTensor` of shape `(batch_size, num_seen)`, *optional*):
                 The whole histories, where the model reads a part of them; padding may fill them up. Defaults to
                 `input_ids`.
+            timestamps (`torch.LongTensor` or `torch.DoubleTensor`, `(batch_size, history_length)`, *optional*):
+                When the items came, in Unix seconds, for a model with `use_timestamps`, and for no other.
+            request_timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
+                For which moment to recommend; -1 is no particular one. Defaults to now.
 
         Returns:
             [`Recommendations`]: `token_ids` and `scores`, each of shape `(batch_size, top_k)`, best first. Scores are
@@ -515,6 +552,8 @@ class SequentialRecommenderMixin:
             candidate_ids = as_token_ids("candidate_ids", candidate_ids, device)
         if exclude_seen is None:
             exclude_seen = config.exclude_seen
+        timestamps, request_timestamps = given_times(self, timestamps, request_timestamps, len(input_ids), device)
+        times = {"timestamps": timestamps, "request_timestamps": request_timestamps}
         query = CatalogueQuery(top_k, seen_ids, candidate_ids, exclude_seen=exclude_seen)
         validate_query(query, len(input_ids), config)
         num_candidates = config.vocab_size - config.num_special_tokens
@@ -525,12 +564,12 @@ class SequentialRecommenderMixin:
 
         if index is None:
             with evaluating(self):
-                output = self(input_ids, mask, query=query, return_dict=True)
+                output = self(input_ids, mask, query=query, **times, return_dict=True)
             token_ids, scores = output.token_ids, output.scores
         else:
             index.validate_model(self)
             left_out = seen_ids if exclude_seen else None
-            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask), top_k, left_out)
+            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask, **times), top_k, left_out)
         if bool(scores.isnan().any()):
             raise ValueError("the model's scores contain NaN: its weights or its input are broken")
         if bool((token_ids < 0).any()):

@@ -1,11 +1,14 @@
 """`pipeline("sequential-recommendation")`: item ids or titles in, the items most likely to come next out."""
 
 import logging
+import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
 from functools import cached_property
-from numbers import Integral
+from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -25,7 +28,9 @@ class SequentialRecommendationPipeline(Pipeline):
     """
     Recommend from histories, with any model of this package.
 
-    A history is a list of item ids (integers or strings) or titles, oldest first, bare or as `{"history": [...]}`. The
+    A history is a list of item ids (integers or strings) or titles, oldest first, bare or as `{"history": [...]}`. For
+    a model with `use_timestamps` it is `{"history": [...], "timestamps": [...], "now": ...}`: when each item came, in
+    Unix seconds, and for which moment to recommend, by default the present one. The
     pipeline takes one history, a list of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch
     dataset of histories it returns an iterator, as every pipeline does. A flat list is one history, an empty list an
     empty one. A title stands for its item where no item id equals it.
@@ -134,14 +139,20 @@ class SequentialRecommendationPipeline(Pipeline):
         """The number of a history (`None` for a single one) and the history -> its token ids, (1, L)."""
         number, history = numbered_history
         name = "the history" if number is None else f"history {number}"
+        uses_timestamps, times = self.model.config.use_timestamps, {}
         if isinstance(history, dict):
-            if history.keys() != {"history"}:
+            keys = ["history", *(["timestamps", "now"] if uses_timestamps else [])]
+            if "history" not in history or not {*history} <= {*keys}:
                 raise ValueError(
-                    f"{name} must be a list, or a dictionary with the key 'history' alone, found the keys "
-                    f"{list(history)} (of a dataset, give one column: dataset['item_ids'])"
+                    f"{name} must be a list, or a dictionary with {' and '.join(map(repr, keys))} alone, found the "
+                    f"keys {list(history)} (of a dataset, give one column: dataset['item_ids'])"
                 )
-            history = history["history"]
-        token_ids = self._token_ids(history, name, unknown)
+            history, times = history["history"], history
+        tokens = self._token_ids(history, name, unknown)
+        token_ids = [token_id for token_id in tokens if token_id is not None]
+        inputs = {"input_ids": torch.tensor([token_ids or [self.tokenizer.pad_token_id]])}
+        if uses_timestamps:
+            inputs |= self._times(tokens, times, name)
         if not token_ids and fallback == "error":
             raise ValueError(
                 f"{name} must have at least one item that the model knows, found none (fallback='popularity' "
@@ -158,7 +169,7 @@ class SequentialRecommendationPipeline(Pipeline):
                 f"{name}: top_k must be at most the {num_left} items left to recommend "
                 f"(exclude_seen={exclude_seen}), found {top_k}"
             )
-        return {"input_ids": torch.tensor([token_ids or [self.tokenizer.pad_token_id]])}
+        return inputs
 
     def _forward(
         self,
@@ -174,12 +185,17 @@ class SequentialRecommendationPipeline(Pipeline):
         has_items = (input_ids[:, -1] != self.tokenizer.pad_token_id).cpu()  # (B,)
         if has_items.any():
             whole = input_ids[has_items]
+            times = {}
+            if "timestamps" in model_inputs:
+                times["timestamps"] = model_inputs["timestamps"][has_items, -self.tokenizer.model_max_length :]
+                times["request_timestamps"] = model_inputs["now"][has_items]
             recommended = self.model.recommend(
                 whole[:, -self.tokenizer.model_max_length :],
                 top_k=top_k,
                 exclude_seen=exclude_seen,
                 candidate_ids=candidates,
                 seen_ids=whole,
+                **times,
             )
             token_ids[has_items], scores[has_items] = recommended.token_ids.cpu(), recommended.scores.cpu().double()
         if not has_items.all():
@@ -211,8 +227,36 @@ class SequentialRecommendationPipeline(Pipeline):
                 token_ids.setdefault(title, []).append(token_id)
         return token_ids
 
-    def _token_ids(self, items: Any, name: str, unknown: str) -> list[int]:
-        """Token ids of item ids and titles; `name` is what the errors and the warning call the list."""
+    def _times(self, tokens: list[int | None], given: dict, name: str) -> dict[str, Tensor]:
+        """When the items of a history that are known came, (1, L), and for which moment to recommend, (1,)."""
+        timestamps = given.get("timestamps")
+        if hasattr(timestamps, "tolist"):
+            timestamps = timestamps.tolist()
+        if not isinstance(timestamps, list | tuple) or len(timestamps) != len(tokens):
+            found = f"{len(timestamps)}" if isinstance(timestamps, list | tuple) else repr(timestamps)
+            raise ValueError(
+                f"{name} must have as many timestamps as items, {len(tokens)}, for a model with use_timestamps=True, "
+                f"found {found}"
+            )
+        now = time.time() if given.get("now") is None else given["now"]
+        for field, seconds in (("now", now), *(("timestamps", value) for value in timestamps)):
+            if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 <= seconds < math.inf:
+                raise ValueError(f"{name}: {field} must be finite Unix seconds of at least 0, found {seconds!r}")
+        for earlier, later in pairwise([*timestamps, now]):
+            if later < earlier:
+                raise ValueError(
+                    f"{name} must have timestamps from the oldest to the latest, and now after them, found {later} "
+                    f"after {earlier}"
+                )
+        known = [seconds for seconds, token_id in zip(timestamps, tokens, strict=True) if token_id is not None]
+        return {
+            "timestamps": torch.tensor([known or [0.0]], dtype=torch.double),
+            "now": torch.tensor([now], dtype=torch.double),
+        }
+
+    def _token_ids(self, items: Any, name: str, unknown: str) -> list[int | None]:
+        """Token ids of item ids and titles, None where there is none; `name` is what the errors and the warning call
+        the list."""
         if hasattr(items, "tolist"):
             items = items.tolist()
         if not isinstance(items, list | tuple):
@@ -220,7 +264,7 @@ class SequentialRecommendationPipeline(Pipeline):
         for item in items:
             if isinstance(item, bool) or not isinstance(item, str | Integral):
                 raise ValueError(f"{name} must hold item ids (integers or strings) or titles, found {item!r}")
-        known, unknown_items = [], {}
+        tokens, unknown_items = [], {}
         for item, token_id in zip(items, self.tokenizer.convert_tokens_to_ids(list(items)), strict=True):
             token_ids = [token_id] if token_id >= NUM_SPECIAL_TOKENS else self._title_token_ids.get(item, [])
             if len(token_ids) > 1:
@@ -229,7 +273,7 @@ class SequentialRecommendationPipeline(Pipeline):
                 )
             if not token_ids:
                 unknown_items[item] = None
-            known += token_ids
+            tokens += token_ids or [None]
         if unknown_items and unknown == "error":
             raise ValueError(
                 f"{name} must hold items that the model knows, found {_listed(unknown_items)} "
@@ -237,13 +281,14 @@ class SequentialRecommendationPipeline(Pipeline):
             )
         if unknown_items:
             logger.warning(f"{name}: left out what the model does not know: {_listed(unknown_items)}")
-        return known
+        return tokens
 
     def _candidate_ids(self, candidates: Any, unknown: str) -> dict[int, None] | None:
         """The token ids of the candidates, in their order."""
         if candidates is None:
             return None
-        token_ids = self._token_ids(candidates, "candidates", unknown)
+        tokens = self._token_ids(candidates, "candidates", unknown)
+        token_ids = [token_id for token_id in tokens if token_id is not None]
         if not token_ids:
             raise ValueError("candidates must hold at least one item that the model knows, found none")
         repeated = [token_id for token_id, count in Counter(token_ids).items() if count > 1]

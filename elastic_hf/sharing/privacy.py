@@ -9,7 +9,8 @@ from typing import Any
 # number stays at home, such as the sample: a user's id, history and next item.
 PUBLIC_KEYS = frozenset(
     [
-        *("model_type", "variant", "config", "training", "log_history", "expert_half_lives", "example"),
+        *("model_type", "variant", "config", "training", "log_history", "example"),
+        *("expert_half_lives", "expert_half_lives_seconds"),
         *("dataset", "hub_dataset", "protocol", "command", "git_commit", "hardware"),
         *("python_version", "torch_version", "transformers_version", "elastic_hf_version"),
         *("benchmark", "device", "dtype", "versions", "rows"),

@@ -53,7 +53,7 @@ def load_pipeline(folder: str | Path) -> SequentialRecommendationPipeline:
     with _refusing(folder / "model.safetensors", "a model that recommends"):
         pipeline = SequentialRecommendationPipeline(model, tokenizer, device="cpu")
         history = tokenizer.items["item_id"][:TRIAL_ITEMS].to_pylist()
-        (best,) = pipeline(history, top_k=1, exclude_seen=False)
+        (best,) = pipeline(with_times(pipeline, history), top_k=1, exclude_seen=False)
     if not math.isfinite(best["score"]):
         raise ValueError(f"{folder / 'model.safetensors'} must give finite scores, found {best['score']}")
     return pipeline
@@ -65,8 +65,8 @@ def recommend_example(pipeline: SequentialRecommendationPipeline) -> dict[str, l
     counted. No user is shown.
 
     Returns:
-        `dict` with `history`, titles where they stand for one item alone and item ids elsewhere, and `recommended`, as
-        the pipeline returns it; None for a catalogue of one item.
+        `dict` with `history`, as the pipeline takes it, titles where they stand for one item alone and item ids
+        elsewhere, and `recommended`, as the pipeline returns it; None for a catalogue of one item.
     """
     items = pipeline.tokenizer.items
     num_items = min(EXAMPLE_ITEMS, len(items) - 1)
@@ -78,7 +78,16 @@ def recommend_example(pipeline: SequentialRecommendationPipeline) -> dict[str, l
         items = items.sort_by([("count", "descending")])
     rows = items[:num_items].to_pylist()
     history = [row["title"] if row["title"] and names[row["title"]] == 1 else row["item_id"] for row in rows]
+    history = with_times(pipeline, history)
     return {"history": history, "recommended": pipeline(history, top_k=min(EXAMPLE_ITEMS, len(items) - num_items))}
+
+
+def with_times(pipeline: SequentialRecommendationPipeline, history: list) -> list | dict:
+    """Return a history as the pipeline takes it: with timestamps, an hour apart, for a model that reads them."""
+    if not pipeline.model.config.use_timestamps:
+        return history
+    *timestamps, now = range(0, 3600 * (len(history) + 1), 3600)
+    return {"history": history, "timestamps": timestamps, "now": now}
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:

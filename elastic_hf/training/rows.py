@@ -38,6 +38,26 @@ def leave_out_short_histories(train_dataset: Any) -> Any:
     return train_dataset.select(long_enough)
 
 
+def check_timestamps(dataset: Any, field: str, with_targets: bool) -> None:
+    """Check that the rows of a model that reads times have them.
+
+    Raises:
+        ValueError: If a column is missing; the message names the `field`.
+    """
+    if isinstance(dataset, dict):
+        for name, rows in dataset.items():
+            check_timestamps(rows, f"{field}[{name!r}]", with_targets)
+    if not isinstance(dataset, datasets.Dataset):
+        return
+    wanted = {"timestamps", "target_timestamp"} if with_targets else {"timestamps"}
+    if not wanted <= {*dataset.column_names}:
+        columns = "columns timestamps and target_timestamp" if with_targets else "column timestamps"
+        raise ValueError(
+            f"{field} must have the {columns} for a model with use_timestamps=True, "
+            f"found {', '.join(dataset.column_names)}"
+        )
+
+
 def check_evaluation_rows(eval_dataset: Any, field: str = "eval_dataset") -> None:
     """Check that all rows have a history and a target.
 

@@ -28,10 +28,13 @@ from .batches import LengthGroupedEpochSampler
 from .metrics import ranking_metrics
 from .progress import EvaluationLines, ProgressBar
 from .resumable_trainer import ResumableTrainer
-from .rows import check_evaluation_rows, history_lengths, leave_out_short_histories
+from .rows import check_evaluation_rows, check_timestamps, history_lengths, leave_out_short_histories
 
 
 logger = logging.getLogger(__name__)
+
+# What a model reads of an evaluation batch.
+READ = ("input_ids", "attention_mask", "timestamps", "request_timestamps")
 
 
 class SequentialRecommendationTrainer(ResumableTrainer):
@@ -92,7 +95,11 @@ class SequentialRecommendationTrainer(ResumableTrainer):
                 mask_token_id=config.mask_token_id,
                 max_length=tokenizer.model_max_length,
                 objective=config.training_objective,
+                use_timestamps=config.use_timestamps,
             )
+        if config.use_timestamps:
+            check_timestamps(train_dataset, "train_dataset", with_targets=False)
+            check_timestamps(eval_dataset, "eval_dataset", with_targets=True)
         self.callback_handler.callbacks.pop()  # the stock one, added last, prints all metrics of an evaluation
         if not self.args.disable_tqdm:
             self.add_callback(ProgressBar)
@@ -104,8 +111,11 @@ class SequentialRecommendationTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "target" not in self._signature_columns:
-            self._signature_columns.append("target")
+        of_rows = {"target"} | ({"target_timestamp"} if self.model.config.use_timestamps else set())
+        of_rows -= {*self._signature_columns}
+        # Every forward has the argument, but only some models read it.
+        unread = set() if self.model.config.use_timestamps else {"timestamps"}
+        self._signature_columns = [*({*self._signature_columns} - unread), *of_rows]
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -177,8 +187,7 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         query = CatalogueQuery(max(CUTOFFS), inputs["seen_ids"], target_ids=inputs["target_ids"])
         with torch.no_grad(), self.accelerator.autocast():
             outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                **{name: inputs[name] for name in READ if name in inputs},
                 query=query,
                 return_dict=True,
             )

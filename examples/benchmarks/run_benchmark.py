@@ -243,7 +243,7 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
     import torch
 
     sys.path.append(str(EXAMPLES))
-    from elastic_hf.commands.export import History, Step, export, make_inputs
+    from elastic_hf.commands.export import export, make_inputs
 
     model = make_model("elastic", 0, args.num_items).eval().requires_grad_(False)
     results = {**setting(args), "num_items": args.num_items, "batch_size": args.batch_size, "rows": []}
@@ -252,16 +252,15 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
     # Its threads would wait for more work in a loop, in the way of the other side.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
-        for name, program, lengths in (("history", History(model), args.lengths), ("step", Step(model), [1])):
+        for name, lengths in (("history", args.lengths), ("step", [1])):
             with_state = name == "step"
-            export(program, Path(folder) / f"{name}.onnx", with_state)
+            program = export(model, Path(folder) / f"{name}.onnx", with_state)
             session = onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx", options)
-            names = [value.name for value in session.get_inputs()]
             for length in lengths:
                 inputs = make_inputs(model, args.batch_size, length, with_state)
-                arrays = {key: value.numpy() for key, value in zip(names, inputs, strict=True)}
+                arrays = {key: value.numpy() for key, value in inputs.items()}
                 steps = {
-                    "pytorch": torch.no_grad()(lambda program=program, inputs=inputs: program(*inputs)),
+                    "pytorch": torch.no_grad()(lambda program=program, inputs=inputs: program(*inputs.values())),
                     "onnxruntime": lambda session=session, arrays=arrays: session.run(None, arrays),
                 }
                 seconds = median_seconds(steps, args.repetitions, args.warmup)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel, TrainingArguments
 
@@ -133,6 +134,29 @@ def test_the_last_position_alone_is_the_last_of_all(model_type, settings):
     input_ids[0, :3] = 0
     alone = model.model(input_ids, last_position_only=True).last_hidden_state
     torch.testing.assert_close(alone, model.model(input_ids).last_hidden_state[:, -1:])
+
+
+@every_model
+@pytest.mark.parametrize("name", ["timestamps", "request_timestamps"])
+def test_times_are_refused_by_models_without_them(model_type, settings, name):
+    model = make_model(model_type, settings)
+    shape = (2, 5) if name == "timestamps" else (2,)
+    times = {name: torch.full(shape, 7)}
+    for method in (model, model.recommend, model.get_user_embeddings):
+        with pytest.raises(ValueError, match=f"{name} must be None for a model with use_timestamps=False"):
+            method(torch.full((2, 5), 4), **times)
+
+
+@every_model
+def test_only_hstu_reads_times(model_type, settings):
+    if model_type == "hstu":
+        assert AutoConfig.for_model(model_type, **settings, use_timestamps=True).use_timestamps
+        settings = {**settings, "training_objective": "prefix"}
+        message = "use_timestamps needs training_objective='next_item', found 'prefix'"
+    else:
+        message = f"use_timestamps must be False for {model_type}, which reads no times, found True"
+    with pytest.raises(StrictDataclassError, match=message):
+        AutoConfig.for_model(model_type, **settings, use_timestamps=True)
 
 
 @every_model

@@ -8,11 +8,11 @@ from elastic_hf.commands import export
 from factories import NUM_TOKENS, elastic_model
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "timed"])
+def exported(request, tmp_path_factory):
     """A model, and the folder of its programs, which the command has compared with PyTorch."""
     folder = tmp_path_factory.mktemp("onnx")
-    model = elastic_model()
+    model = elastic_model(use_timestamps=request.param)
     model.save_pretrained(folder / "model")
     tokenizer = ElasticItemTokenizer.from_items([f"item {i}" for i in range(NUM_TOKENS - 3)], model_max_length=50)
     tokenizer.save_pretrained(folder / "model")
@@ -33,24 +33,34 @@ def test_steps_are_the_whole_history(exported):
     """A user's items one at a time from the empty state, and all of them at once."""
     model, folder = exported
     history = torch.randint(3, NUM_TOKENS, (1, 7), generator=torch.Generator().manual_seed(0))
+    times = {}
+    if model.config.use_timestamps:
+        timestamps = torch.tensor([[10, 10, 4000, 1e5, 1e8, 1.7e9, 1.7e9 + 0.5]], dtype=torch.double)
+        times = {"timestamps": timestamps, "request_timestamps": timestamps[:, -1] + 86_400}
     step = onnxruntime.InferenceSession(folder / "step.onnx")
     cache = ElasticCache.empty(model, 1)
     assert step.get_modelmeta().custom_metadata_map["model_digest"] == cache.model_digest == model.model.digest()
-    state = [tensor.numpy() for tensor in export.tensors(cache)]
-    names = [value.name for value in step.get_inputs()]
-    for item in history.numpy().T:
-        logits, *state = step.run(None, dict(zip(names, [item[None], np.ones((1, 1), np.int64), *state], strict=True)))
+    state = {name: tensor.numpy() for name, tensor in cache.tensors.items()}
+    given = {"input_ids": history, "attention_mask": torch.ones_like(history), **times}
+    assert {value.name for value in step.get_inputs()} == given.keys() | state.keys()
+    assert [value.name for value in step.get_outputs()] == ["logits", *(f"next_{name}" for name in state)]
+    for i in range(7):
+        new = {name: (value[:, i : i + 1] if value.ndim == 2 else value).numpy() for name, value in given.items()}
+        logits, *values = step.run(None, new | state)
+        state = dict(zip(state, values, strict=True))
     with torch.no_grad():
-        expected = model(history, use_cache=True)
+        expected = model(history, use_cache=True, **times)
     np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
-    for found, tensor in zip(state, export.tensors(expected.cache), strict=True):
-        np.testing.assert_allclose(found, tensor, rtol=1e-4, atol=1e-4)
+    for name, tensor in expected.cache.tensors.items():
+        np.testing.assert_allclose(state[name], tensor, rtol=1e-4, atol=1e-4)
+    whole = onnxruntime.InferenceSession(folder / "history.onnx")
+    (logits,) = whole.run(None, {name: value.numpy() for name, value in given.items()})
+    np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
 
 
 def test_a_program_that_differs_is_refused(exported, tmp_path, monkeypatch):
     model, _ = exported
-    program = export.History(model)
     run = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [run(*args)[0] + 1e-3])
     with pytest.raises(AssertionError, match="history.onnx: logits"):
-        export.export(program, tmp_path / "history.onnx", with_state=False)
+        export.export(model, tmp_path / "history.onnx", with_state=False)

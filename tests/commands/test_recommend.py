@@ -77,6 +77,56 @@ def test_a_failure_leaves_an_older_file(folder, tmp_path):
     assert len(pl.read_parquet(tmp_path / "recommended.parquet")) == 10
 
 
+@pytest.fixture(scope="module")
+def timed(folder, tmp_path_factory):
+    """A folder with a model that reads times."""
+    path = tmp_path_factory.mktemp("timed")
+    elastic_model(use_timestamps=True).save_pretrained(path)
+    ElasticItemTokenizer.from_pretrained(folder).save_pretrained(path)
+    return str(path)
+
+
+def test_one_history_with_times(timed, capsys):
+    arguments = ["--model_name_or_path", timed, "--history", "3", "Product 5", "--timestamps", "10", "86400.5"]
+    pipe = pipeline("sequential-recommendation", model=timed, top_k=26)
+    printed = []
+    for now in (1e5, 1e9):
+        recommend.main([*arguments, "--now", str(now), "--top_k", "26"])
+        expected = pipe({"history": [3, 5], "timestamps": [10, 86400.5], "now": now})
+        printed.append([line.split()[1] for line in capsys.readouterr().out.splitlines()])
+        assert printed[-1] == [str(item["item"]) for item in expected]
+    assert printed[0] != printed[1]
+    with pytest.raises(ValueError, match="as many timestamps as items, 2, for a model .*, found None"):
+        recommend.main(arguments[:5])
+    with pytest.raises(ValueError, match="and now after them, found 9.0 after 86400.5"):
+        recommend.main([*arguments, "--now", "9"])
+
+
+def test_all_users_of_a_file_with_times(timed, tmp_path):
+    generator = np.random.default_rng(0)
+    histories = {user: generator.choice(NUM_ITEMS, user, replace=False).tolist() for user in (1, 4, 13)}
+    rows = [(user, item, 10**i) for user, items in histories.items() for i, item in enumerate(items)]
+    pl.DataFrame(rows, schema=["user", "item", "time"], orient="row").write_csv(tmp_path / "shop.csv")
+    arguments = ["--model_name_or_path", timed, "--input_file", str(tmp_path / "shop.csv"), "--top_k", "3"]
+    arguments += ["--output_file", str(tmp_path / "out.parquet"), "--cache_dir", str(tmp_path / "cache")]
+    recommend.main([*arguments, "--now", "3e12", "--batch_size", "2"])
+    found = pl.read_parquet(tmp_path / "out.parquet")
+    pipe = pipeline("sequential-recommendation", model=timed, top_k=3)
+    for user, items in histories.items():
+        times = [10**i for i in range(len(items))]
+        expected = pipe({"history": items, "timestamps": times, "now": 3e12})
+        assert found.filter(pl.col("user_id") == user)["item_id"].to_list() == [item["item"] for item in expected]
+    pl.DataFrame(rows, schema=["user", "item", "time"], orient="row").drop("time").write_csv(tmp_path / "shop.csv")
+    with pytest.raises(ValueError, match="history 0 must have as many timestamps as items, 1, .*, found None"):
+        recommend.main([*arguments, "--in_time_order", "True"])
+
+
+@pytest.mark.parametrize("arguments", [["--timestamps", "1", "2"], ["--now", "5"]])
+def test_times_for_a_model_without_are_refused(folder, arguments):
+    with pytest.raises(ValueError, match="timestamps and now must be left out for a model that reads no times"):
+        recommend.main(["--model_name_or_path", folder, "--history", "3", "5", *arguments])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,6 +134,10 @@ def test_a_failure_leaves_an_older_file(folder, tmp_path):
         (["--history", "1", "--input_file", "shop.csv"], "set history or input_file, one of them"),
         (["--input_file", "shop.csv"], "input_file and output_file belong together"),
         (["--history", "1", "--output_file", "out.parquet"], "input_file and output_file belong together"),
+        (
+            ["--input_file", "shop.csv", "--output_file", "out.parquet", "--timestamps", "1"],
+            "timestamps belong to a history",
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together_are_named(arguments, message):

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
 from elastic_hf import plots
+from elastic_hf.baselines import HSTUConfig
 from elastic_hf.commands import evaluate, train
 from elastic_hf.commands.arguments import (
     DataArguments,
@@ -25,6 +26,7 @@ from elastic_hf.commands.arguments import (
     SeqRecTrainingArguments,
     read_arguments,
 )
+from elastic_hf.commands.steps import describe_protocol
 from elastic_hf.sharing.model_card import render_model_card
 from elastic_hf.sharing.privacy import without_personal_data
 from faults import PAGE, read_state, state_after_full_disk, states_after_kills, write_state
@@ -176,6 +178,7 @@ def test_what_is_printed(finished):
     ]
     shown = [describe(results, cell) if cell.startswith("test") else f"{results[cell]:.4f}" for cell in cells]
     assert " ".join(line.split()[1:]) == " ".join(shown)
+    assert "when the targets came" not in output
     recommended = output.split("Recommended:\n")[1].splitlines()[:10]
     assert [line.split()[0] for line in recommended] == [str(rank) for rank in range(1, 11)]
     assert all("Product no. " in line for line in recommended)
@@ -194,6 +197,76 @@ def test_results_and_runs_are_named_by_how_the_data_are_split(settings, name, pr
     training_args = SeqRecTrainingArguments(variant="wide", use_cpu=True)
     assert train.make_run_name(ModelArguments("sasrec"), data_args, training_args) == name
     assert data_args.protocol == protocol
+
+
+def test_runs_of_models_that_read_times_are_named():
+    data_args = DataArguments(train_file="data/beauty.txt", validation_users=7)
+    training_args = SeqRecTrainingArguments(variant="wide", use_cpu=True)
+    name = train.make_run_name(ModelArguments("hstu", use_timestamps=True), data_args, training_args)
+    assert name == "beauty-hstu-42-sampled-timed-wide"
+    config = HSTUConfig(use_timestamps=True)
+    expected = "leave_one_out, sampled validation, full ranking, target times given"
+    assert describe_protocol(data_args, config) == expected
+    assert describe_protocol(data_args, HSTUConfig()) == data_args.protocol
+
+
+@pytest.fixture(scope="module")
+def timed(shop, tmp_path_factory):
+    """The output folder, the results and the standard output of a run of a model that reads times."""
+    output_dir = tmp_path_factory.mktemp("timed") / "shop-timed"
+    output = run(command_line(arguments_for(shop, output_dir, use_timestamps=True, split_into_windows=True)))
+    return output_dir, json.loads((output_dir / "all_results.json").read_text()), output
+
+
+def test_a_run_with_times(timed):
+    """Both figures are in the results: with the times of the targets told, and not."""
+    output_dir, results, output = timed
+    described = describe(results, "untimed_ndcg@10")
+    assert f"The model was told when the targets came; without, its NDCG@10 is {described}.\n" in output
+    assert results["protocol"] == "leave_one_out, full ranking, target times given"
+    assert results["config"]["use_timestamps"] is True and results["config"]["request_dropout"] == 0.3
+    names = {name.removeprefix("test_") for name in results if name.startswith("test_") and "@" in name}
+    names = {name for name in names if name.startswith(("hr@", "ndcg@", "mrr@"))}
+    assert len(names) == 3 * 4 * 2 * 2 and all(0 <= results[f"untimed_{name}"] <= 1 for name in names)
+    assert any(results[f"untimed_{name}"] != results[f"test_{name}"] for name in names)
+    experts = AutoModel.from_pretrained(output_dir).model.experts
+    half_lives = torch.tensor(results["expert_half_lives_seconds"])
+    torch.testing.assert_close(half_lives, experts.half_lives_seconds.detach(), rtol=1e-3, atol=0.01)
+    assert (output_dir / "expert_horizons.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_of_a_model_that_reads_times_runs(timed, capsys):
+    output_dir, results, _ = timed
+    card = (output_dir / "README.md").read_text()
+    assert "is told when each target came" in card
+    assert f"Without that time its NDCG@10 on the test items is {results['untimed_ndcg@10']:.4f}." in card
+    ((snippet, printed),) = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", card, flags=re.DOTALL)
+    assert '"timestamps": [' in snippet and '"now": ' in snippet
+    capsys.readouterr()
+    exec(snippet, {})
+    assert capsys.readouterr().out == printed and printed.count("Product no. ") == 3
+    example = results["example"]["history"]
+    assert example.keys() == {"history", "timestamps", "now"} and len(example["timestamps"]) == len(example["history"])
+
+
+def test_evaluate_gives_the_metrics_of_a_run_with_times(shop, timed, tmp_path):
+    output_dir, results, _ = timed
+    arguments = arguments_for(shop, None, model_name_or_path=output_dir, output_file=tmp_path / "metrics.json")
+    unread = ("output_dir", "config_overrides", "num_train_epochs", "per_device_train_batch_size", "max_length")
+    evaluate.main(command_line({name: value for name, value in arguments.items() if name not in unread}))
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = {name for name in results if "@" in name}
+    assert {name: found[name] for name in metrics} == {name: results[name] for name in metrics}
+    assert found["protocol"] == results["protocol"]
+
+
+def test_a_source_without_times_is_refused_for_a_model_that_reads_them(shop, tmp_path):
+    (tmp_path / "lines.txt").write_text("".join(f"{user} {item}\n" for user in range(9) for item in range(5)))
+    arguments = arguments_for(shop, tmp_path / "run", train_file=str(tmp_path / "lines.txt"), use_timestamps=True)
+    for name in ("items_file", "user_column", "item_column", "timestamp_column"):
+        del arguments[name]
+    with pytest.raises(ValueError, match="train_dataset must have the column timestamps for a model with use_timesta"):
+        run(command_line(arguments))
 
 
 @pytest.fixture(scope="module")

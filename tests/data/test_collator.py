@@ -126,5 +126,76 @@ def test_bad_rows_are_named(features, message):
         collator()(features)
 
 
+# Times
+
+WHEN, WHEN_SHORT = [10, 20, 30, 40, 50, 60, 70], [5, 6, 6]
+
+
+@pytest.mark.parametrize("as_row", [list, np.array, torch.tensor])
+def test_training_batches_say_when_items_and_labels_came(as_row):
+    features = rows(as_row(LONG), as_row(SHORT), timestamps=[as_row(WHEN), as_row(WHEN_SHORT)])
+    batch = collator(use_timestamps=True)(features)
+    assert batch["timestamps"].tolist() == [[20, 30, 40, 50, 60], [0, 0, 0, 5, 6]]
+    assert batch["request_timestamps"].tolist() == [[30, 40, 50, 60, 70], [-1, -1, -1, 6, 6]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    plain = collator()(features)
+    assert plain.keys() == {"input_ids", "attention_mask", "labels"}
+    assert all(torch.equal(batch[name], plain[name]) for name in plain)
+
+
+def test_timestamps_keep_their_fractions():
+    features = rows(SHORT, [3, 4], timestamps=[[1.7e9 + 0.25, 1.7e9 + 1, 1.7e9 + 2.5], [8.5, 9.5]])
+    batch = collator(use_timestamps=True)(features)
+    assert batch["timestamps"].dtype == batch["request_timestamps"].dtype == torch.float64
+    assert batch["timestamps"].tolist() == [[1.7e9 + 0.25, 1.7e9 + 1], [0, 8.5]]
+    assert batch["request_timestamps"].tolist() == [[1.7e9 + 1, 1.7e9 + 2.5], [-1, 9.5]]
+
+
+def test_evaluation_batches_say_when_items_came_and_the_target_if_it_may_be_known():
+    features = rows(LONG, [13], target=[30, 31], timestamps=[WHEN, [8]], target_timestamp=[np.int64(75), 8])
+    told = collator(use_timestamps=True)(features)
+    assert told["timestamps"].tolist() == [[30, 40, 50, 60, 70], [0, 0, 0, 0, 8]]
+    assert told["request_timestamps"].tolist() == [75, 8]
+    fractions = rows([13], target=[31], timestamps=[[8]], target_timestamp=[8.75])
+    assert collator(use_timestamps=True)(fractions)["request_timestamps"].tolist() == [8.75]
+    assert told["seen_ids"].tolist() == [LONG, [0] * 6 + [13]]
+    without = rows(LONG, [13], target=[30, 31], timestamps=[WHEN, [8]])
+    for some in (features, without):
+        untold = collator(use_timestamps=True, know_request=False)(some)
+        assert untold["request_timestamps"].tolist() == [-1, -1]
+        assert torch.equal(untold["timestamps"], told["timestamps"])
+    assert collator()(features).keys() == {"input_ids", "attention_mask", "target_ids", "seen_ids"}
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (rows(LONG, SHORT), "with use_timestamps a row must have timestamps, found input_ids"),
+        (rows(LONG, target=[3]), "with use_timestamps a row must have timestamps, found input_ids, target"),
+        (
+            rows(LONG, SHORT, timestamps=[WHEN, WHEN]),
+            "timestamps must be as many as the items of a history, 3 in row 1, found 7",
+        ),
+        (
+            rows(SHORT, LONG, timestamps=[WHEN_SHORT[1:], WHEN]),
+            "timestamps must be as many as the items of a history, 3 in row 0, found 2",
+        ),
+        (
+            rows(SHORT, target=[3], timestamps=[WHEN_SHORT]),
+            "with know_request=True a row must have a target_timestamp, found input_ids, target, timestamps",
+        ),
+    ],
+)
+def test_bad_times_are_named(features, message):
+    with pytest.raises(ValueError, match=message):
+        collator(use_timestamps=True)(features)
+
+
+@pytest.mark.parametrize("objective", ["masked_item", "prefix"])
+def test_times_are_for_the_next_item_alone(objective):
+    with pytest.raises(ValueError, match=f"use_timestamps needs objective='next_item', found '{objective}'"):
+        collator(objective, use_timestamps=True)
+
+
 def test_the_objectives_are_those_of_the_models():
     assert OBJECTIVES == TRAINING_OBJECTIVES

@@ -42,14 +42,14 @@ def test_leave_one_out_by_hand(tmp_path, load, suffix):
         {"user_id": 1, "item_ids": [10, 30], "timestamps": [1, 4]},
     ]  # the others have one item to train on, and nothing to predict from it
     assert split_rows(result, "validation") == [
-        {"user_id": 1, "item_ids": [10, 30], "timestamps": [1, 4], "target": 10},
-        {"user_id": 2, "item_ids": [20], "timestamps": [2], "target": 30},
-        {"user_id": 3, "item_ids": [10], "timestamps": [6], "target": 20},
+        {"user_id": 1, "item_ids": [10, 30], "timestamps": [1, 4], "target": 10, "target_timestamp": 8},
+        {"user_id": 2, "item_ids": [20], "timestamps": [2], "target": 30, "target_timestamp": 5},
+        {"user_id": 3, "item_ids": [10], "timestamps": [6], "target": 20, "target_timestamp": 7},
     ]
     assert split_rows(result, "test") == [
-        {"user_id": 1, "item_ids": [10, 30, 10], "timestamps": [1, 4, 8], "target": 20},
-        {"user_id": 2, "item_ids": [20, 30], "timestamps": [2, 5], "target": 10},
-        {"user_id": 3, "item_ids": [10, 20], "timestamps": [6, 7], "target": 30},
+        {"user_id": 1, "item_ids": [10, 30, 10], "timestamps": [1, 4, 8], "target": 20, "target_timestamp": 9},
+        {"user_id": 2, "item_ids": [20, 30], "timestamps": [2, 5], "target": 10, "target_timestamp": 5},
+        {"user_id": 3, "item_ids": [10, 20], "timestamps": [6, 7], "target": 30, "target_timestamp": 8},
     ]
     # of 10 rows four are to train on: items 10 (twice), 20 and 30
     assert result.items.to_list() == [
@@ -95,6 +95,7 @@ def test_equal_to_loops(tmp_path, load, monkeypatch, makers, suffix, users_per_b
             "item_ids": [item for item, _ in history[:-1]],
             "timestamps": [time for _, time in history[:-1]],
             "target": history[-1][0],
+            "target_timestamp": history[-1][1],
         }
         for user, history in histories.items()
     ]
@@ -192,11 +193,23 @@ def test_temporal_split_by_hand(tmp_path, load, caplog):
         {"user_id": "b", "item_ids": ["b3.0", "b4.0", "b5.0"], "timestamps": [3, 4, 5]},
     ]
     assert split_rows(result, "validation") == [
-        {"user_id": "a", "item_ids": ["a0.0", "a1.0", "a2.0"], "timestamps": [0, 1, 2], "target": "a6.0"}
+        {
+            "user_id": "a",
+            "item_ids": ["a0.0", "a1.0", "a2.0"],
+            "timestamps": [0, 1, 2],
+            "target": "a6.0",
+            "target_timestamp": 6,
+        }
     ]
     assert split_rows(result, "test") == [
-        {"user_id": "a", "item_ids": ["a0.0", "a1.0", "a2.0", "a6.0"], "timestamps": [0, 1, 2, 6], "target": "a8.0"},
-        {"user_id": "c", "item_ids": ["c7.0"], "timestamps": [7], "target": "c9.0"},
+        {
+            "user_id": "a",
+            "item_ids": ["a0.0", "a1.0", "a2.0", "a6.0"],
+            "timestamps": [0, 1, 2, 6],
+            "target": "a8.0",
+            "target_timestamp": 8,
+        },
+        {"user_id": "c", "item_ids": ["c7.0"], "timestamps": [7], "target": "c9.0", "target_timestamp": 9},
     ]
     assert "validation leaves out 1 users" in caplog.text
 
@@ -219,7 +232,7 @@ def test_temporal_split_never_trains_on_the_future(tmp_path, load):
     for name in ("validation", "test"):
         for row in split_rows(result, name):
             item, time = full[row["user_id"]][len(row["item_ids"])]
-            assert row["target"] == item and time > train_end
+            assert row["target"] == item and row["target_timestamp"] == time > train_end
 
 
 def test_source_without_time_keeps_order_and_repeats(tmp_path, load):

@@ -142,3 +142,42 @@ def test_services_that_share_a_store_lose_nothing(tmp_path):
         service.join()
     cache, seen = streaming.UserStore(file).read("ada")
     assert cache.num_items.tolist() == [41] and seen.tolist() == list(range(3, 13))
+
+
+def test_a_model_that_reads_times_is_told_them(store):
+    """Each answer is that of the whole history at the moment of its last event, from states of one size."""
+    model = elastic_model(use_timestamps=True)
+    events = [(3, 10.0), (8, 10.0), (5, 90_000.5), (9, 1.7e9)]
+    sizes = []
+    for i, (token_id, timestamp) in enumerate(events, start=1):
+        found = streaming.append(model, store, "ada", token_id, 5, timestamp)
+        items, times = zip(*events[:i], strict=True)
+        expected = model.recommend([items], timestamps=[times], request_timestamps=[timestamp], top_k=5)
+        assert torch.equal(found, expected.token_ids[0])
+        sizes += store.connection.execute("SELECT length(state) FROM users").fetchone()
+    assert [size - sizes[0] for size in sizes] == [0, 8, 16, 24]
+    for timestamp, message in (
+        (1.6e9, "timestamps must not go backwards .*, found 1600000000.0 after 1700000000.0 in row 0"),
+        (None, "timestamps must be given to a model with use_timestamps=True, found None"),
+        (float("nan"), "timestamps must be finite Unix seconds of at least 0, found nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            streaming.append(model, store, "ada", 4, 5, timestamp)
+    with pytest.raises(ValueError, match="timestamps must be None for a model with use_timestamps=False"):
+        streaming.append(elastic_model(), store, "bob", 4, 5, 1.7e9)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("sku 1", "line 1 must be a user, an item, Unix seconds with tabs between them, found"),
+        ("sku 1\tyesterday", "line 1: Unix seconds must be a number, found 'yesterday'"),
+    ],
+)
+def test_lines_for_a_model_that_reads_times(folder, tmp_path, item, message):
+    elastic_model(use_timestamps=True, vocab_size=NUM_ITEMS + 3).save_pretrained(tmp_path)
+    ElasticItemTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    result = serve(tmp_path, tmp_path / "users.sqlite", [("ada", item)])
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert serve(tmp_path, tmp_path / "users.sqlite", [("ada", "sku 1\t17.5")]).stdout.startswith("ada\t")

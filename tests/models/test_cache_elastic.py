@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from elastic_hf import ElasticCache, ElasticConfig, ElasticForSequentialRecommendation
-from elastic_hf.models.cache_elastic import TENSORS
-from factories import elastic_model
+from factories import elastic_model, times
 
 
 LENGTH = 11
@@ -16,8 +15,9 @@ def make_histories(batch_size=4, length=LENGTH):
 
 
 def assert_equal(cache, other, **tolerance):
-    for name in TENSORS:
-        torch.testing.assert_close(getattr(cache, name), getattr(other, name), **tolerance)
+    assert cache.tensors.keys() == other.tensors.keys()
+    for name, tensor in cache.tensors.items():
+        torch.testing.assert_close(tensor, other.tensors[name], **tolerance)
     assert cache.model_digest == other.model_digest
 
 
@@ -113,7 +113,7 @@ def test_a_user_takes_the_stated_bytes_whatever_the_length():
     assert "8,840 with the default" in ElasticCache.__doc__
     for length in (1, 2, 150):
         cache = model(make_histories(3, length), use_cache=True).cache
-        assert sum(getattr(cache, name).nbytes for name in TENSORS) == 3 * 8_840
+        assert sum(tensor.nbytes for tensor in cache.tensors.values()) == 3 * 8_840
 
 
 @torch.no_grad()
@@ -195,3 +195,139 @@ def test_what_cannot_be_continued_is_refused():
             model.model(histories, **arguments)
     assert model(histories).cache is None
     assert model(histories, cache=cache).cache is None
+
+
+# With times
+
+
+def make_times(length=LENGTH, batch_size=4):
+    """When the items of [`make_histories`] came, and for when a recommendation is asked."""
+    timestamps, request_timestamps = times(length, batch_size, padding=0)
+    return timestamps, request_timestamps[:, -1]
+
+
+def read_with_times(model, histories, timestamps, request_timestamps, cuts):
+    """All pieces, the last of them with the requests."""
+    cache = None
+    pieces = zip(histories.tensor_split(cuts, dim=1), timestamps.tensor_split(cuts, dim=1), strict=True)
+    for items, seconds in pieces:
+        is_last = items.shape[1] and seconds[0, -1] == timestamps[0, -1]
+        requests = request_timestamps if is_last else None
+        outputs = model(items, cache=cache, use_cache=True, timestamps=seconds, request_timestamps=requests)
+        cache = outputs.cache
+    return outputs
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("cuts", [[1], [10], [4, 5], [2, 3, 9], list(range(1, LENGTH))], ids=str)
+@torch.no_grad()
+def test_pieces_with_times_are_the_whole(cuts, kernel_size):
+    model = elastic_model(use_timestamps=True, conv_kernel_size=kernel_size).double()
+    histories, (timestamps, requests) = make_histories(), make_times()
+    whole = model(histories, use_cache=True, timestamps=timestamps, request_timestamps=requests)
+    outputs = read_with_times(model, histories, timestamps, requests, cuts)
+    torch.testing.assert_close(outputs.logits, whole.logits)
+    assert_equal(outputs.cache, whole.cache)
+    assert torch.equal(outputs.cache.last_timestamps, timestamps[:, -1])
+    assert outputs.cache.last_timestamps.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_state_with_times_has_one_size():
+    """Of 300 events one at a time, which are the whole, as of one event; 8 bytes more than without times."""
+    model, plain = elastic_model(use_timestamps=True), elastic_model()
+    histories, (timestamps, requests) = make_histories(4, 300), make_times(300)
+    outputs = read_with_times(model, histories, timestamps, requests, list(range(1, 300)))
+    whole = model(histories, timestamps=timestamps, request_timestamps=requests)
+    torch.testing.assert_close(outputs.logits, whole.logits, atol=1e-5, rtol=1e-5)
+    one = model(histories[:, :1], timestamps=timestamps[:, :1], use_cache=True).cache
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in outputs.cache.tensors.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in one.tensors.items()
+    }
+    without = plain(histories, use_cache=True).cache
+    sizes = [sum(tensor.nbytes for tensor in cache.tensors.values()) for cache in (one, without)]
+    assert sizes[0] == sizes[1] + 4 * 8
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@torch.no_grad()
+def test_users_add_different_numbers_of_items_with_times(kernel_size):
+    """Padded pieces, with anything for the times of the padding; some are empty on the way."""
+    model = elastic_model(use_timestamps=True, conv_kernel_size=kernel_size).double()
+    histories, (timestamps, requests) = make_histories(), make_times()
+    num_items = [[5, 1, 0, 7], [1, 6, 2, 0], [5, 4, 9, 4]]
+    cache, read_so_far = ElasticCache.empty(model, 4), [0, 0, 0, 0]
+    assert cache.last_timestamps.tolist() == [-1] * 4
+    for counts in num_items:
+        piece = torch.zeros(4, max(counts) + 1, dtype=torch.long)
+        seconds = torch.full(piece.shape, torch.nan, dtype=torch.double)
+        for row, count in enumerate(counts):
+            start = read_so_far[row]
+            piece[row, piece.shape[1] - count :] = histories[row, start : start + count]
+            seconds[row, piece.shape[1] - count :] = timestamps[row, start : start + count]
+            read_so_far[row] += count
+        now = requests if read_so_far == [LENGTH] * 4 else None
+        outputs = model(piece, cache=cache, use_cache=True, timestamps=seconds, request_timestamps=now)
+        cache = outputs.cache
+        latest = [timestamps[row, count - 1].item() if count else -1 for row, count in enumerate(read_so_far)]
+        assert cache.last_timestamps.tolist() == latest
+    assert read_so_far == [LENGTH] * 4
+    whole = model(histories, use_cache=True, timestamps=timestamps, request_timestamps=requests)
+    torch.testing.assert_close(outputs.logits, whole.logits)
+    assert_equal(cache, whole.cache)
+
+
+@torch.no_grad()
+def test_a_cache_with_times_is_selected_put_together_saved_and_loaded(tmp_path):
+    model = elastic_model(use_timestamps=True)
+    histories, (timestamps, _) = make_histories(), make_times()
+    cache = model(histories, timestamps=timestamps, use_cache=True).cache
+    some = cache.select([2, 0, 2])
+    assert torch.equal(some.last_timestamps, timestamps[[2, 0, 2], -1])
+    assert_equal(ElasticCache.cat([cache.select([1]), cache.select([3, 0])]), cache.select([1, 3, 0]))
+    some.to("cpu").save(tmp_path / "users.safetensors")
+    assert_equal(ElasticCache.load(tmp_path / "users.safetensors"), some, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_caches_with_and_without_times_are_no_caches_of_each_other():
+    histories, (timestamps, _) = make_histories(), make_times()
+    timed, plain = elastic_model(use_timestamps=True), elastic_model()
+    of_timed = timed(histories, timestamps=timestamps, use_cache=True).cache
+    of_plain = plain(histories, use_cache=True).cache
+    names = "recurrent_state, conv_state, num_items"
+    with pytest.raises(ValueError, match=f"cache must hold {names}, last_timestamps, found {names}$"):
+        timed(histories, timestamps=timestamps + 2e9, cache=of_plain)
+    with pytest.raises(ValueError, match=f"cache must hold {names}, found {names}, last_timestamps$"):
+        plain(histories, cache=of_timed)
+
+
+@torch.no_grad()
+def test_events_before_those_of_the_cache_are_refused():
+    model = elastic_model(use_timestamps=True)
+    histories, (timestamps, _) = make_histories(), make_times()
+    cache = model(histories, timestamps=timestamps, use_cache=True).cache
+    later = timestamps[:, -1:].clone()
+    model(histories[:, :1], timestamps=later, cache=cache)
+    later[2] -= 1
+    with pytest.raises(ValueError, match=r"timestamps must not go backwards \(oldest event first\), .* in row 2"):
+        model(histories[:, :1], timestamps=later, cache=cache)
+    with pytest.raises(ValueError, match="timestamps must be given to a model with use_timestamps=True"):
+        model(histories[:, :1], cache=cache)
+    later[2] += 10
+    now = torch.tensor([-1, -1, later[2].item() - 1, -1], dtype=torch.double)
+    with pytest.raises(ValueError, match="request_timestamps must be -1 or at least the time of .* in row 2"):
+        model(histories[:, :1], timestamps=later, cache=cache, request_timestamps=now)
+
+
+def test_the_digest_of_a_model_with_times_is_that_of_the_events_and_not_of_the_requests():
+    model = elastic_model(use_timestamps=True).model
+    digest = model.digest()
+    with torch.no_grad():
+        for weight in (model.time.elapsed.weight, model.time.request_phases.weight, model.time.expert_bias.weight):
+            weight.view(-1)[-1].add_(1)
+            assert model.digest() == digest
+        for weight in (model.time.pause.weight, model.time.phases.weight, model.experts.log_half_life_seconds):
+            weight.view(-1)[-1].add_(1)
+            assert model.digest() != digest
+            digest = model.digest()

@@ -43,6 +43,8 @@ def test_a_file_with_a_broken_number_is_refused(tmp_path):
         ({"gbce_calibration": 2}, "gbce_calibration must be between 0 and 1, found 2"),
         ({"training_loss": "hinge"}, "training_loss must be one of .* found 'hinge'"),
         ({"training_objective": "last"}, "training_objective must be one of .* found 'last'"),
+        ({"request_dropout": 2}, "request_dropout must be between 0 and 1, found 2"),
+        ({"use_timestamps": True}, "use_timestamps must be False for sasrec, which reads no times, found True"),
         ({"exclude_seen": None}, "exclude_seen"),
         ({"mask_seen_in_loss": "no"}, "mask_seen_in_loss"),
     ],
@@ -72,3 +74,14 @@ def test_the_setting_is_saved_and_a_file_without_it_leaves_seen_items_out(tmp_pa
         (tmp_path / "config.json").write_text(json.dumps({**settings, "mask_seen_in_loss": mask}))
         old = ElasticConfig.from_pretrained(tmp_path)
         assert old.exclude_seen and old.masks_seen is mask
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_some_models_read_times_and_only_where_each_position_predicts_the_next_event(model_type):
+    config_class = MODELS[model_type].config_class
+    assert config_class().use_timestamps is False
+    assert config_class.supports_timestamps == (model_type in ("elastic", "hstu"))
+    if config_class.supports_timestamps:
+        assert config_class(use_timestamps=True).use_timestamps
+        with pytest.raises(StrictDataclassError, match="use_timestamps needs training_objective='next_item'"):
+            config_class(use_timestamps=True, training_objective="prefix")

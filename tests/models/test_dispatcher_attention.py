@@ -6,11 +6,14 @@ import torch
 import reference
 from elastic_hf.models import dispatcher_attention
 from elastic_hf.models.dispatcher_attention import (
+    CHUNK_SIZE_WITH_PAUSES,
+    MAX_HALF_LIVES,
     SCORE_CAP,
     compressed_interests,
     dispatch,
     expert_scores,
     final_weights,
+    forgetting,
     pool_history,
     prefix_states,
     prepare_chunks,
@@ -58,14 +61,14 @@ def loop(query, key, value, scores, log_forget):
     return reference.causal_lda(query, key, value, scores, log_forget.expand_as(scores))
 
 
-def chunked(query, key, value, scores, log_forget, chunk_size=64):
+def chunked(query, key, value, scores, log_forget, chunk_size=64, bias=None):
     """Keys and values beside other projections of the items, as those of other layers are."""
     items, weights, total, past = prepare_chunks(
         torch.cat([key, value, value[..., :1]], dim=-1), scores, log_forget, chunk_size
     )
     key, value, _ = items.split([K, K, 1], dim=-1)
     past_keys, past_values, _ = past.split([K, K, 1], dim=-1)
-    return read_chunks(query, key, value, weights, total, past_keys, past_values)
+    return read_chunks(query, key, value, weights, total, past_keys, past_values, bias)
 
 
 @pytest.mark.parametrize(
@@ -212,3 +215,154 @@ def test_one_position_reads_what_chunks_read_there(length):
     interests = compressed_interests(pool(stream, sigmoids, log_forget, mask))[:, None]
     at_last = dispatch(query[:, :, -1:], interests @ project_key.T, interests @ project_value.T)
     torch.testing.assert_close(at_last, everywhere[:, :, -1:])
+
+
+# Pauses, and what requests add to the logits
+
+
+PAUSE_LENGTHS = [1, 2, 31, 32, 33, 65]
+
+
+def make_pauses(length, dtype=torch.float64):
+    """Seconds since the item before, from nothing to years, -1 for the first; half-lives from a minute to a year."""
+    generator = torch.Generator().manual_seed(length + 1)
+    pauses = 10 ** (8 * torch.rand(B, length, generator=generator, dtype=dtype))
+    pauses[:, 1::5] = 0
+    pauses[:, 0] = -1
+    half_lives = torch.logspace(math.log10(60), math.log10(3e7), H * E, dtype=dtype).requires_grad_()
+    return pauses, half_lives
+
+
+def test_forgetting_equals_the_loop():
+    pauses, half_lives = make_pauses(33)
+    log_forget = -math.log(2) / torch.logspace(0, 4, H * E, dtype=torch.float64)
+    found = forgetting(log_forget, pauses, half_lives.requires_grad_(False))
+    assert found.shape == (B, 33, H * E)
+    num_capped = 0
+    for b in range(B):
+        for t in range(33):
+            for m in range(H * E):
+                num = max(0.0, pauses[b, t].item()) / half_lives[m].item()
+                num_capped += num > 2
+                kept = math.exp(log_forget[m]) * 0.5 ** min(2.0, num)
+                assert math.isclose(math.exp(found[b, t, m]), kept, rel_tol=1e-12)
+    assert 0 < num_capped < found.numel() and MAX_HALF_LIVES == 2
+
+
+@pytest.mark.parametrize(
+    "length, padding, has_bias",
+    [*((length, padding, True) for length in PAUSE_LENGTHS for padding in (0, 3)), (33, 3, False)],
+)
+def test_chunks_with_pauses_equal_the_loop(length, padding, has_bias):
+    *inputs, log_forget = make_inputs(length, min(padding, length))
+    pauses, half_lives = make_pauses(length)
+    log_forget = log_forget.detach().flatten().requires_grad_()  # (M,)
+    bias = 2 * torch.randn(B, H, length, E, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    inputs += [log_forget, half_lives, *([bias.requires_grad_()] if has_bias else [])]
+
+    def with_pauses(read):
+        def function(query, key, value, scores, log_forget, half_lives, bias=None):
+            forget = forgetting(log_forget, pauses, half_lives).unflatten(-1, (H, E)).transpose(1, 2)
+            return read(query, key, value, scores, forget, bias=bias)
+
+        return function
+
+    expected, expected_gradients = outputs_and_gradients(with_pauses(reference.causal_lda), inputs)
+    for chunk_size in (CHUNK_SIZE_WITH_PAUSES, 5):
+        fast = with_pauses(lambda *x, size=chunk_size, **bias: chunked(*x, size, **bias))
+        output, gradients = outputs_and_gradients(fast, inputs)
+        torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("max_chunks", [1, 4])
+def test_gradients_of_biases_of_a_few_chunks_at_once_equal_the_loop(max_chunks, monkeypatch):
+    monkeypatch.setitem(dispatcher_attention.MAX_CHUNKS, "cpu", max_chunks)
+    inputs = make_inputs(33, padding=3, per_position=True)
+    inputs.append(torch.randn(B, H, 33, E, dtype=torch.float64, requires_grad=True))
+    _, expected = outputs_and_gradients(lambda *x: reference.causal_lda(*x[:5], bias=x[5]), inputs)
+    _, gradients = outputs_and_gradients(lambda *x: chunked(*x[:5], 8, bias=x[5]), inputs)
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("length", [32, 200])
+def test_float32_holds_the_stated_range_with_pauses(length):
+    """Scores of +-10, half-lives from one item on, and long pauses before all items, against float64."""
+    *inputs, log_forget = make_inputs(length)
+    forget = forgetting(log_forget.detach().flatten(), torch.full((B, length), 1e12).double(), torch.ones(H * E))
+    inputs.append(forget.unflatten(-1, (H, E)).transpose(1, 2).contiguous().requires_grad_())
+    assert forget.min() < -2.07  # ln 8: three half-lives
+    with torch.no_grad():
+        inputs[3].copy_(10 * torch.sign(inputs[3]))
+    fast = lambda *x: chunked(*x, CHUNK_SIZE_WITH_PAUSES)  # noqa: E731
+    expected, expected_gradients = outputs_and_gradients(fast, inputs)
+    single = [x.detach().float().requires_grad_() for x in inputs]
+    output = fast(*single)
+    torch.manual_seed(0)
+    gradients = torch.autograd.grad((output * torch.randn_like(expected).float()).sum(), single)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-4)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert gradient.isfinite().all()
+        error = (gradient.double() - wanted).norm() / wanted.norm()
+        assert error < 1e-3, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("padding", [0, 3], ids=["full", "padded"])
+@pytest.mark.parametrize("length", PAUSE_LENGTHS)
+def test_pooling_with_pauses_equals_the_loop(length, padding):
+    stream, sigmoids, log_forget, mask = make_history(length, min(padding, length))
+    pauses, _ = make_pauses(length)
+    half_lives = torch.logspace(2, 7, M, dtype=torch.float64).requires_grad_()
+    inputs = (stream, sigmoids, log_forget, half_lives)
+
+    def pool_by_loop(stream, sigmoids, log_forget, half_lives):
+        return reference.pool_history(stream, 20 * sigmoids - 10, forgetting(log_forget, pauses, half_lives), mask)
+
+    def pool_at_once(stream, sigmoids, log_forget, half_lives):
+        return pool(stream, sigmoids, forgetting(log_forget, pauses, half_lives), mask)
+
+    output, gradients = outputs_and_gradients(pool_at_once, inputs)
+    expected, expected_gradients = outputs_and_gradients(pool_by_loop, inputs)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 31, 64])
+def test_pooling_with_pauses_goes_on_from_a_state(cut):
+    stream, sigmoids, log_forget, mask = make_history(65, padding=3)
+    log_forget = forgetting(log_forget, make_pauses(65)[0], torch.logspace(2, 7, M, dtype=torch.float64))
+
+    def in_two(stream, sigmoids, log_forget):
+        state = pool(stream[:, :cut], sigmoids[:, :cut], log_forget[:, :cut], mask[:, :cut])
+        return pool(stream[:, cut:], sigmoids[:, cut:], log_forget[:, cut:], mask[:, cut:], state)
+
+    inputs = [x.detach().requires_grad_() for x in (stream, sigmoids, log_forget)]
+    output, gradients = outputs_and_gradients(in_two, inputs)
+    expected, expected_gradients = outputs_and_gradients(lambda *x: pool(*x, mask), inputs)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_the_weights_of_recent_items_are_exact_after_many_pauses():
+    """In float32, after 20,000 items: a difference of sums over all of them would be rounded to a thousandth."""
+    _, sigmoids, log_forget, _ = make_history(20_000)
+    forget = forgetting(log_forget.detach(), torch.full((B, 20_000), 1e9).double(), torch.full((M,), 1e9).double())
+    expected = final_weights(sigmoids.detach(), forget)
+    found = final_weights(sigmoids.detach().float(), forget.float())
+    torch.testing.assert_close(found[..., -30:].double(), expected[..., -30:], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 33])
+def test_one_position_with_a_bias_reads_what_chunks_read_there(length):
+    torch.manual_seed(0)
+    query, key, value, scores, log_forget = make_inputs(length, per_position=True)
+    bias = torch.randn(B, H, length, E, dtype=torch.float64)
+    everywhere = chunked(query, key, value, scores, log_forget, CHUNK_SIZE_WITH_PAUSES, bias)
+    kept = log_forget.cumsum(dim=-2)
+    weights = torch.exp(scores + kept[..., -1:, :] - kept)
+    weights = (weights / weights.sum(dim=-2, keepdim=True)).mT  # (B, H, E, L)
+    at_last = dispatch(query[:, :, -1:], weights @ key, weights @ value, bias[:, :, -1:])
+    torch.testing.assert_close(at_last, everywhere[:, :, -1:])
+    # After one item all experts hold the same.
+    without = dispatch(query[:, :, -1:], weights @ key, weights @ value)
+    assert torch.allclose(at_last, without) == (length == 1)

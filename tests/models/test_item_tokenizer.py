@@ -201,7 +201,8 @@ def split_dataset(ids: list) -> DatasetDict:
     train = Dataset.from_dict(
         {"user_id": users, "item_ids": histories, "timestamps": [[float(i) for i in range(len(h))] for h in histories]}
     )
-    return DatasetDict(train=train, test=train.add_column("target", [ids[i % len(ids)] for i in range(len(train))]))
+    test = train.add_column("target", [ids[i % len(ids)] for i in range(len(train))])
+    return DatasetDict(train=train, test=test.add_column("target_timestamp", [i / 4 for i in range(len(train))]))
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
@@ -211,9 +212,19 @@ def test_tokenize_histories(ids, num_proc, tmp_path):
     tokenizer = pickle.loads(pickle.dumps(ElasticItemTokenizer.from_pretrained(tmp_path)))
     histories = split_dataset(ids)
     tokenized = tokenizer.tokenize_histories(histories, num_proc=num_proc)
-    assert tokenized["train"].features == {"user_id": Value("string"), "input_ids": List(Value("int32"))}
-    assert tokenized["test"].features == {**tokenized["train"].features, "target": Value("int32")}
+    features = {
+        "user_id": Value("string"),
+        "input_ids": List(Value("int32")),
+        "timestamps": List(Value("float64")),
+    }
+    assert tokenized["train"].features == features
+    of_targets = {"target": Value("int32"), "target_timestamp": Value("float64")}
+    assert tokenized["test"].features == {**features, **of_targets}
+    assert tokenized["test"]["target_timestamp"][:] == histories["test"]["target_timestamp"][:]
+    without = tokenizer.tokenize_histories(histories.remove_columns("timestamps"), num_proc=num_proc)
+    assert without["train"].column_names == ["user_id", "input_ids"]
     for name in ("train", "test"):
+        assert tokenized[name]["timestamps"][:] == histories[name]["timestamps"][:]
         assert tokenized[name]["user_id"][:] == histories[name]["user_id"][:]
         assert tokenized[name]["input_ids"][:] == slow(tokenizer, histories[name]["item_ids"][:])
     assert tokenized["test"]["target"][:] == tokenizer.convert_tokens_to_ids(histories["test"]["target"][:])

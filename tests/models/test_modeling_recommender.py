@@ -310,12 +310,17 @@ def test_unknown_items_after_a_cache_change_nothing(model):
 def test_special_tokens_are_left_out():
     input_ids = torch.tensor([[1, 5, 2, 6], [3, 4, 5, 6], [8, 0, 3, 1]])
     attention_mask = torch.tensor([[True, True, True, True], [False, True, True, True], [False, True, True, True]])
-    ids, mask = leave_out_special_tokens(input_ids, attention_mask, 3)
+    timestamps = 10 * input_ids + torch.arange(4)
+    ids, mask, seconds = leave_out_special_tokens(input_ids, attention_mask, 3, timestamps)
     assert [row[of_row].tolist() for row, of_row in zip(ids, mask, strict=True)] == [[5, 6], [4, 5, 6], [3]]
+    assert [row[of_row].tolist() for row, of_row in zip(seconds, mask, strict=True)] == [[51, 63], [41, 52, 63], [32]]
     assert (mask.int().diff(dim=1) >= 0).all()
+    assert leave_out_special_tokens(input_ids, attention_mask, 3)[2] is None
+    with pytest.raises(ValueError, match=r"timestamps must have the shape of input_ids \(3, 4\), found \(3, 3\)"):
+        leave_out_special_tokens(input_ids, attention_mask, 3, timestamps[:, 1:])
     items = torch.tensor([[0, 3], [4, 5]])
-    ids, mask = leave_out_special_tokens(items, items != 0, 3)
-    assert ids is items
+    ids, mask, seconds = leave_out_special_tokens(items, items != 0, 3, 10 * items)
+    assert ids is items and torch.equal(seconds, 10 * items)
 
 
 # Training

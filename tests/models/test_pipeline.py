@@ -254,8 +254,9 @@ def test_bad_parameters_are_refused(model, tokenizer, pipe, parameters, message)
         ("Alien", "the history must be a list of item ids or titles, found 'Alien'"),
         (70, "the history must be a list of item ids or titles, found 70"),
         (None, "the history must be a list of item ids or titles, found None"),
-        ({"histories": [70]}, r"the key 'history' alone, found the keys \['histories'\]"),
-        ({"history": [70], "user": 1}, r"the key 'history' alone, found the keys \['history', 'user'\]"),
+        ({"histories": [70]}, r"a dictionary with 'history' alone, found the keys \['histories'\]"),
+        ({"history": [70], "user": 1}, r"'history' alone, found the keys \['history', 'user'\]"),
+        ({"history": [70], "now": 1}, r"'history' alone, found the keys \['history', 'now'\]"),
         ({"history": "Alien"}, "the history must be a list of item ids or titles, found 'Alien'"),
         ([[70], 3], "history 1 must be a list of item ids or titles, found 3"),
         ([70, None], r"the history must hold item ids \(integers or strings\) or titles, found None"),
@@ -267,6 +268,124 @@ def test_bad_parameters_are_refused(model, tokenizer, pipe, parameters, message)
 def test_bad_inputs_are_refused(pipe, inputs, message):
     with pytest.raises(ValueError, match=message):
         pipe(inputs)
+
+
+# ---- times
+
+
+WHEN = [[10, 20, 20], [1e9 + 0.5], [1, 2, 3, 4, 5, 6, 1e6], [5, 6, 7, 8, 9], [86_400, 86_401]]
+NOW = 2e9
+
+
+@pytest.fixture(scope="module")
+def timed_model(tokenizer):
+    torch.manual_seed(0)
+    config = ElasticConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        num_attention_heads=3,
+        num_interest_experts=4,
+        num_memory_subkeys=7,
+        num_memory_heads=2,
+        use_timestamps=True,
+    )
+    model = ElasticForSequentialRecommendation(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def timed(timed_model, tokenizer):
+    return pipeline("sequential-recommendation", model=timed_model, tokenizer=tokenizer, device="cpu", top_k=4)
+
+
+def with_times(i, **changes):
+    return {"history": HISTORIES[i], "timestamps": WHEN[i], "now": NOW + i, **changes}
+
+
+def expected_with_times(model, history, timestamps, now):
+    """As [`expected_for`], from one history with its times."""
+    token_ids = [3 + ITEM_IDS.index(item) for item in history]
+    with torch.no_grad():
+        seconds, request = (torch.tensor(x, dtype=torch.double) for x in ([timestamps[-WINDOW:]], [now]))
+        ids = torch.tensor([token_ids[-WINDOW:]])
+        logits = model(ids, timestamps=seconds, request_timestamps=request).logits[0]
+    scores = {item: logits[3 + ITEM_IDS.index(item)].item() for item in ITEM_IDS if item not in history}
+    best = sorted(scores, key=scores.get, reverse=True)[:4]
+    return [{"item": item, "title": TITLES[ITEM_IDS.index(item)], "score": scores[item]} for item in best]
+
+
+def test_one_history_with_times(timed, timed_model):
+    expected = expected_with_times(timed_model, **with_times(0))
+    for convert in (list, tuple, np.array, torch.tensor):
+        history = {"history": convert(HISTORIES[0]), "timestamps": convert(WHEN[0]), "now": NOW}
+        assert_same([timed(history)], [expected])
+    assert_same([timed(with_times(0, now=np.float64(NOW)))], [expected])
+    later = timed(with_times(0, now=NOW + 1e6))
+    assert [row["score"] for row in later] != pytest.approx([row["score"] for row in expected], abs=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_many_histories_with_times_equal_each_alone(timed, timed_model, batch_size):
+    found = timed([with_times(i) for i in range(5)], batch_size=batch_size)
+    assert_same(found, [expected_with_times(timed_model, **with_times(i)) for i in range(5)])
+
+
+def test_recommendations_are_for_now_by_default(timed, timed_model, monkeypatch):
+    monkeypatch.setattr("elastic_hf.models.pipeline.time.time", lambda: NOW)
+    expected = expected_with_times(timed_model, **with_times(0))
+    for history in (with_times(0, now=None), {"history": HISTORIES[0], "timestamps": WHEN[0]}):
+        assert_same([timed(history)], [expected])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_ignored_items_take_their_times_along(timed, timed_model, batch_size):
+    history = with_times(3, history=[17, 4, 17, 70, "Psycho", 9, 3], timestamps=[5, 5.5, 6, 7, 7.5, 8, 9])
+    found = timed([history, with_times(1), history], unknown="ignore", batch_size=batch_size)
+    expected = expected_with_times(timed_model, **with_times(3))
+    assert_same(found, [expected, expected_with_times(timed_model, **with_times(1)), expected])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_popularity_beside_histories_with_times(timed, timed_model, batch_size):
+    empty = {"history": [], "timestamps": []}
+    unknown = {"history": [4, 5], "timestamps": [1, 2], "now": 3}
+    arguments = {"unknown": "ignore", "fallback": "popularity", "batch_size": batch_size}
+    found = timed([empty, with_times(2), unknown], **arguments)
+    assert_same(found[1:2], [expected_with_times(timed_model, **with_times(2))])
+    assert found[0] == found[2] and [row["score"] for row in found[0]] == sorted(COUNTS, reverse=True)[:4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timestamps": [10, 20]}, "the history must have as many timestamps as items, 3, .*, found 2"),
+        ({"timestamps": None}, "the history must have as many timestamps as items, 3, .*, found None"),
+        ({"timestamps": 10}, "the history must have as many timestamps as items, 3, .*, found 10"),
+        ({"timestamps": [10, 20, "30"]}, "the history: timestamps must be finite Unix seconds .*, found '30'"),
+        ({"timestamps": [10, True, 30]}, "the history: timestamps must be finite Unix seconds .*, found True"),
+        ({"timestamps": [-10, 20, 30]}, "the history: timestamps must be .* of at least 0, found -10"),
+        ({"timestamps": [10, float("nan"), 30]}, "the history: timestamps must be finite .*, found nan"),
+        ({"timestamps": [10, 20, float("inf")]}, "the history: timestamps must be finite .*, found inf"),
+        ({"timestamps": [10, 30, 20]}, "from the oldest to the latest, and now after them, found 20 after 30"),
+        ({"now": 5}, "from the oldest to the latest, and now after them, found 5 after 20"),
+        ({"now": "today"}, "the history: now must be finite Unix seconds of at least 0, found 'today'"),
+        ({"now": float("nan")}, "the history: now must be finite Unix seconds of at least 0, found nan"),
+        ({"user": 1}, "with 'history' and 'timestamps' and 'now' alone, found the keys"),
+    ],
+)
+def test_bad_times_are_refused(timed, changes, message):
+    with pytest.raises(ValueError, match=message):
+        timed(with_times(0, **changes))
+    with pytest.raises(ValueError, match=message.replace("the history", "history 1")):
+        timed([with_times(1), with_times(0, **changes)])
+
+
+def test_a_model_that_reads_times_needs_them(timed):
+    with pytest.raises(ValueError, match="as many timestamps as items, 3, for a model with use_timestamps=True"):
+        timed(HISTORIES[0])
 
 
 # ---- unknown items and titles

@@ -177,6 +177,17 @@ def test_the_protocol_stands_before_the_numbers(folder):
     assert "sampled" not in make_model_card("org/x", make_results()).text
 
 
+def test_a_card_says_what_a_model_that_reads_times_was_told():
+    config = {"use_timestamps": True, "exclude_seen": False, "mask_seen_in_loss": False}
+    metrics = {"test_ndcg@10": 0.2, "test_ndcg@10_seen_kept": 0.3, "untimed_ndcg@10": 0.1}
+    results = make_results(config=config, **metrics, **{"untimed_ndcg@10_seen_kept": 0.125})
+    text = make_model_card("org/x", results).text
+    told = "The model reads when items came, and is told when each target came, as a service knows when it is asked."
+    assert f"{told} Without that time its NDCG@10 on the test items is 0.1250.\n" in text
+    assert f"{told}\n" in make_model_card("org/x", make_results(config=config)).text
+    assert "told when" not in make_model_card("org/x", make_results()).text
+
+
 def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
     card = render_model_card(folder, "org/elastic-ml1m")
     check_metadata(card)
@@ -345,6 +356,22 @@ def test_the_example_has_titles_and_what_the_model_recommends():
     assert str(make_model_card("org/x", make_results(example=example))) == str(card)
     without = make_model_card("org/x", make_results())
     assert "```text" not in without.text and 'items["item_id"]' in python_of(without)
+
+
+def test_the_example_of_a_model_that_reads_times_can_be_pasted():
+    recommended = [{"item": 7, "title": "Amélie", "score": 1.5}, {"item": "sku 8", "title": None, "score": 1.0}]
+    history = {"history": ['The "Heat"', 12], "timestamps": [0, 3600], "now": 7200}
+    card = make_model_card("org/x", make_results(), example={"history": history, "recommended": recommended})
+    check_metadata(card)
+    asked = []
+
+    def recommend(history, top_k):
+        asked.append(history)
+        return recommended
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(python_of(card).split("\n", 4)[4], {"recommend": recommend})
+    assert asked == [history]
 
 
 def test_the_example_is_of_the_model_beside_the_results(tmp_path):

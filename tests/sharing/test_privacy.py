@@ -14,6 +14,8 @@ def test_no_user_is_shown():
         "main_row": True,
         "variant": None,
         "config": {"hidden_size": 16},
+        "expert_half_lives": [[2.0]],
+        "expert_half_lives_seconds": [[60.0]],
         "sample": {"user_id": "ada@example.org", "history": ["Alien"], "recommended": ["Heat"], "target": "Kes"},
         "first_user": "ada@example.org",
         "user_ids": ["ada@example.org"],
@@ -22,7 +24,9 @@ def test_no_user_is_shown():
         "target_id": 4,
     }
     public = without_personal_data(results)
-    assert public == {key: results[key] for key in ("model_type", "test_ndcg@10", "main_row", "variant", "config")}
+    keys = ("model_type", "test_ndcg@10", "main_row", "variant", "config")
+    keys += ("expert_half_lives", "expert_half_lives_seconds")
+    assert public == {key: results[key] for key in keys}
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,13 @@ def test_small_catalogues_have_small_examples(tmp_path):
     assert recommend_example(write_popularity(tmp_path / "one", [7])) is None
     example = recommend_example(write_popularity(tmp_path / "three", [7, 8, 9]))
     assert example["history"] == [7, 8] and [row["item"] for row in example["recommended"]] == [9]
+
+
+def test_the_example_of_a_model_that_reads_times_has_them(folder):
+    elastic_model(use_timestamps=True).save_pretrained(folder)
+    pipeline = load_pipeline(folder)
+    example = recommend_example(pipeline)
+    assert example["history"].keys() == {"history", "timestamps", "now"}
+    assert example["history"]["history"] == ["Product 0", "Product 1", "Product 2"]
+    assert example["history"]["timestamps"] == [0, 3600, 7200] and example["history"]["now"] == 10_800
+    assert example["recommended"] == pipeline(example["history"], top_k=3)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from trainers import (
     make_histories,
     make_model,
     make_trainer,
+    train_rows,
+    with_times,
 )
 
 
@@ -241,6 +244,81 @@ def test_an_adapter_of_the_head_is_trained_and_evaluated(tmp_path):
     merged = trainer.predict(trainer.eval_dataset).predictions
     for one, other in zip(adapted, merged, strict=True):
         assert (one == other).mean() > 0.99
+
+
+# Times
+
+
+def timed_histories(num_users=200):
+    """Items that go on by 7 after an hour and by 11 after a day, and when they came."""
+    generator = np.random.default_rng(0)
+    histories, seconds = [], []
+    for _ in range(num_users):
+        is_long = generator.random(generator.integers(9, 14)) < 0.5
+        items = generator.integers(NUM_ITEMS) + np.cumsum(np.where(is_long, 11, 7))
+        histories.append((items % NUM_ITEMS + 3).tolist())
+        seconds.append((1_700_000_000 + np.cumsum(np.where(is_long, 86_400, 3600))).tolist())
+    return histories, seconds
+
+
+@pytest.mark.parametrize("model_type", ["elastic", "hstu"])
+def test_a_model_that_is_told_when_predicts_what_depends_on_it(tmp_path, model_type):
+    histories, seconds = timed_histories()
+    model = make_model(
+        model_type,
+        use_timestamps=True,
+        exclude_seen=False,
+        hidden_dropout=0.0,
+        **({"intermediate_size": 24} if model_type == "elastic" else {"max_position_embeddings": MAX_LENGTH}),
+    )
+    trainer = make_trainer(tmp_path, model, histories=histories, num_train_epochs=1)
+    rows = trainer.train_dataset.remove_columns("timestamps")
+    trainer.train_dataset = rows.add_column("timestamps", [row[:-2] for row in seconds])
+    users = trainer.eval_dataset.remove_columns(["timestamps", "target_timestamp"])
+    users = users.add_column("timestamps", [row[:-1] for row in seconds])
+    users = users.add_column("target_timestamp", [row[-1] for row in seconds])
+    trainer.args.num_train_epochs = 30
+    trainer.args.eval_strategy = "no"
+    trainer.train()
+    told = trainer.evaluate(users)
+    trainer.data_collator = replace(trainer.data_collator, know_request=False)
+    untold = trainer.evaluate(users)
+    assert told["eval_hr@1_seen_kept"] > 0.9 > 0.7 > untold["eval_hr@1_seen_kept"]
+    assert untold["eval_hr@5_seen_kept"] > 0.8
+
+
+def test_the_columns_of_times_are_checked_at_the_door(tmp_path):
+    model = make_model(use_timestamps=True)
+    rows = train_rows(make_histories())
+    timed = with_times(rows, make_histories())
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    tokenizer = ElasticItemTokenizer.from_items(range(NUM_ITEMS), MAX_LENGTH)
+    trainer = SequentialRecommendationTrainer(model, arguments, train_dataset=timed, processing_class=tokenizer)
+    assert trainer.data_collator.use_timestamps
+    with pytest.raises(ValueError, match="train_dataset must have the column timestamps for a model with use_time"):
+        SequentialRecommendationTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    users = with_times(evaluation_rows(make_histories()), make_histories())
+    with pytest.raises(ValueError, match="eval_dataset must have the columns timestamps and target_timestamp"):
+        SequentialRecommendationTrainer(
+            model,
+            arguments,
+            train_dataset=timed,
+            eval_dataset=users.remove_columns("target_timestamp"),
+            processing_class=tokenizer,
+        )
+
+
+def test_a_model_without_times_does_not_fetch_them(tmp_path):
+    """The columns are there, as for each source with times."""
+    trainer = make_trainer(tmp_path, num_train_epochs=1)
+    expected = trainer.evaluate()
+    timed = with_times(trainer.eval_dataset, make_histories())
+    trainer.train_dataset = with_times(trainer.train_dataset, make_histories())
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader(timed)):
+        assert not {"timestamps", "target_timestamp"} & {*loader.dataset.column_names}
+        assert "timestamps" not in next(iter(loader))
+    assert trainer.evaluate(timed)["eval_ndcg@10"] == expected["eval_ndcg@10"]
+    trainer.train()
 
 
 def test_evaluation_rows_need_a_target(tmp_path):

@@ -1,0 +1,40 @@
+"""What ELASTIC adds for the times of events and requests, with `use_timestamps`.
+
+    e_j   += pause[bucket of the seconds since the event before] + W_phases (phases of the event)
+    r      = elapsed[bucket of the seconds since the last event] + W_request (phases of the request)
+    h_t   += sqrt(D) r;   the first layer's query reads x_t + sqrt(D) r;   logits of experts += bias[same bucket]
+
+Axis letters: B batch, L history length, Q positions that read, D hidden size, H heads, E interest experts per head.
+"""
+
+from torch import Tensor, nn
+
+from .configuration_elastic import ElasticConfig
+from .event_time import NUM_BUCKETS, NUM_PHASES, elapsed_until, time_buckets, time_phases
+
+
+class ElasticTime(nn.Module):
+    """What the times of events and requests add: to the embeddings, to what the reader starts from, and to the logits
+    of the experts."""
+
+    def __init__(self, config: ElasticConfig):
+        super().__init__()
+        self.pause = nn.Embedding(NUM_BUCKETS, config.hidden_size)
+        self.phases = nn.Linear(NUM_PHASES, config.hidden_size, bias=False)
+        self.elapsed = nn.Embedding(NUM_BUCKETS, config.hidden_size)
+        self.request_phases = nn.Linear(NUM_PHASES, config.hidden_size, bias=False)
+        self.num_heads = config.num_attention_heads
+        self.expert_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads * config.num_interest_experts)
+
+    def of_events(self, timestamps: Tensor, pauses: Tensor) -> Tensor:
+        """Return what is added to the items' embeddings: (B, L) twice -> (B, L, D)."""
+        phases = time_phases(timestamps).to(self.pause.weight.dtype)
+        return self.pause(time_buckets(pauses)) + self.phases(phases)
+
+    def of_requests(self, request_timestamps: Tensor, last_timestamps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is added to the reader's embedding and to the experts' logits: (B, Q) twice -> (B, Q, D) and
+        (B, H, Q, E)."""
+        buckets = time_buckets(elapsed_until(request_timestamps, last_timestamps))
+        phases = time_phases(request_timestamps).to(self.elapsed.weight.dtype)
+        bias = self.expert_bias(buckets).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.elapsed(buckets) + self.request_phases(phases), bias
