@@ -219,6 +219,7 @@ def time_buckets(seconds: Tensor) -> Tensor:
 
 def time_phases(timestamps: Tensor) -> Tensor:
     """Return the cosines and sines of moments in their day, week and year, zeros for -1: (...) -> (..., 6)."""
-    angles = torch.stack([(timestamps % period) / period for period in PERIODS], dim=-1).float() * (2 * math.pi)
-    phases = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return phases * (timestamps != UNKNOWN)[..., None]
+    periods = torch.tensor(PERIODS, device=timestamps.device)
+    angles = (timestamps[..., None] % periods / periods).float().mul_(2 * math.pi)
+    phases = torch.cat([angles.cos(), angles.sin_()], dim=-1)
+    return phases.mul_((timestamps != UNKNOWN)[..., None])
