@@ -211,14 +211,15 @@ def trials() -> str:
         training = run.training
         setting = cells(run, keys)
         row = [*setting, f"{training['epochs']:g}", run.model_type, run.variant, str(run.seed)]
-        row += [overrides.replace(",", ", "), f"{training['learning_rate']:g}", str(training["batch_size"])]
+        row += [overrides.replace(",", ", "), f"{training['learning_rate']:g}", f"{training['weight_decay']:g}"]
+        row += [str(training["batch_size"])]
         row += ["yes" if run.split_into_windows else "no"]
         hit_rate, ndcg = (run.metrics[f"validation_{name}@10{run.suffix}"] for name in ("hr", "ndcg"))
         row += [f"{hit_rate:.4f}", f"**{ndcg:.4f}**"]
         row += [f"{run.num_parameters:,}", f"{run.train_seconds / 60:.0f}"]
         rows.append((setting, training["epochs"], -ndcg, row))
-    header = [*keys, "epochs", "model", "trial", "seed", "configuration", "learning rate", "batch", "windows"]
-    header += ["validation HR@10", "validation NDCG@10", "parameters", "minutes"]
+    header = [*keys, "epochs", "model", "trial", "seed", "configuration", "learning rate", "weight decay"]
+    header += ["batch", "windows", "validation HR@10", "validation NDCG@10", "parameters", "minutes"]
     return table(header, [row for *_, row in sorted(rows)])
 
 
