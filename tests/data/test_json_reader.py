@@ -6,7 +6,15 @@ from interactions import split_rows
 
 
 ROWS = [{"user_id": "a", "item_id": f"i{time}", "timestamp": time} for time in range(4)]
-EXPECTED = [{"user_id": "a", "item_ids": ["i0", "i1", "i2"], "timestamps": [0, 1, 2], "target": "i3"}]
+EXPECTED = [
+    {
+        "user_id": "a",
+        "item_ids": ["i0", "i1", "i2"],
+        "timestamps": [0, 1, 2],
+        "target": "i3",
+        "target_timestamp": 3,
+    }
+]
 
 
 def write_lines(path, rows, separator="\n"):

@@ -179,7 +179,7 @@ def test_what_a_file_holds_comes_before_its_folders(tmp_path, load):
     folder.mkdir(parents=True)
     write(folder / "part-0.csv", frame([(1, item, item) for item in range(3)], ("user_id", "item_id", "ts")))
     assert split_rows(load(tmp_path), "test") == [
-        {"user_id": 1, "item_ids": [0, 1], "timestamps": [0, 1], "target": 2}
+        {"user_id": 1, "item_ids": [0, 1], "timestamps": [0, 1], "target": 2, "target_timestamp": 2}
     ]
 
 

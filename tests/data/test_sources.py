@@ -54,8 +54,8 @@ def test_folder_of_files_in_the_order_of_their_names(tmp_path, load):
     write(folder / "b.csv", frame([("x", 3, 5), (2, 1, 1), (2, 2, 2), (2, 3, 3)]))
     write(folder / "a.csv", frame([("x", 1, 5), ("x", 2, 5)]))
     assert split_rows(load(folder), "test") == [
-        {"user_id": "2", "item_ids": [1, 2], "timestamps": [1, 2], "target": 3},
-        {"user_id": "x", "item_ids": [1, 2], "timestamps": [5, 5], "target": 3},
+        {"user_id": "2", "item_ids": [1, 2], "timestamps": [1, 2], "target": 3, "target_timestamp": 3},
+        {"user_id": "x", "item_ids": [1, 2], "timestamps": [5, 5], "target": 3, "target_timestamp": 5},
     ]
     write(folder / "c.parquet", frame())
     with pytest.raises(ValueError, match="files of one kind, found .*c.parquet"):

@@ -158,6 +158,7 @@ def test_files_without_a_header(tmp_path, load, delimiter, caplog):
         "item_ids": ["i0", "i1", "i2"],
         "timestamps": [0, 1, 2],
         "target": "i3",
+        "target_timestamp": 3,
     }
     assert "not using 'rating'" in caplog.text
     own = {"user_column": "a", "item_column": "b", "timestamp_column": "d"}
