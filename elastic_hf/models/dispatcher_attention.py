@@ -68,7 +68,7 @@ def forgetting(log_forget: Tensor, pauses: Tensor, half_lives: Tensor) -> Tensor
     Args:
         log_forget (`torch.Tensor` of shape `(M,)`): log of what an expert keeps of its state at each new item, <= 0.
         pauses (`torch.Tensor` of shape `(B, L)`): seconds since the item before, below 0 where there is none.
-        half_lives (`torch.Tensor` of shape `(M,)`): seconds; a pause counts [`MAX_HALF_LIVES`] at most.
+        half_lives (`torch.Tensor` of shape `(M,)`): seconds; a pause counts `MAX_HALF_LIVES` at most.
 
     Returns:
         `torch.Tensor` of shape `(B, L, M)`: log of what an expert keeps of its state when each item comes.
