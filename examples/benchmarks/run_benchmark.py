@@ -387,8 +387,6 @@ def benchmark_streaming(args: argparse.Namespace) -> None:
     """Measure one more item and the ten best recommendations, after histories of several lengths."""
     import torch
 
-    from elastic_hf.models.cache_elastic import TENSORS
-
     model = make_model("elastic", 0, args.num_items).eval()
     steps = {}
     for length in args.lengths:
@@ -403,7 +401,7 @@ def benchmark_streaming(args: argparse.Namespace) -> None:
 
         steps[f"{length:,}"] = step
     seconds = median_seconds(steps, args.repetitions, args.warmup)
-    state_bytes = sum(getattr(cache, name).nbytes for name in TENSORS)
+    state_bytes = sum(tensor.nbytes for tensor in cache.tensors.values())
     results = {**setting(args), "num_items": args.num_items, "bytes_per_user": state_bytes, "seconds": seconds}
     report(args.output, results)
 

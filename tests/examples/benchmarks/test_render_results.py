@@ -142,7 +142,7 @@ def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path
     _, elastic, sasrec = rows_of(render_results.accuracy())
     assert (elastic["model"], sasrec["model"]) == ("elastic", "sasrec")
     assert elastic["protocol"] == "leave_one_out, full ranking, seen items kept"
-    assert (elastic["NDCG@10"], elastic["NDCG@10, seen kept"]) == ("0.1250", "**0.5000**")
+    assert (elastic["NDCG@10"], sasrec["NDCG@10"]) == ("**0.5000**", "**0.3750**")
     (difference,) = rows_of(render_results.differences())
     assert difference["protocol"] == elastic["protocol"] and difference["NDCG@10"] == "+0.1250"
 
