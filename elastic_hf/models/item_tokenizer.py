@@ -171,24 +171,32 @@ class ElasticItemTokenizer(TokenizersBackend):
         """Token ids of every split of [`load_histories`].
 
         Args:
-            histories (`datasets.DatasetDict`): Splits with the column `item_ids` and, in evaluation splits, `target`.
-            num_proc (`int`, *optional*): Number of processes of `Dataset.map`.
+            histories (`datasets.DatasetDict` or `datasets.IterableDatasetDict`):
+                Splits with the column `item_ids` and, in evaluation splits, `target`. Streamed ones are tokenized as
+                they are read.
+            num_proc (`int`, *optional*): Number of processes of `Dataset.map`; a stream is read by one.
 
         Returns:
-            `datasets.DatasetDict`: The same splits with `user_id` (where there is one), `input_ids` (`List(int32)`,
+            `datasets.DatasetDict` or `datasets.IterableDatasetDict`: The same splits with `user_id` (where there is one), `input_ids` (`List(int32)`,
             the whole history, untruncated) and `target` (int32 token id, in evaluation splits), and `timestamps` and
             `target_timestamp` as they are.
 
         Raises:
-            ValueError: If a split is empty or has no `item_ids`, and as [`encode_histories`].
+            ValueError: If a split is empty, does not name its columns or has no `item_ids`, if `num_proc` is given
+                for a stream, and as [`encode_histories`].
         """
         tokenized = type(histories)()
         for name, split in histories.items():
-            if "item_ids" not in split.column_names:
+            if "item_ids" not in (split.column_names or ()):
                 raise ValueError(f"split {name!r} must have the column 'item_ids', found {split.column_names}")
+            is_stream = not hasattr(split, "__len__")
             # `Dataset.map` would hand an empty split back with its old columns.
-            if len(split) == 0:
+            if not is_stream and len(split) == 0:
                 raise ValueError(f"split {name!r} must have at least one history, found none")
+            if is_stream and num_proc is not None:
+                raise ValueError(f"num_proc must be None for the stream {name!r}, found {num_proc}")
+            options = {"num_proc": num_proc, "desc": f"Tokenizing {name} histories"}
+            options["load_from_cache_file"] = False  # a damaged file of the cache would be taken for the result
             types = {"input_ids": pa.list_(pa.int32())}
             if "user_id" in split.column_names:
                 types = {"user_id": split.features.arrow_schema.field("user_id").type, **types}
@@ -204,11 +212,9 @@ class ElasticItemTokenizer(TokenizersBackend):
                     fn_kwargs={"item_ids": self.items["item_id"]},
                     batched=True,
                     batch_size=HISTORIES_PER_BATCH,
-                    remove_columns=split.column_names,
+                    remove_columns=[column for column in split.column_names if column not in types],
                     features=split.features.from_arrow_schema(pa.schema(types)),
-                    num_proc=num_proc,
-                    load_from_cache_file=False,  # a damaged file of the cache would be taken for the result
-                    desc=f"Tokenizing {name} histories",
+                    **({} if is_stream else options),
                 )
                 .with_format(None)
             )

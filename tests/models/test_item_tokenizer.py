@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, List, Value
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, List, Value
 from transformers import AutoTokenizer
 
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation
@@ -228,6 +228,20 @@ def test_tokenize_histories(ids, num_proc, tmp_path):
         assert tokenized[name]["user_id"][:] == histories[name]["user_id"][:]
         assert tokenized[name]["input_ids"][:] == slow(tokenizer, histories[name]["item_ids"][:])
     assert tokenized["test"]["target"][:] == tokenizer.convert_tokens_to_ids(histories["test"]["target"][:])
+
+
+def test_streams_are_tokenized_as_they_are_read(integer_tokenizer):
+    histories = split_dataset(INTEGER_IDS)
+    streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in histories.items()})
+    tokenized = integer_tokenizer.tokenize_histories(streams)
+    for name, rows in integer_tokenizer.tokenize_histories(histories).items():
+        assert isinstance(tokenized[name], IterableDataset) and tokenized[name].features == rows.features
+        assert list(tokenized[name]) == list(rows)
+    with pytest.raises(ValueError, match="num_proc must be None for the stream 'train', found 2"):
+        integer_tokenizer.tokenize_histories(streams, num_proc=2)
+    nameless = IterableDataset.from_generator(lambda: iter([{"item_ids": INTEGER_IDS}]))
+    with pytest.raises(ValueError, match="split 'train' must have the column 'item_ids', found None"):
+        integer_tokenizer.tokenize_histories(IterableDatasetDict(train=nameless))
 
 
 def test_tokenize_histories_names_the_bad_split(integer_tokenizer):

@@ -121,6 +121,17 @@ def test_dataloader_workers(tmp_path):
     assert losses(trainers[0]) == losses(trainers[1])
 
 
+def test_a_stream_trains_and_is_evaluated_as_its_rows_are(tmp_path):
+    whole = make_trainer(tmp_path, eval_strategy="no", save_strategy="no", max_steps=4)
+    streams = [dataset.to_iterable_dataset() for dataset in (whole.train_dataset, whole.eval_dataset)]
+    trainer = SequentialRecommendationTrainer(
+        whole.model, whole.args, whole.data_collator, train_dataset=streams[0], eval_dataset=streams[1]
+    )
+    before = whole.model.lm_head.weight.clone()
+    assert trainer.train().global_step == 4 and not torch.equal(whole.model.lm_head.weight, before)
+    assert trainer.evaluate()["eval_ndcg@10"] == whole.evaluate()["eval_ndcg@10"]
+
+
 def test_stock_arguments_warn_of_nothing(tmp_path):
     """On a processor, PyTorch warns of every data loader whose memory is to be pinned."""
     trainer = make_trainer(tmp_path, use_cpu=False, num_train_epochs=1)
