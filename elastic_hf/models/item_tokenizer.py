@@ -177,9 +177,9 @@ class ElasticItemTokenizer(TokenizersBackend):
             num_proc (`int`, *optional*): Number of processes of `Dataset.map`; a stream is read by one.
 
         Returns:
-            `datasets.DatasetDict` or `datasets.IterableDatasetDict`: The same splits with `user_id` (where there is one), `input_ids` (`List(int32)`,
-            the whole history, untruncated) and `target` (int32 token id, in evaluation splits), and `timestamps` and
-            `target_timestamp` as they are.
+            `datasets.DatasetDict` or `datasets.IterableDatasetDict`: The same splits with `user_id` (where there is
+            one), `input_ids` (`List(int32)`, the whole history, untruncated) and `target` (int32 token id, in
+            evaluation splits), and `timestamps` and `target_timestamp` as they are.
 
         Raises:
             ValueError: If a split is empty, does not name its columns or has no `item_ids`, if `num_proc` is given
