@@ -152,11 +152,10 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        head = set(self.model.get_output_embeddings().modules())
         return [
             f"{name}.weight"
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module not in head
+            if isinstance(module, nn.Linear | nn.Embedding)
         ]
 
     def prediction_step(
