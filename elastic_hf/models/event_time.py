@@ -22,7 +22,7 @@ NUM_BUCKETS = 34
 # The first seconds of each bucket but 0: floor(log2(1 + s)) as the number of powers of two that 1 + s reaches, which
 # is exact where a logarithm is rounded.
 BUCKET_STARTS = tuple(float(2**power - 1) for power in range(NUM_BUCKETS - 1))
-PERIODS = (86_400, 7 * 86_400, 31_556_952)  # seconds: a day, a week and a mean year of the Gregorian calendar
+PERIODS = (86_400, 7 * 86_400)
 NUM_PHASES = 2 * len(PERIODS)
 
 
