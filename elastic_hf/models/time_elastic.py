@@ -28,7 +28,7 @@ class ElasticTime(nn.Module):
 
     def of_events(self, timestamps: Tensor, pauses: Tensor) -> Tensor:
         """Return what is added to the items' embeddings: (B, L) twice -> (B, L, D)."""
-        phases = time_phases(timestamps).to(self.pause.weight.dtype)
+        phases = 0 * time_phases(timestamps).to(self.pause.weight.dtype)
         return self.pause(time_buckets(pauses)) + self.phases(phases)
 
     def of_requests(self, request_timestamps: Tensor, last_timestamps: Tensor) -> tuple[Tensor, Tensor]:
