@@ -179,11 +179,13 @@ def compare(args: argparse.Namespace) -> None:
             subprocess.run(command, check=True)
         peer = json.loads((folder / METRICS.format("peer")).read_text())
         config = AutoConfig.from_pretrained(args.model_name_or_path)
+        # Where the environment of RecTools lies is of this machine alone.
+        arguments = ["peers/bin/python" if part == args.peer_python else part for part in sys.argv[1:]]
         results = {
             "benchmark": "peers",
             "dataset": args.dataset_name,
             "git_commit": git_commit(),
-            "command": f"python examples/benchmarks/peers.py {shlex.join(sys.argv[1:])}",
+            "command": f"python examples/benchmarks/peers.py {shlex.join(arguments)}",
             **describe_machine(1),
             "peer_versions": peer["versions"],
             "peer_training": json.loads((folder / "peer.json").read_text())
