@@ -145,7 +145,7 @@ class SeqRecTrainingArguments(TrainingArguments):
         default="",
         metadata={
             "help": "Folder of the model and its checkpoints; "
-            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-<variant>]."
+            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-<variant>]."
         },
     )
     num_train_epochs: float = _stock("num_train_epochs", 16)
@@ -179,7 +179,7 @@ class SeqRecTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Where to copy all_results.json to: "
-            "<dataset>-<model>-<seed>[-temporal or -sampled][-<variant>].json."
+            "<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-<variant>].json."
         },
     )
     variant: str | None = field(

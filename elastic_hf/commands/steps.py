@@ -17,8 +17,6 @@ from ..models.item_tokenizer import ElasticItemTokenizer
 from .arguments import DEFAULT_MAX_LENGTH, DataArguments
 
 
-# Of the protocol, where the model is told when each target came.
-TIMED = ", target times given"
 logger = logging.getLogger(__name__)
 
 
@@ -90,7 +88,7 @@ def tokenize(
 
 def describe_protocol(data_args: DataArguments, config: RecommenderConfig) -> str:
     """Return how the results say that the data were split and the catalogue ranked, and what the model was told."""
-    return data_args.protocol + (TIMED if config.use_timestamps else "")
+    return data_args.protocol + (", target times given" if config.use_timestamps else "")
 
 
 def settings_of(config: RecommenderConfig) -> dict[str, Any]:

@@ -135,16 +135,19 @@ def validate_timestamps(timestamps: Tensor, attention_mask: Tensor, last_timesta
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or timestamps.is_meta:
         return
     is_bad = attention_mask & ~((timestamps >= 0) & (timestamps < math.inf))
-    if is_bad.any():
-        row = int(is_bad.any(dim=1).nonzero()[0])
-        found = timestamps[row][is_bad[row]][0].item()
-        raise ValueError(f"timestamps must be finite Unix seconds of at least 0, found {found} in row {row}")
+    seconds = timestamps
     if last_timestamps is not None:
         timestamps = torch.cat([last_timestamps[:, None], timestamps.double()], dim=1)
         timestamps = torch.where(F.pad(attention_mask, (1, 0), value=True), timestamps, timestamps[:, :1])
         attention_mask = F.pad(attention_mask, (1, 0), value=True)
     goes_back = attention_mask[:, 1:] & (timestamps[:, 1:] < timestamps[:, :-1])
     goes_back &= attention_mask[:, :-1] | (last_timestamps is not None)
+    if not (is_bad.any() | goes_back.any()):  # one transfer from the device for both
+        return
+    if is_bad.any():
+        row = int(is_bad.any(dim=1).nonzero()[0])
+        found = seconds[row][is_bad[row]][0].item()
+        raise ValueError(f"timestamps must be finite Unix seconds of at least 0, found {found} in row {row}")
     if goes_back.any():
         row, position = goes_back.nonzero()[0].tolist()
         earlier, later = timestamps[row, position : position + 2].tolist()

@@ -195,8 +195,10 @@ class ElasticItemTokenizer(TokenizersBackend):
                 raise ValueError(f"split {name!r} must have at least one history, found none")
             if is_stream and num_proc is not None:
                 raise ValueError(f"num_proc must be None for the stream {name!r}, found {num_proc}")
-            options = {"num_proc": num_proc, "desc": f"Tokenizing {name} histories"}
-            options["load_from_cache_file"] = False  # a damaged file of the cache would be taken for the result
+            options = {}
+            if not is_stream:
+                options = {"num_proc": num_proc, "desc": f"Tokenizing {name} histories"}
+                options["load_from_cache_file"] = False  # a damaged file of the cache would be taken for the result
             types = {"input_ids": pa.list_(pa.int32())}
             if "user_id" in split.column_names:
                 types = {"user_id": split.features.arrow_schema.field("user_id").type, **types}
@@ -214,7 +216,7 @@ class ElasticItemTokenizer(TokenizersBackend):
                     batch_size=HISTORIES_PER_BATCH,
                     remove_columns=[column for column in split.column_names if column not in types],
                     features=split.features.from_arrow_schema(pa.schema(types)),
-                    **({} if is_stream else options),
+                    **options,
                 )
                 .with_format(None)
             )

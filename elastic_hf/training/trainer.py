@@ -111,11 +111,12 @@ class SequentialRecommendationTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        of_rows = {"target"} | ({"target_timestamp"} if self.model.config.use_timestamps else set())
-        of_rows -= {*self._signature_columns}
-        # Every forward has the argument, but only some models read it.
-        unread = set() if self.model.config.use_timestamps else {"timestamps"}
-        self._signature_columns = [*({*self._signature_columns} - unread), *of_rows]
+        columns = {*self._signature_columns, "target"}
+        if self.model.config.use_timestamps:
+            columns.add("target_timestamp")
+        else:
+            columns.discard("timestamps")  # every forward has the argument
+        self._signature_columns = sorted(columns)
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset

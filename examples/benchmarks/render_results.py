@@ -49,6 +49,11 @@ def runs(pattern: str = "*.json") -> list[RunResults]:
     return [RunResults.from_dict(results, name) for name, results in files if "main_row" in results]
 
 
+def main_rows(pattern: str = "*.json", with_times: bool = False) -> list[RunResults]:
+    """The runs of the main rows, of models that read times or of those that do not."""
+    return [run for run in runs(pattern) if run.main_row and run.config.get("use_timestamps", False) == with_times]
+
+
 # What figures are under unless a table says otherwise.
 USUAL_PROTOCOL = "leave_one_out, full ranking"
 ACCURACY = ["HR@10", "NDCG@10", "seeds", "parameters", "minutes"]
@@ -100,17 +105,15 @@ def accuracy_table(chosen: list[RunResults], *keys: str) -> str:
 
 def accuracy() -> str:
     """The main table: one row for each dataset, protocol and model; models that are told times have one of theirs."""
-    chosen = [run for run in runs() if run.main_row and not run.config.get("use_timestamps", False)]
-    return accuracy_table(chosen, "model_type", "max_length")
+    return accuracy_table(main_rows(), "model_type", "max_length")
 
 
 def published() -> str:
     """What others report for our datasets, beside ELASTIC and the best baseline here under their regime."""
     rows = []
     for dataset, reports in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).items():
-        chosen = [run for run in runs(f"{dataset}-*.json") if run.main_row and run.dataset == dataset]
         by_protocol = {}
-        for run in chosen:
+        for run in (run for run in main_rows(f"{dataset}-*.json") if run.dataset == dataset):
             by_protocol.setdefault(protocol(run), {}).setdefault(run.model_type, []).append(run)
         found = []
         for name, models in sorted(by_protocol.items()):
@@ -134,10 +137,10 @@ def published() -> str:
 def times() -> str:
     """Models that read times, told when the test items came and not told, beside the same models without times."""
     models = {}
-    for run in runs():
-        if run.main_row and run.protocol.split(",")[0] == "leave_one_out":
-            is_timed = run.config.get("use_timestamps", False)
-            models.setdefault((run.dataset, run.model_type), {}).setdefault(is_timed, []).append(run)
+    for is_timed in (False, True):
+        for run in main_rows(with_times=is_timed):
+            if run.protocol.split(",")[0] == "leave_one_out":
+                models.setdefault((run.dataset, run.model_type), {}).setdefault(is_timed, []).append(run)
     rows = []
     for (dataset, model), of_model in sorted(
         models.items(), key=lambda entry: (entry[0][0], entry[0][1] != "elastic")
@@ -156,7 +159,7 @@ def times() -> str:
 
 def differences() -> str:
     """ELASTIC's NDCG@10 less each baseline's, and the standard error of that difference of two means over seeds."""
-    chosen = [run for run in runs() if run.main_row and not run.config.get("use_timestamps", False)]
+    chosen = main_rows()
     keys = with_protocol(chosen, "dataset", "max_length")
     values = {}
     for run in sorted(chosen, key=lambda run: run.max_length):
