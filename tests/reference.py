@@ -298,3 +298,13 @@ def items_in_loss(token_ids, row, position, target, candidates):
     """What a target competes with, itself included: the candidates that its row has not read up to the position."""
     seen = token_ids[row, : position + 1].tolist()
     return [item for item in candidates if item == target or item not in seen]
+
+
+def assert_equal_with_gradients(output, expected, weights):
+    """Assert that two computations from the same weights agree, and so do their gradients, none of which is zero."""
+    weights = list(weights)
+    torch.testing.assert_close(output, expected)
+    gradients, wanted = (torch.autograd.grad(x.square().sum() + x.sin().sum(), weights) for x in (output, expected))
+    for gradient, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, want)
+        assert want.abs().max() > 1e-6

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -124,16 +125,21 @@ def test_an_empty_history_gives_zeros_and_finite_gradients():
 
 def test_float32_holds_the_stated_range():
     """Scores of +-10 and half-lives from one item on, at several chunks, against float64."""
-    inputs = make_inputs(200)
+    assert_float32_holds_extreme_scores(chunked, make_inputs(200))
+
+
+def assert_float32_holds_extreme_scores(function, inputs):
+    """Outputs and gradients for scores of +-10, in float32 against float64."""
     with torch.no_grad():
         inputs[3].copy_(10 * torch.sign(inputs[3]))
-    expected, expected_gradients = outputs_and_gradients(chunked, inputs)
+    expected, expected_gradients = outputs_and_gradients(function, inputs)
     single = [x.detach().float().requires_grad_() for x in inputs]
-    output = chunked(*single)
+    output = function(*single)
     torch.manual_seed(0)
     gradients = torch.autograd.grad((output * torch.randn_like(expected).float()).sum(), single)
     torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-4)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert gradient.isfinite().all()
         error = (gradient.double() - wanted).norm() / wanted.norm()
         assert error < 1e-3, f"relative error {error:.2e}"
 
@@ -292,19 +298,7 @@ def test_float32_holds_the_stated_range_with_pauses(length):
     forget = forgetting(log_forget.detach().flatten(), torch.full((B, length), 1e12).double(), torch.ones(H * E))
     inputs.append(forget.unflatten(-1, (H, E)).transpose(1, 2).contiguous().requires_grad_())
     assert forget.min() < -2.07  # ln 8: three half-lives
-    with torch.no_grad():
-        inputs[3].copy_(10 * torch.sign(inputs[3]))
-    fast = lambda *x: chunked(*x, CHUNK_SIZE_WITH_PAUSES)  # noqa: E731
-    expected, expected_gradients = outputs_and_gradients(fast, inputs)
-    single = [x.detach().float().requires_grad_() for x in inputs]
-    output = fast(*single)
-    torch.manual_seed(0)
-    gradients = torch.autograd.grad((output * torch.randn_like(expected).float()).sum(), single)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-4)
-    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        assert gradient.isfinite().all()
-        error = (gradient.double() - wanted).norm() / wanted.norm()
-        assert error < 1e-3, f"relative error {error:.2e}"
+    assert_float32_holds_extreme_scores(partial(chunked, chunk_size=CHUNK_SIZE_WITH_PAUSES), inputs)
 
 
 @pytest.mark.parametrize("padding", [0, 3], ids=["full", "padded"])

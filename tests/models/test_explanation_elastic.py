@@ -3,7 +3,19 @@ import threading
 import pytest
 import torch
 
-from factories import elastic_model, histories
+from elastic_hf.models.event_time import pauses_before
+from factories import elastic_model, histories, times
+
+
+def model_and_history(use_timestamps):
+    """A model and what it is given of histories, to be asked at their last positions."""
+    model = elastic_model(use_timestamps=use_timestamps).double()
+    input_ids, attention_mask = histories()
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if use_timestamps:
+        timestamps, request_timestamps = times()
+        batch |= {"timestamps": timestamps, "request_timestamps": request_timestamps[:, -1]}
+    return model, batch
 
 
 def test_an_explanation_shares_out_each_item_and_each_reading():
@@ -20,15 +32,20 @@ def test_an_explanation_shares_out_each_item_and_each_reading():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
+@pytest.mark.parametrize("use_timestamps", [False, True])
+def test_item_weights_are_those_of_the_values_that_the_last_position_reads(use_timestamps):
     """With them, the values of the items add up to what the attention of the first layer reads."""
-    model = elastic_model().double()
-    input_ids, attention_mask = histories()
-    explanation = model.explain(input_ids, attention_mask, top_k=1)
+    model, batch = model_and_history(use_timestamps)
+    explanation = model.explain(**batch, top_k=1)
     base = model.model
+    mask = batch["attention_mask"].bool()
     with torch.no_grad():
-        embeddings = base.embed(input_ids)
-        stream, _ = base.to_stream(embeddings, attention_mask.bool())
+        events = ()
+        if use_timestamps:
+            timestamps = batch["timestamps"].nan_to_num()
+            events = timestamps, pauses_before(timestamps, mask)
+        embeddings = base.embed(batch["input_ids"], *events)
+        stream, _ = base.to_stream(embeddings, mask)
         value_weight = torch.stack([head.weight.view(2, 2, 8, 24)[:, 1] for head in base.key_value])  # (H, N, K, D)
         values = torch.einsum("bld,hnkd->bnhlk", stream, value_weight)
         expected = (explanation.item_weights[..., None] * values).sum(dim=-2).flatten(2)  # (B, N, D)
@@ -38,15 +55,16 @@ def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
     # silu(100) = 100
     attention.gate.register_forward_hook(lambda module, inputs, output: torch.full_like(output, 100))
     with torch.no_grad():
-        base(input_ids, attention_mask, last_position_only=True)
+        base(**batch, last_position_only=True)
     torch.testing.assert_close(read[0] / 100, expected[:, 0])
 
 
-def test_contributions_are_the_slopes_of_the_scores():
-    """Scaling an item's embedding by 1 + e changes the score by e times its contribution."""
-    model = elastic_model().double().requires_grad_(False)
-    input_ids, attention_mask = histories()
-    explanation = model.explain(input_ids, attention_mask, top_k=4)
+@pytest.mark.parametrize("use_timestamps", [False, True])
+def test_contributions_are_the_slopes_of_the_scores(use_timestamps):
+    """Scaling an item's embedding, with that of its time, by 1 + e changes the score by e times its contribution."""
+    model, batch = model_and_history(use_timestamps)
+    model.requires_grad_(False)
+    explanation = model.explain(**batch, top_k=4)
     assert explanation.contributions.shape == (3, 4, 7)
     step = 1e-6
     for t in range(7):
@@ -54,8 +72,8 @@ def test_contributions_are_the_slopes_of_the_scores():
         for sign in (-1, 1):
             scale = torch.ones(7, 1, dtype=torch.float64)
             scale[t] += sign * step
-            hook = model.model.embed_tokens.register_forward_hook(lambda *call, scale=scale: call[-1] * scale)
-            scores.append(model(input_ids, attention_mask).logits.gather(1, explanation.token_ids))
+            hook = model.model.dropout.register_forward_hook(lambda *call, scale=scale: call[-1] * scale)
+            scores.append(model(**batch).logits.gather(1, explanation.token_ids))
             hook.remove()
         slope = (scores[1] - scores[0]) / (2 * step)
         torch.testing.assert_close(explanation.contributions[..., t], slope, atol=1e-7, rtol=1e-5)

@@ -41,8 +41,7 @@ def tokenizer():
     return make_tokenizer(count=COUNTS)
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer):
+def make_model(tokenizer, **changes) -> ElasticForSequentialRecommendation:
     torch.manual_seed(0)
     config = ElasticConfig(
         vocab_size=len(tokenizer),
@@ -51,8 +50,14 @@ def model(tokenizer):
         num_interest_experts=4,
         num_memory_subkeys=7,
         num_memory_heads=2,
+        **changes,
     )
-    model = ElasticForSequentialRecommendation(config)
+    return ElasticForSequentialRecommendation(config)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = make_model(tokenizer)
     torch.nn.init.normal_(model.lm_head.weight)
     return model
 
@@ -279,17 +284,7 @@ NOW = 2e9
 
 @pytest.fixture(scope="module")
 def timed_model(tokenizer):
-    torch.manual_seed(0)
-    config = ElasticConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=12,
-        num_attention_heads=3,
-        num_interest_experts=4,
-        num_memory_subkeys=7,
-        num_memory_heads=2,
-        use_timestamps=True,
-    )
-    model = ElasticForSequentialRecommendation(config).eval()
+    model = make_model(tokenizer, use_timestamps=True).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

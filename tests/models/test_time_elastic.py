@@ -380,48 +380,6 @@ def test_an_explanation_reads_the_times():
     assert not torch.allclose(model.explain(**later, top_k=4).item_weights, explanation.item_weights)
 
 
-def test_item_weights_are_those_of_the_values_that_the_last_position_reads():
-    """With them, the values of the items add up to what the attention of the first layer reads."""
-    model = timed_model().double()
-    batch = at_last(batch_of())
-    explanation = model.explain(**batch, top_k=1)
-    base = model.model
-    mask = batch["attention_mask"].bool()
-    with torch.no_grad():
-        timestamps = batch["timestamps"].nan_to_num()
-        embeddings = base.embed(batch["input_ids"], timestamps, event_time.pauses_before(timestamps, mask))
-        stream, _ = base.to_stream(embeddings, mask)
-        value_weight = torch.stack([head.weight.view(2, 2, 8, 24)[:, 1] for head in base.key_value])  # (H, N, K, D)
-        values = torch.einsum("bld,hnkd->bnhlk", stream, value_weight)
-        expected = (explanation.item_weights[..., None] * values).sum(dim=-2).flatten(2)  # (B, N, D)
-    read = []
-    attention = base.layers[0].attention
-    attention.output.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0][:, 0]))
-    # silu(100) = 100
-    attention.gate.register_forward_hook(lambda module, inputs, output: torch.full_like(output, 100))
-    with torch.no_grad():
-        base(**batch, last_position_only=True)
-    torch.testing.assert_close(read[0] / 100, expected[:, 0])
-
-
-def test_contributions_are_the_slopes_of_the_scores():
-    """Scaling an item's embedding and that of its time by 1 + e changes the score by e times its contribution."""
-    model = timed_model().double().requires_grad_(False)
-    batch = at_last(batch_of())
-    explanation = model.explain(**batch, top_k=4)
-    step = 1e-6
-    for t in range(7):
-        scores = []
-        for sign in (-1, 1):
-            scale = torch.ones(7, 1, dtype=torch.float64)
-            scale[t] += sign * step
-            hook = model.model.dropout.register_forward_hook(lambda *call, scale=scale: call[-1] * scale)
-            scores.append(model(**batch).logits.gather(1, explanation.token_ids))
-            hook.remove()
-        slope = (scores[1] - scores[0]) / (2 * step)
-        torch.testing.assert_close(explanation.contributions[..., t], slope, atol=1e-7, rtol=1e-5)
-
-
 def test_retrieved_slots_are_those_whose_values_get_a_gradient():
     model = timed_model()
     batch = at_last(batch_of())
