@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
 from .event_time import given_times, read_times
-from .modeling_recommender import evaluating, validate_histories
+from .modeling_recommender import evaluating, unsharded, validate_histories
 
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def explain(
     base = model.model
     num_heads = model.config.num_attention_heads
     shares = []
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), unsharded(model), torch.enable_grad():
         times = read_times(base, timestamps, request_timestamps, attention_mask, last_position_only=True)
         events = base.to_events(attention_mask, None, *times[:1])
         embeddings = base.embed(input_ids, *events).detach().requires_grad_()

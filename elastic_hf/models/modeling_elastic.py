@@ -55,6 +55,7 @@ from .modeling_recommender import (
     SequentialRecommenderMixin,
     evaluating,
     leave_out_special_tokens,
+    unsharded,
     validate_histories,
     validate_outputs,
 )
@@ -539,7 +540,7 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         input_ids, mask, timestamps = leave_out_special_tokens(
             input_ids, mask, self.config.num_special_tokens, timestamps
         )
-        with evaluating(self):
+        with evaluating(self), unsharded(self):
             times = read_times(self.model, timestamps, request_timestamps, mask, last_position_only=True)
             events = self.model.to_events(mask, None, *times[:1])
             hidden_states, stream, state, _ = self.model.compress(input_ids, mask, None, events)

@@ -243,6 +243,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = True
 
 
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Give each process all weights of a model, where FSDP2 shards them: for what reads them other than by `forward`."""
+    # By what FSDPModule has: not every build of PyTorch has torch.distributed.
+    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
 class SequentialRecommenderMixin:
     """
     The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items.
