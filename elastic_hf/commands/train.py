@@ -211,6 +211,8 @@ def describe_run(
     launcher = "elastic-hf train"
     if args.world_size > 1:
         launcher = f"torchrun --nproc_per_node {args.world_size} -m elastic_hf train"
+    if trainer.is_fsdp_enabled and args.fsdp is None:
+        argv = [*argv, "--fsdp"]
     return RunResults(
         model_type=config.model_type,
         seed=args.seed,

@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
 from .event_time import given_times, read_times
-from .modeling_recommender import evaluating, unsharded, validate_histories
+from .modeling_recommender import evaluating, sharded_modules, validate_histories
 
 
 if TYPE_CHECKING:
@@ -68,8 +68,13 @@ def explain(
         [`ElasticExplanation`]
 
     Raises:
-        ValueError: if a history holds a special token, such as an unknown item, and as `recommend`.
+        ValueError: if a history holds a special token, such as an unknown item, if FSDP2 shards the model, and as
+            `recommend`.
     """
+    if sharded_modules(model):
+        raise ValueError(
+            "model must be whole to be explained, found one that FSDP2 shards: load it from where it was saved"
+        )
     attention_mask = validate_histories(input_ids, attention_mask, model.config)
     timestamps, request_timestamps = given_times(
         model, timestamps, request_timestamps, len(input_ids), input_ids.device
@@ -86,7 +91,7 @@ def explain(
     base = model.model
     num_heads = model.config.num_attention_heads
     shares = []
-    with evaluating(model), unsharded(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         times = read_times(base, timestamps, request_timestamps, attention_mask, last_position_only=True)
         events = base.to_events(attention_mask, None, *times[:1])
         embeddings = base.embed(input_ids, *events).detach().requires_grad_()

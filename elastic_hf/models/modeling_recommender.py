@@ -243,11 +243,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = True
 
 
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that FSDP2 shards, by what it adds to them: some builds of PyTorch come without it."""
+    return [module for module in model.modules() if hasattr(module, "unshard")]
+
+
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Give each process all weights of a model, where FSDP2 shards them: for what reads them other than by `forward`."""
-    # By what FSDPModule has: not every build of PyTorch has torch.distributed.
-    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+    """Give each process all weights of a model that FSDP2 shards, for what reads them other than by `forward`."""
+    sharded = sharded_modules(model)
     for module in sharded:
         module.unshard()
     try:

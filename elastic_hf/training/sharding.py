@@ -1,4 +1,4 @@
-"""Trainings that shard the model with FSDP2: which can be, how the model is sharded, and on from checkpoints of others."""
+"""Trainings with FSDP2: what can be asked for, how the model is sharded, and checkpoints from with it and without."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -70,8 +70,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
 
     Raises:
         `ValueError`: without a `data_collator`, if `model` (or `model_init`) or `processing_class` is missing; if
-            an argument cannot be honoured (see [`check_arguments`] and [`check_sharding`]); if no training history has two items; if an
-            evaluation row has no history or no `target`.
+            an argument cannot be honoured (see [`check_arguments`] and [`check_sharding`]); if no training history has
+            two items; if an evaluation row has no history or no `target`.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs) -> None:
