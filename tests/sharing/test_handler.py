@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -136,7 +135,7 @@ def test_larger_requests_are_refused_before_anything_is_computed(endpoint, monke
     def compute(*args, **kwargs):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(endpoint, "pipeline", Mock(wraps=compute, parameter_names=endpoint.pipeline.parameter_names))
+    monkeypatch.setattr(endpoint.pipeline, "preprocess", compute)
     for request, message in too_large():
         with pytest.raises(ValueError, match=message):
             endpoint(request)
