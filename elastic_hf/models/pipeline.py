@@ -112,7 +112,8 @@ class SequentialRecommendationPipeline(Pipeline):
             ValueError: if the request is not as described or too large, and as a call.
         """
         parameters = check_request(request, self.parameter_names)
-        return self(request["inputs"], batch_size=BATCH_SIZE, **parameters)
+        answer: Any = self(request["inputs"], batch_size=BATCH_SIZE, **parameters)  # of JSON, no iterator
+        return answer
 
     def _sanitize_parameters(self, **parameters) -> tuple[dict, dict, dict]:
         for name in parameters:

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def pack_state(cache: ElasticCache, **others: Tensor) -> bytes:
     """Return the bytes of a cache, which name the model that made it, and of other tensors, by name."""
     digest = torch.tensor(list(bytes.fromhex(cache.model_digest)), dtype=torch.uint8)
     tensors = {**cache.tensors, **others, DIGEST: digest}
-    return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    return safetensors.numpy.save({name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()})
 
 
 def unpack_state(state: bytes, *others: str) -> tuple[ElasticCache, dict[str, Tensor]]:

@@ -6,7 +6,8 @@ python examples/benchmarks/load_test.py --store redis://localhost:6379/0      # 
 `serve.py` runs in a process of its own, with a model of random weights and the default sizes. Each client sends one
 request after the other over one connection, half of them an event of a random user and half a request for ten
 recommendations; nobody waits in between. The clients are threads of this process, on the same machine: they take their
-share of its processors. Writes `results/benchmark-service.json`: any answer but 200 counts as an error.
+share of its processors. Writes `results/benchmark-service.json`, or `benchmark-service-redis.json`; any answer but 200
+counts as an error.
 """
 
 import argparse
@@ -149,15 +150,14 @@ def main() -> None:
     parser.add_argument("--history_length", type=int, default=50, help="Events of each user before the first level.")
     parser.add_argument("--num_items", type=int, default=10_000, help="Items of the catalogue.")
     parser.add_argument("--store", help="File or URL; a file in a temporary folder by default.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "benchmark-service.json", help="JSON file.")
+    parser.add_argument("--output", type=Path, help="JSON file; one of results here by default.")
     args = parser.parse_args()
     if len(args.seconds) != len(args.clients):
         raise ValueError(f"seconds must be {len(args.clients)} numbers, one for each level, found {len(args.seconds)}")
     args.subject, args.dtype = "service", "float32"
     results = {**setting(args), "num_users": args.num_users, "num_items": args.num_items}
-    results |= {"history_length": args.history_length, "store": "SQLite", "rows": []}
-    if args.store is not None and "://" in args.store:
-        results["store"] = "Redis"
+    is_redis = args.store is not None and "://" in args.store
+    results |= {"history_length": args.history_length, "store": "Redis" if is_redis else "SQLite", "rows": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model("elastic", 0, args.num_items).save_pretrained(folder)
@@ -169,7 +169,7 @@ def main() -> None:
                 results["rows"].append(measure(service, num_clients, seconds, args))
         finally:
             service.stop()
-    report(args.output, results)
+    report(args.output or RESULTS / f"benchmark-service{'-redis' if is_redis else ''}.json", results)
 
 
 if __name__ == "__main__":
