@@ -15,8 +15,8 @@ def split_into_windows(histories: Dataset, max_length: int) -> Dataset:
 
     Args:
         histories (`datasets.Dataset`):
-            Training rows with `input_ids` and, cut in the same places, `timestamps`; other columns are repeated for
-            each window.
+            Training rows with `input_ids`. Other columns of lists, such as `timestamps`, are as long and cut in the
+            same places; the rest is repeated for each window.
         max_length (`int`): Number of items a model sees.
 
     Returns:
@@ -48,8 +48,8 @@ def _split_batch(table: pa.Table, max_length: int) -> pa.Table:
     first_items = np.cumsum(lengths) - lengths
     items = np.repeat(first_items[rows] + starts - offsets[:-1], ends - starts) + np.arange(offsets[-1])
     windows = table.take(pa.array(rows))
-    for name in ("input_ids", "timestamps"):
-        if name in table.column_names:
+    for name in table.column_names:
+        if pa.types.is_list(table[name].type) or pa.types.is_large_list(table[name].type):
             values = table[name].combine_chunks().flatten().take(pa.array(items))
             column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
             windows = windows.set_column(table.column_names.index(name), name, column)
