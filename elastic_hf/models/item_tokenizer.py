@@ -79,6 +79,7 @@ class ElasticItemTokenizer(TokenizersBackend):
         if isinstance(model_max_length, bool) or not isinstance(model_max_length, Integral) or model_max_length < 1:
             raise ValueError(f"model_max_length must be an integer of at least 1, found {model_max_length!r}")
         table = _as_item_table(items)
+        event_columns = {} if events is None else _learn_event_columns(events)
         vocabulary = [*SPECIAL_TOKENS, *table["item_id"].cast(pa.string()).to_pylist()]
         # No pre-tokenizer: an item id with spaces stays whole.
         backend = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNK_TOKEN))
@@ -91,7 +92,7 @@ class ElasticItemTokenizer(TokenizersBackend):
             truncation_side="left",
             model_max_length=int(model_max_length),
             model_input_names=["input_ids", "attention_mask"],
-            **({} if events is None else {"event_columns": _learn_event_columns(events)}),
+            **({"event_columns": event_columns} if event_columns else {}),
         )
         tokenizer._items = table
         return tokenizer
@@ -412,12 +413,12 @@ def _encode_lists(lists: pa.Array | pa.ChunkedArray, item_ids: pa.ChunkedArray) 
 
 def _learn_event_columns(events: Any) -> dict[str, dict[str, Any]]:
     """What is known of the columns of lists of training histories."""
-    table = events.with_format("arrow")[:]
     learned = {}
-    for name in sorted({*table.column_names} - {*NO_FEATURES}):
-        if not (pa.types.is_list(table[name].type) or pa.types.is_large_list(table[name].type)):
-            raise ValueError(f"event column {name!r} must hold lists, found type {table[name].type}")
-        learned[name] = learn_event_column(name, pc.list_flatten(table[name]))
+    for name in sorted({*events.column_names} - {*NO_FEATURES}):
+        lists = events.select_columns(name).with_format("arrow")[:][name]
+        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+            raise ValueError(f"event column {name!r} must hold lists, found type {lists.type}")
+        learned[name] = learn_event_column(name, pc.list_flatten(lists))
     return learned
 
 
