@@ -113,7 +113,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
     store = UserStore(args.store)
     num_times = int(model.config.use_timestamps)
-    names = ["a user", "an item", *["Unix seconds"][:num_times], *model.config.event_features]
+    names = ["a user", "an item", *["Unix seconds"] * num_times, *model.config.event_features]
     for number, line in enumerate(sys.stdin, start=1):
         fields = line.rstrip("\n").split("\t")
         if len(fields) != len(names):

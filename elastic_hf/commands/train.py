@@ -348,7 +348,7 @@ def run(
     splits = tokenize(tokenizer, histories, data_args, training_args)
     train_dataset = splits["train"]
     if training_args.split_into_windows:
-        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length)
+        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length, [*tokenizer.event_columns])
 
     # 2. Model and trainer
     config = make_config(model_args, tokenizer, counts)
