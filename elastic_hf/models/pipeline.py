@@ -276,7 +276,9 @@ class SequentialRecommendationPipeline(Pipeline):
                 values = values.tolist()
             if not isinstance(values, list | tuple) or len(values) != len(tokens):
                 found = f"{len(values)}" if isinstance(values, list | tuple) else repr(values)
-                raise ValueError(f"{name} must have as many values of {column!r} as items, {len(tokens)}, found {found}")
+                raise ValueError(
+                    f"{name} must have as many values of {column!r} as items, {len(tokens)}, found {found}"
+                )
             columns[column] = values
         try:
             encoded = torch.from_numpy(self.tokenizer.encode_events(columns))
