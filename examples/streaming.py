@@ -9,10 +9,11 @@ it again).
 
 Each line of the input is a user and an item, with a tab between them, in the order of time; for a model that reads
 times, another tab and the Unix seconds of the event follow, and for one that reads features of events another tab and
-the value of each, in alphabetical order of their names, empty where it is not known. For each line the service reads the one new item on top of
-the user's state, stores the new state, and prints the user and the items most likely to come next. Started again with
-the same store, it goes on where it stopped; several processes may share a store. A line that ends in an error leaves
-the store as it was. The same loop works with any store of bytes: LMDB, Redis, a table of a data warehouse.
+the value of each, in alphabetical order of their names, empty where it is not known. For each line the service reads
+the one new item on top of the user's state, stores the new state, and prints the user and the items most likely to
+come next. Started again with the same store, it goes on where it stopped; several processes may share a store. A line
+that ends in an error leaves the store as it was. The same loop works with any store of bytes: LMDB, Redis, a table of
+a data warehouse.
 
 States are of one model: after training on, read the histories into a new store.
 """

@@ -115,8 +115,9 @@ def _concatenate(tables: dict[Path, pa.Table]) -> pa.Table:
             types = {table[name].type, first[name].type}
             # Numbers may be integers and floats, and all values of an event column missing.
             if len(types - {pa.null()}) > 1 and types != {pa.int64(), pa.float64()}:
+                column = name.removeprefix(EVENT_PREFIX)
                 raise ValueError(
-                    f"{path}: column {name.removeprefix(EVENT_PREFIX)!r} must have the type it has in {first_path}, {first[name].type}, found "
+                    f"{path}: column {column!r} must have the type it has in {first_path}, {first[name].type}, found "
                     f"{table[name].type}"
                 )
     return pa.concat_tables(tables.values(), promote_options="permissive")

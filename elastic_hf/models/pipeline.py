@@ -32,11 +32,11 @@ class SequentialRecommendationPipeline(Pipeline):
     A history is a list of item ids (integers or strings) or titles, oldest first, bare or as `{"history": [...]}`. For
     a model with `use_timestamps` it is `{"history": [...], "timestamps": [...], "now": ...}`: when each item came, in
     Unix seconds, and for which moment to recommend, by default the present one. For a model with `event_features` it
-    also holds a list for each of them, such as `"rating": [5, 3, None]`, as long as the history: what was in the event
-    column, `None` where nothing is known; a category that was not trained on counts as that. The pipeline takes one history, a list
-    of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch dataset of histories it returns an
-    iterator, as every pipeline does. A flat list is one history, an empty list an empty one. A title stands for its
-    item where no item id equals it.
+    also holds a list for each of them, such as `"rating": [5, 3, None]`: the values of that event column, as many as
+    items, `None` where nothing is known, as which a category that was not trained on counts, too. The pipeline takes
+    one history, a list of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch dataset of histories
+    it returns an iterator, as every pipeline does. A flat list is one history, an empty list an empty one. A title
+    stands for its item where no item id equals it.
 
     The model reads the most recent `model_max_length` items of the tokenizer, as it does in the evaluation of
     [`SequentialRecommendationTrainer`]; older ones are still seen, and left out of the recommendations where
