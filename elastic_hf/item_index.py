@@ -36,7 +36,7 @@ class ItemIndex:
         except ImportError as error:
             raise ImportError("ItemIndex needs FAISS: pip install faiss-cpu") from error
         self.first = model.config.num_special_tokens
-        weight = item_embeddings(model.lm_head, "ItemIndex")
+        weight = _item_vectors(model)
         self.digest = _digest(weight)
         self._remember(weight)
         items = weight.detach()[self.first :].float().cpu().numpy()
@@ -59,7 +59,7 @@ class ItemIndex:
         Raises:
             ValueError: if it is not.
         """
-        weight = item_embeddings(model.lm_head, "ItemIndex")
+        weight = _item_vectors(model)
         if self._weight() is weight and self._version == _version(weight):
             return
         if _digest(weight) != self.digest:
@@ -100,6 +100,11 @@ class ItemIndex:
         scores, order = scores.masked_fill(is_left_out, -torch.inf).topk(top_k)
         token_ids = token_ids.gather(-1, order).masked_fill(scores == -torch.inf, -1)
         return scores.to(user_embeddings.device), token_ids.to(user_embeddings.device)
+
+
+@torch.no_grad()
+def _item_vectors(model: PreTrainedModel) -> Tensor:
+    return item_embeddings(model.scoring_head(), "ItemIndex")
 
 
 def _digest(weight: Tensor) -> str:

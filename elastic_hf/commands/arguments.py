@@ -40,6 +40,23 @@ class ModelArguments:
         default=False,
         metadata={"help": "Let a new model read when items came and when the next one is asked for (elastic, hstu)."},
     )
+    item_features: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of --items_file, each as name or name:kind, that a new model reads of items (elastic): "
+            "categories, numbers and vectors."
+        },
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of --items_file whose texts a new model reads, by --text_model."}
+    )
+    text_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a model of sentence-transformers, which turns texts into vectors before the "
+            "training."
+        },
+    )
 
 
 @dataclass
@@ -145,7 +162,7 @@ class SeqRecTrainingArguments(TrainingArguments):
         default="",
         metadata={
             "help": "Folder of the model and its checkpoints; "
-            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-<variant>]."
+            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-features][-<variant>]."
         },
     )
     num_train_epochs: float = _stock("num_train_epochs", 16)
@@ -179,7 +196,7 @@ class SeqRecTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Where to copy all_results.json to: "
-            "<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-<variant>].json."
+            "<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-features][-<variant>].json."
         },
     )
     variant: str | None = field(

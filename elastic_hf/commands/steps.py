@@ -12,9 +12,10 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments, set_seed
 
 from ..data.histories import Histories, load_histories
+from ..data.item_table import add_text_vectors, read_item_table
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
-from .arguments import DEFAULT_MAX_LENGTH, DataArguments
+from .arguments import DEFAULT_MAX_LENGTH, DataArguments, ModelArguments
 
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,29 @@ def make_tokenizer(model_name_or_path: str | None, data_args: DataArguments, ite
     if data_args.max_length is not None:
         tokenizer.model_max_length = data_args.max_length
     return tokenizer
+
+
+def learn_item_features(
+    tokenizer: ElasticItemTokenizer, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> dict[str, torch.Tensor] | None:
+    """Return the encoded features of the items, for [`~modeling_elastic.ElasticModel`], if a new model reads any."""
+    columns = [*(model_args.item_features or ())]
+    if (model_args.text_column is None) != (model_args.text_model is None):
+        raise ValueError("text_column and text_model must be given together, found only one of them")
+    if not columns and model_args.text_column is None:
+        return None
+    if model_args.model_name_or_path is not None:
+        raise ValueError("item_features and text_column are for a new model, found model_name_or_path, too")
+    if data_args.items_file is None:
+        raise ValueError("item_features and text_column need items_file, the table that has them, found none")
+    with args.main_process_first(local=False, desc="reading the items"):
+        table = read_item_table(data_args.items_file)
+        if model_args.text_column is not None:
+            table = add_text_vectors(table, model_args.text_column, model_args.text_model)
+            columns.append(f"{model_args.text_column}_vector")
+        features = tokenizer.learn_item_features(table, columns)
+        logger.info("Item features: " + ", ".join(f"{name} ({features[name]['kind']})" for name in features))
+        return tokenizer.encode_item_features(table)
 
 
 def tokenize(

@@ -44,7 +44,15 @@ from ..training.output_folder import LOCK, lock_output_dir, make_folder
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, ModelArguments, SeqRecTrainingArguments, parse_arguments
 from .evaluate import print_test, test, validate
-from .steps import describe_protocol, make_tokenizer, read_histories, set_up_process, settings_of, tokenize
+from .steps import (
+    describe_protocol,
+    learn_item_features,
+    make_tokenizer,
+    read_histories,
+    set_up_process,
+    settings_of,
+    tokenize,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -71,10 +79,11 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
-    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-<variant>]`."""
+    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-features][-<variant>]`."""
     parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
     timed = "timed" if model_args.use_timestamps else None
-    parts += [part for part in (data_args.regime, timed, training_args.variant) if part is not None]
+    featured = "features" if model_args.item_features or model_args.text_column else None
+    parts += [part for part in (data_args.regime, timed, featured, training_args.variant) if part is not None]
     return "-".join(parts)
 
 
@@ -131,6 +140,7 @@ def make_config(
     else:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     config.use_timestamps = config.use_timestamps or model_args.use_timestamps
+    config.item_features = tokenizer.item_features
     try:
         overrides = model_args.config_overrides or ""
         if is_new and "exclude_seen" not in overrides:
@@ -342,6 +352,7 @@ def run(
     # 1. Interactions -> histories -> token ids
     histories, items, counts = read_histories(data_args, training_args)
     tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items)
+    item_features = learn_item_features(tokenizer, model_args, data_args, training_args)
     splits = tokenize(tokenizer, histories, data_args, training_args)
     train_dataset = splits["train"]
     if training_args.split_into_windows:
@@ -355,6 +366,8 @@ def run(
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, tokenizer)
     model = make_model(model_args, config)
+    if item_features is not None:
+        model.set_item_features(item_features)
     trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], training_args)
     results = describe_run(trainer, counts, data_args, argv)
 
