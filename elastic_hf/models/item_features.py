@@ -53,18 +53,18 @@ class ItemHead(nn.Linear):
     """
     The head of a catalogue: scores by its item vectors, without gradient.
 
-    The vectors are filled up with zeros to whole blocks, since a matrix product rounds its last columns otherwise than
-    the others: the scores of items stay the same, bit for bit, when more items come.
+    A matrix product rounds its last columns otherwise than the others. The rows are therefore filled up to whole
+    blocks: the scores of items stay the same, bit for bit, when more items come.
 
     Args:
-        vectors (`torch.Tensor` of shape `(V, D)`).
+        filled (`torch.Tensor` of shape `(V or more, D)`): the vectors of the items, and any others.
+        vocab_size (`int`): V.
     """
 
-    def __init__(self, vectors: Tensor):
-        super().__init__(vectors.shape[1], vectors.shape[0], bias=False, device="meta")
-        filled = F.pad(vectors, (0, 0, 0, -len(vectors) % BLOCK))
+    def __init__(self, filled: Tensor, vocab_size: int):
+        super().__init__(filled.shape[1], vocab_size, bias=False, device="meta")
         self.filled = nn.Parameter(filled, requires_grad=False)
-        self.weight = nn.Parameter(filled[: len(vectors)], requires_grad=False)
+        self.weight = nn.Parameter(filled[:vocab_size], requires_grad=False)
 
     def forward(self, user_embeddings: Tensor) -> Tensor:
         """(B, D) -> (B, V)"""
@@ -126,15 +126,17 @@ class ItemFeatures(nn.Module):
     def head(self, embed_tokens: nn.Embedding) -> nn.Linear:
         """Return the head of the catalogue. Where no gradient is needed, the vectors of a model in use are computed
         once, for as long as its weights stay the same; else they pass gradients on, as in training mode or not."""
-        token_ids = torch.arange(embed_tokens.num_embeddings, device=embed_tokens.weight.device)
+        size = embed_tokens.num_embeddings
+        token_ids = torch.arange(size, device=embed_tokens.weight.device)
         if torch.is_grad_enabled():
             return linear_head(self.vectors(embed_tokens, token_ids))
         weights = [embed_tokens.weight, *self.parameters(), *self.buffers()]
         versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
         if self not in _HEADS or _HEADS[self][0] != versions:
+            filled = F.pad(token_ids, (0, -size % BLOCK))
             with torch.autocast(token_ids.device.type, enabled=False):
-                vectors = [embed_tokens.weight[chunk] + self(chunk) for chunk in token_ids.split(MAX_ROWS)]
-            _HEADS[self] = (versions, ItemHead(torch.cat(vectors)))
+                vectors = [embed_tokens.weight[chunk] + self(chunk) for chunk in filled.split(MAX_ROWS)]
+            _HEADS[self] = (versions, ItemHead(torch.cat(vectors), size))
         return _HEADS[self][1]
 
 

@@ -323,9 +323,11 @@ class ElasticItemTokenizer(TokenizersBackend):
         items_file = os.path.join(save_directory, ITEMS_FILE)
         pq.write_table(self.items, items_file + ".tmp", compression="zstd")
         os.replace(items_file + ".tmp", items_file)
-        if self.item_encoder is None:
-            return (*file_names, items_file)
         features_file = os.path.join(save_directory, ITEM_FEATURES_FILE)
+        if self.item_encoder is None:
+            if os.path.exists(features_file):  # of another tokenizer, whose files these are no longer
+                os.remove(features_file)
+            return (*file_names, items_file)
         self.item_encoder.save(features_file + ".tmp")
         os.replace(features_file + ".tmp", features_file)
         return (*file_names, items_file, features_file)

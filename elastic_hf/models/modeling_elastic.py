@@ -21,7 +21,7 @@ head, M experts of all heads (H * E).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,6 @@ from .event_time import pauses_before, read_times
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
 from .item_features import ItemCategories, ItemFeatures, ItemNumbers
-from .item_tokenizer import ElasticItemTokenizer
 from .limits import MAX_POSITIONS, MIN_ITEMS, limit
 from .modeling_recommender import (
     SequentialRecommenderMixin,
@@ -62,6 +61,10 @@ from .modeling_recommender import (
     validate_outputs,
 )
 from .time_elastic import ElasticTime
+
+
+if TYPE_CHECKING:
+    from .item_tokenizer import ElasticItemTokenizer
 
 
 @dataclass
@@ -523,7 +526,7 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.model.item_features.set(encoded)
 
     @torch.no_grad()
-    def add_items(self, tokenizer: ElasticItemTokenizer, items: Any) -> Tensor:
+    def add_items(self, tokenizer: "ElasticItemTokenizer", items: Any) -> Tensor:
         """Add new items to the catalogue, whose features stand for them: nothing is trained.
 
         Items that are known keep their token ids and, bit for bit, their scores, and states of users stay valid.
@@ -554,6 +557,16 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         config.item_features = tokenizer.item_features
         config.num_added_items += len(tokenizer) - old_size
         return torch.arange(old_size, len(tokenizer))
+
+    @torch.no_grad()
+    def without_item_features(self) -> "ElasticForSequentialRecommendation":
+        """Return a model whose id embeddings are the item vectors of this one: its answers are the same."""
+        config = ElasticConfig(**self.config.to_dict() | {"item_features": None, "num_added_items": 0})
+        model = type(self)(config).to(self.device, self.dtype).train(self.training)
+        vectors = self.scoring_head().weight
+        weights = {name: weight for name, weight in self.state_dict().items() if ".item_features." not in name}
+        model.load_state_dict(weights | {"model.embed_tokens.weight": vectors, "lm_head.weight": vectors})
+        return model
 
     def explain(
         self,

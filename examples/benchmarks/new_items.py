@@ -120,12 +120,12 @@ def nearest_hits(data: Data) -> np.ndarray:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     row_of = {item: row for row, item in enumerate(items["item_id"].to_pylist())}
     found = []
-    for row in data.histories["test"]:
-        seen = [row_of[item] for item in row["item_ids"]]
-        scores = vectors @ vectors[seen[-1]]
-        target = scores[row_of[row["target"]]]
-        scores[[*seen, row_of[row["target"]]]] = -np.inf
-        found.append(row["target"] not in row["item_ids"] and np.count_nonzero(scores >= target) < TOP_K)
+    for batch in data.histories["test"].iter(1000):
+        scores = vectors[[row_of[items[-1]] for items in batch["item_ids"]]] @ vectors.T
+        for row, (history, target) in enumerate(zip(batch["item_ids"], batch["target"], strict=True)):
+            of_target = scores[row, row_of[target]]
+            scores[row, [row_of[item] for item in [*history, target]]] = -np.inf
+            found.append(target not in history and np.count_nonzero(scores[row] >= of_target) < TOP_K)
     return np.array(found)
 
 
