@@ -58,6 +58,11 @@ class ModelArguments:
         },
     )
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether a new model is to read more of items than their ids."""
+        return bool(self.item_features or self.text_column)
+
 
 @dataclass
 class ColumnArguments:

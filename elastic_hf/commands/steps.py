@@ -35,17 +35,22 @@ def set_up_process(training_args: TrainingArguments) -> None:
     set_seed(training_args.seed)
 
 
-def read_histories(data_args: DataArguments, training_args: TrainingArguments) -> Histories:
-    """Return the histories of all splits, the items and the counts."""
+def read_histories(
+    data_args: DataArguments, training_args: TrainingArguments, with_features: bool = False
+) -> Histories:
+    """Return the histories of all splits, the items and the counts. Items `with_features` may lack titles."""
     if data_args.split == "none":
         raise ValueError("split must be 'leave_one_out' or 'temporal', which hold out something to evaluate on")
+    items_file = data_args.items_file
+    if items_file is not None and with_features and "title" not in read_item_table(items_file).column_names:
+        items_file = None  # it has features alone
     with training_args.main_process_first(local=False, desc="loading the interactions"):
         loaded = load_histories(
             data_args.source,
             **data_args.reading,
             data_dir=data_args.data_dir,
             title_column=data_args.title_column,
-            items_file=data_args.items_file,
+            items_file=items_file,
             dataset_config_name=data_args.dataset_config_name,
             dataset_split=data_args.dataset_split,
             k_core=data_args.k_core,

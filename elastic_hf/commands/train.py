@@ -82,7 +82,7 @@ def make_run_name(model_args: ModelArguments, data_args: DataArguments, training
     """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-features][-<variant>]`."""
     parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
     timed = "timed" if model_args.use_timestamps else None
-    featured = "features" if model_args.item_features or model_args.text_column else None
+    featured = "features" if model_args.reads_features else None
     parts += [part for part in (data_args.regime, timed, featured, training_args.variant) if part is not None]
     return "-".join(parts)
 
@@ -350,7 +350,7 @@ def run(
         logger.info(f"Resuming from {checkpoint}")
 
     # 1. Interactions -> histories -> token ids
-    histories, items, counts = read_histories(data_args, training_args)
+    histories, items, counts = read_histories(data_args, training_args, model_args.reads_features)
     tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items)
     item_features = learn_item_features(tokenizer, model_args, data_args, training_args)
     splits = tokenize(tokenizer, histories, data_args, training_args)

@@ -278,7 +278,7 @@ def _as_categories(name: str, column: pa.Array, fail: Callable) -> pa.Array:
             raise fail(row, "hold no null in a list", "one")
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     else:
-        values = column.drop_null()
+        values = _cast(name, column, pa.large_string()).drop_null()
         lengths = column.is_valid().to_numpy(zero_copy_only=False)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return pa.LargeListArray.from_arrays(offsets, _cast(name, values, pa.large_string()))
