@@ -60,9 +60,8 @@ def read_data(data_args: Any, training_args: SeqRecTrainingArguments) -> Data:
     for file in ("items.parquet", "title_vectors.parquet"):
         table = pq.read_table(folder / file)
         rows = table.take(pc.index_in(items["item_id"], value_set=table["item_id"].combine_chunks()))
-        for name in FEATURES:
-            if name in rows.column_names:
-                items = items.append_column(name, rows[name])
+        for name in {*FEATURES} & {*rows.column_names}:
+            items = items.append_column(name, rows[name])
     is_new = np.random.default_rng(training_args.seed).permutation(items.num_rows) < SHARE_HELD_OUT * items.num_rows
     new = items.filter(pa.array(is_new))
     new_ids = {*new["item_id"].to_pylist()}

@@ -43,7 +43,7 @@ def test_a_trained_model_reads_features_wherever_it_is(shop, tmp_path):
     run(shop, tmp_path / "run", *arguments, "--results_dir", tmp_path)
     results = json.loads((tmp_path / "shop-elastic-42-features.json").read_text())
     assert {*results["config"]["item_features"]} == {*features} and results["config"]["item_id_dropout"] == 0.3
-    names = {file.path_in_repo for file in files_to_publish(tmp_path / "run")}
+    names = {file.path_in_repo for file in files_to_publish(tmp_path / "run", "ada/shop")}
     assert {"item_features.safetensors", "item_features.py", "item_encoder.py"} <= names
     model = AutoModel.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
@@ -57,10 +57,10 @@ def test_a_trained_model_reads_features_wherever_it_is(shop, tmp_path):
     assert model.recommend(**history, top_k=NUM_ITEMS + 1).token_ids.max() == NUM_ITEMS + 5
     tokenizer.save_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match="tokenizer.json must have the model's 27 tokens, found 30"):
-        files_to_publish(tmp_path / "run")
+        files_to_publish(tmp_path / "run", "ada/shop")
     (tmp_path / "run" / "item_features.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="item_features.safetensors must be what was learned of item features"):
-        files_to_publish(tmp_path / "run")
+        files_to_publish(tmp_path / "run", "ada/shop")
 
 
 def test_texts_and_csv(shop, tmp_path, monkeypatch):
