@@ -71,7 +71,8 @@ class ItemHead(nn.Linear):
         return F.linear(user_embeddings, self.filled)[..., : self.out_features]
 
 
-# The heads of catalogues, and the versions of the weights that they are of.
+# The heads of catalogues, and the versions of the weights that they are of. Fused optimizers change weights without a
+# new version: nothing is kept of a model that has gradients, or that passes some on.
 _HEADS: WeakKeyDictionary[nn.Module, tuple[list[tuple], ItemHead]] = WeakKeyDictionary()
 
 
@@ -117,6 +118,8 @@ class ItemFeatures(nn.Module):
 
     def vectors(self, embed_tokens: nn.Embedding, token_ids: Tensor) -> Tensor:
         """Return the vectors of items, in training with their ids left out at random: (...,) -> (..., D)."""
+        if torch.is_grad_enabled():
+            _HEADS.pop(self, None)
         embeddings = embed_tokens(token_ids)
         if self.training and self.id_dropout > 0:
             is_kept = torch.rand(token_ids.shape, device=token_ids.device) >= self.id_dropout
@@ -136,7 +139,10 @@ class ItemFeatures(nn.Module):
             filled = F.pad(token_ids, (0, -size % BLOCK))
             with torch.autocast(token_ids.device.type, enabled=False):
                 vectors = [embed_tokens.weight[chunk] + self(chunk) for chunk in filled.split(MAX_ROWS)]
-            _HEADS[self] = (versions, ItemHead(torch.cat(vectors), size))
+            head = ItemHead(torch.cat(vectors), size)
+            if any(weight.grad is not None for weight in weights):
+                return head
+            _HEADS[self] = (versions, head)
         return _HEADS[self][1]
 
 

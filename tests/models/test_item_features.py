@@ -119,6 +119,23 @@ def test_the_catalogue_is_computed_once_and_in_chunks(monkeypatch):
     assert sum(rows) == 2 * item_features.BLOCK
 
 
+@pytest.mark.parametrize("keeps_gradients", [True, False])
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
+def test_vectors_are_those_after_training_on(options, keeps_gradients):
+    model, _ = featured_model()
+    input_ids = histories()[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+    for _ in range(2):
+        model.recommend(input_ids, top_k=3)
+        model.train()(input_ids, labels=input_ids).loss.backward()
+        model.eval().recommend(input_ids, top_k=3)
+        optimizer.step()
+        if not keeps_gradients:
+            optimizer.zero_grad()
+        expected = copy.deepcopy(model).recommend(input_ids, top_k=3)
+        torch.testing.assert_close(model.recommend(input_ids, top_k=3).scores, expected.scores)
+
+
 def test_a_model_without_features_is_as_it_was():
     model = elastic_model()
     assert model.model.item_features is None and model.scoring_head() is model.lm_head
