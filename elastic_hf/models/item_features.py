@@ -26,6 +26,8 @@ BLOCK = 64
 class ItemCategories(nn.Module):
     """The mean of the embeddings of an item's categories."""
 
+    encoded: Tensor
+
     def __init__(self, config: RecommenderConfig, size: int, length: int):
         super().__init__()
         self.embedding = nn.Embedding(1 + size, config.hidden_size, padding_idx=0)
@@ -38,6 +40,8 @@ class ItemCategories(nn.Module):
 
 class ItemNumbers(nn.Module):
     """A linear map of an item's numbers, or of a whitened vector."""
+
+    encoded: Tensor
 
     def __init__(self, config: RecommenderConfig, size: int):
         super().__init__()
@@ -81,8 +85,9 @@ class ItemFeatures(nn.Module):
 
     def __init__(self, config: RecommenderConfig):
         super().__init__()
-        self.names = sorted(config.item_features)
-        self.features = nn.ModuleList(_feature(config, **config.item_features[name]) for name in self.names)
+        features = config.item_features or {}
+        self.names = sorted(features)  # a saved configuration has its keys in this order
+        self.features = nn.ModuleList(_feature(config, **features[name]) for name in self.names)
         self.num_special_tokens = config.num_special_tokens
         self.id_dropout = config.item_id_dropout
 
@@ -96,7 +101,7 @@ class ItemFeatures(nn.Module):
         if sorted(encoded) != self.names:
             raise ValueError(f"item features must be {', '.join(self.names)}, found {', '.join(sorted(encoded))}")
         for name, feature in zip(self.names, self.features, strict=True):
-            items = feature.encoded[self.num_special_tokens :]
+            items = feature.get_buffer("encoded")[self.num_special_tokens :]
             if encoded[name].shape != items.shape:
                 raise ValueError(
                     f"item feature {name!r} must have shape {tuple(items.shape)}, found {tuple(encoded[name].shape)}"
@@ -107,7 +112,7 @@ class ItemFeatures(nn.Module):
     def add(self, encoded: dict[str, Tensor]) -> None:
         """Append the features of new items, in wider tables where one of them has more categories than any other."""
         for name, feature in zip(self.names, self.features, strict=True):
-            old = feature.encoded
+            old = feature.get_buffer("encoded")
             new = encoded[name].to(old)
             width = max(old.shape[1], new.shape[1])
             feature.encoded = torch.cat([F.pad(rows, (0, width - rows.shape[1])) for rows in (old, new)])

@@ -199,7 +199,7 @@ class ElasticItemTokenizer(TokenizersBackend):
             new = new.append_column("count", pa.array(np.zeros(new.num_rows, np.int64)))
         encoded = encoder.encode(features)
         items = pa.concat_tables([known, new]).combine_chunks()
-        self._tokenizer.model = _word_level(items)
+        self.backend_tokenizer.model = _word_level(items)
         self._items = items
         self.item_encoder = encoder.lengthened(encoded)
         return encoded

@@ -552,7 +552,7 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
             )
         encoded = tokenizer.add_items(items)
         PreTrainedModel.resize_token_embeddings(self, len(tokenizer), mean_resizing=False)
-        self.get_input_embeddings().weight[old_size:] = 0
+        self.model.embed_tokens.weight[old_size:] = 0
         self.model.item_features.add(encoded)
         config.item_features = tokenizer.item_features
         config.num_added_items += len(tokenizer) - old_size
