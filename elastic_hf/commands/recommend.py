@@ -91,26 +91,46 @@ def main(argv: Sequence[str]) -> None:
 def recommend_for_file(recommend: SequentialRecommendationPipeline, args: RecommendationArguments) -> None:
     """Write the recommendations for all users of the input file, or leave an older output file as it was."""
     users = load_histories(args.input_file, **args.reading, k_core=0, split="none").histories["train"]
-    schema = pa.schema(
-        {
-            "user_id": users.features.arrow_schema.field("user_id").type,
-            "rank": pa.int32(),
-            "item_id": recommend.tokenizer.items["item_id"].type,
-            "score": pa.float64(),
-        }
-    )
+    schema = recommendations_schema(users.features.arrow_schema.field("user_id").type, recommend)
     with written_whole(Path(args.output_file)) as stream, pq.ParquetWriter(stream, schema) as writer:
         for batch in users.iter(args.batch_size):
-            histories = batch["item_ids"]
-            if recommend.model.config.use_timestamps:
-                timestamps = batch.get("timestamps") or [None] * len(histories)
-                histories = [
-                    {"history": items, "timestamps": times, "now": args.now}
-                    for items, times in zip(histories, timestamps, strict=True)
-                ]
-            recommended = recommend(histories, batch_size=len(batch["user_id"]))
-            writer.write_table(pa.Table.from_pylist([*rows_of(batch["user_id"], recommended)], schema))
+            writer.write_table(recommend_for_users(recommend, batch, args.now, schema))
     print(f"{args.output_file}: {args.top_k:,} items for each of {len(users):,} users")
+
+
+def recommendations_schema(user_type: pa.DataType, recommend: SequentialRecommendationPipeline) -> pa.Schema:
+    """Return the columns of a file of recommendations for users whose ids have the type `user_type`."""
+    item_type = recommend.tokenizer.items["item_id"].type
+    return pa.schema({"user_id": user_type, "rank": pa.int32(), "item_id": item_type, "score": pa.float64()})
+
+
+def recommend_for_users(
+    recommend: SequentialRecommendationPipeline, users: dict[str, list], now: float | None, schema: pa.Schema
+) -> pa.Table:
+    """
+    Recommend for users at once.
+
+    Args:
+        recommend ([`SequentialRecommendationPipeline`]): With its parameters.
+        users (`dict[str, list]`): Columns as of [`load_histories`]: `user_id`, `item_ids` and maybe `timestamps`.
+        now (`float`, *optional*): For which moment, in Unix seconds, to recommend with a model that reads times.
+        schema (`pyarrow.Schema`): As [`recommendations_schema`] returns it.
+
+    Returns:
+        `pyarrow.Table`: A row for each user and place.
+
+    Raises:
+        ValueError: as the pipeline.
+    """
+    histories = users["item_ids"]
+    if recommend.model.config.use_timestamps:
+        timestamps = users.get("timestamps") or [None] * len(histories)
+        histories = [
+            {"history": items, "timestamps": times, "now": now}
+            for items, times in zip(histories, timestamps, strict=True)
+        ]
+    recommended = recommend(histories, batch_size=len(histories))
+    return pa.Table.from_pylist([*rows_of(users["user_id"], recommended)], schema)
 
 
 def rows_of(user_ids: list, recommended: list[list[dict]]) -> Iterator[dict]:
