@@ -104,11 +104,13 @@ class Scorer:
 
     def score(self, histories: pa.Table, schema: pa.Schema) -> Iterator[pa.Table]:
         """Yield the recommendations for some users at a time."""
-        for batch in histories.to_batches(self.settings["batch_size"]):
+        size = self.settings["batch_size"]
+        for first in range(0, len(histories), size):
+            users = histories.slice(first, size)
             try:
-                yield recommend_for_users(self.recommend, batch.to_pydict(), self.settings["now"], schema)
+                yield recommend_for_users(self.recommend, users, self.settings["now"], schema)
             except ValueError as error:
-                raise ValueError(f"users {batch['user_id'][0]} to {batch['user_id'][-1]}: {error}") from error
+                raise ValueError(f"users {users['user_id'][0]} to {users['user_id'][-1]}: {error}") from error
 
 
 def part_name(partition: int) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from elastic_hf import ElasticCache
-from elastic_hf.commands.recommend import recommend_for_users, recommendations_schema
+from elastic_hf.commands.recommend import recommend_for_users, recommendations_schema, to_rows
 from elastic_hf.models.catalogue import CatalogueQuery
 from elastic_hf.models.item_tokenizer import NUM_SPECIAL_TOKENS
 from elastic_hf.models.pipeline import SequentialRecommendationPipeline
@@ -79,10 +79,11 @@ class UserStates:
         fields = {"user_id": user_type}
         fields |= {name: pa.binary(tensor.nbytes) for name, tensor in self.shapes.items()}
         fields |= {"seen": pa.list_(pa.int32()), "last_event": pa.float64()}
+        self.rows_schema = recommendations_schema(user_type, recommend)
         self.schema = pa.schema(fields, metadata={"model_digest": self.digest})
 
     def score(self, events: pa.Table, file: Path, next_file: Path) -> Iterator[pa.Table]:
-        """Write the file of next states, of the users of `file` and of `events`, and yield the recommendations for those
+        """Write a file of next states, of the users of `file` and of `events`, and yield the recommendations for those
         of `events`, some at a time."""
         size = self.settings["batch_size"]
         known = np.zeros(len(events), dtype=bool)
@@ -145,9 +146,8 @@ class UserStates:
         has_items = np.array([bool((row["input_ids"] >= NUM_SPECIAL_TOKENS).any()) for row in inputs])
         is_new = np.isneginf(states["last_event"].to_numpy())
         if (~has_items & is_new).any():
-            popular = events.filter(pa.array(~has_items & is_new)).to_pydict()
-            schema = recommendations_schema(self.schema.field("user_id").type, self.recommend)
-            yield recommend_for_users(self.recommend, popular, self.settings["now"], schema)
+            some = events.filter(pa.array(~has_items & is_new))
+            yield recommend_for_users(self.recommend, some, self.settings["now"], self.rows_schema)
         writer.write_table(states.filter(pa.array(~has_items & ~is_new)))
         if has_items.any():
             inputs = [row for row, is_read in zip(inputs, has_items, strict=True) if is_read]
@@ -185,7 +185,8 @@ class UserStates:
             raise ValueError(f"top_k={top_k} asks for more than the {num_left[row]} items left for {users[row]}")
         last_events = [times[-1] for times in events["timestamps"].to_pylist()]
         next_states = self._to_table(users, outputs.cache, pa.array(seen, pa.list_(pa.int32())), last_events)
-        return next_states, self._to_recommendations(users, outputs.token_ids.cpu(), outputs.scores.cpu())
+        token_ids, scores = outputs.token_ids.cpu(), outputs.scores.cpu()
+        return next_states, to_rows(self.recommend, users, token_ids, scores, self.rows_schema)
 
     def _check_times(self, states: pa.Table, events: pa.Table) -> None:
         last = states["last_event"].to_pylist()
@@ -229,16 +230,6 @@ class UserStates:
             type_ = self.schema.field(name).type
             columns.append(pa.Array.from_buffers(type_, len(users), [None, pa.py_buffer(tensor.contiguous().numpy())]))
         return pa.table([users, *columns, seen, pa.array(last_events, pa.float64())], schema=self.schema)
-
-    def _to_recommendations(self, users: pa.ChunkedArray, token_ids: torch.Tensor, scores: torch.Tensor) -> pa.Table:
-        num_users, top_k = token_ids.shape
-        columns = [
-            users.take(np.repeat(np.arange(num_users), top_k)),
-            pa.array(np.tile(np.arange(1, top_k + 1, dtype=np.int32), num_users)),
-            self.recommend.tokenizer.items["item_id"].take(token_ids.flatten().numpy() - NUM_SPECIAL_TOKENS),
-            pa.array(scores.double().flatten().numpy()),
-        ]
-        return pa.table(columns, schema=recommendations_schema(users.type, self.recommend))
 
 
 def _pad(rows: list[torch.Tensor]) -> torch.Tensor:
