@@ -29,6 +29,7 @@ from elastic_hf.results import read_json, write_json, written_whole
 SUCCESS_FILE = "_SUCCESS"
 NEXT_FOLDER, RUN_FILE, COMMIT_FILE = "_next", "_run.json", "_COMMIT"
 STATES_PER_BATCH = 4_096
+SEEN_TYPE = pa.list_(pa.field("element", pa.int32()))  # named as Parquet names it
 
 
 def begin(states: Path, output: Path) -> Path:
@@ -78,7 +79,7 @@ class UserStates:
         self.shapes = ElasticCache.empty(self.model, 1).to("cpu").tensors
         fields = {"user_id": user_type}
         fields |= {name: pa.binary(tensor.nbytes) for name, tensor in self.shapes.items()}
-        fields |= {"seen": pa.list_(pa.int32()), "last_event": pa.float64()}
+        fields |= {"seen": SEEN_TYPE, "last_event": pa.float64()}
         self.rows_schema = recommendations_schema(user_type, recommend)
         self.schema = pa.schema(fields, metadata={"model_digest": self.digest})
 
@@ -111,18 +112,19 @@ class UserStates:
         if not file.exists():
             return
         with pq.ParquetFile(file, pre_buffer=False) as opened:
-            if not opened.schema_arrow.equals(self.schema, check_metadata=True):
-                raise ValueError(
-                    f"states must be of this model and of users of one type, {self.schema}, found {file} with "
-                    f"{opened.schema_arrow}"
-                )
+            found = opened.schema_arrow
+            if found.metadata[b"model_digest"].decode() != self.digest:
+                raise ValueError(f"states must be of this model, {self.digest}, found {found.metadata} in {file}")
+            user_type, wanted = (schema.field("user_id").type for schema in (found, self.schema))
+            if user_type != wanted:
+                raise ValueError(f"states must be of users with ids as in the input, {wanted}, found {user_type}")
             for batch in opened.iter_batches(STATES_PER_BATCH):
                 yield pa.Table.from_batches([batch])
 
     def empty(self, users: pa.ChunkedArray) -> pa.Table:
         """Return the states of users who have no history yet."""
         num_users = len(users)
-        seen = pa.array([[]] * num_users, self.schema.field("seen").type)
+        seen = pa.array([[]] * num_users, SEEN_TYPE)
         cache = ElasticCache.empty(self.model, num_users)
         return self._to_table(users, cache, seen, np.full(num_users, -np.inf))
 
@@ -184,7 +186,7 @@ class UserStates:
             row = int(num_left.argmin())
             raise ValueError(f"top_k={top_k} asks for more than the {num_left[row]} items left for {users[row]}")
         last_events = [times[-1] for times in events["timestamps"].to_pylist()]
-        next_states = self._to_table(users, outputs.cache, pa.array(seen, pa.list_(pa.int32())), last_events)
+        next_states = self._to_table(users, outputs.cache, pa.array(seen, SEEN_TYPE), last_events)
         token_ids, scores = outputs.token_ids.cpu(), outputs.scores.cpu()
         return next_states, to_rows(self.recommend, users, token_ids, scores, self.rows_schema)
 
