@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 import transformers
 from tqdm.auto import tqdm
 from transformers import pipeline
+from transformers.hf_argparser import string_to_bool
 
 from elastic_hf.commands.recommend import recommend_for_users, recommendations_schema
 from elastic_hf.models.cache_elastic import digest_weights
@@ -274,7 +275,7 @@ def main() -> None:
     parser.add_argument("--now", type=float, help="For which moment to recommend, in Unix seconds; the present one.")
     parser.add_argument(
         "--exclude_seen",
-        type=lambda value: {"true": True, "false": False}[value.lower()],
+        type=string_to_bool,
         help="Leave out the items of the history, True or False; the model's own setting.",
     )
     parser.add_argument("--unknown", default="error", help="What becomes of unknown items: error or ignore.")
@@ -294,6 +295,8 @@ def main() -> None:
             make_folder(getattr(args, field), field)
     with lock_output_dir(args.output), nullcontext() if args.states is None else lock_output_dir(args.states):
         settings = prepare(args, source)
+        if source.is_histories and settings["now"] is None and settings["states"] is None:
+            source.has_timestamps = False  # they are not read
         output, states = Path(settings["output"]), settings["states"]
         if states is not None:
             begin(Path(states), output)

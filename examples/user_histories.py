@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from elastic_hf.data.columns import ColumnRequest, Columns
+from elastic_hf.data.columns import ColumnRequest, Columns, check_columns
 from elastic_hf.data.interactions import drop_duplicates, encode_rows, sort_by_time, warn_of_milliseconds
 from elastic_hf.data.values import check_rows
 
@@ -37,12 +37,18 @@ class Source:
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.paths)
 
+    @property
+    def names(self) -> list[str]:
+        """The columns that are read."""
+        lists = ["item_ids", *(["timestamps"] if self.has_timestamps else [])]
+        return self.columns.wanted() + (lists if self.is_histories else [])
+
     def describe(self) -> dict[str, Any]:
         """Return what tells this input from another one, or from its files before they changed."""
         stats = [(str(path.resolve()), path.stat()) for path in self.paths]
         return {
             "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-            "columns": [name for name in self.columns if name is not None],
+            "columns": self.names,
         }
 
     def pieces(self) -> list[dict[str, Any]]:
@@ -70,18 +76,33 @@ def find_source(source: str, names: dict[str, str]) -> Source:
     folder = Path(source).absolute()
     paths = [folder]
     if folder.is_dir():
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] not in "._"]
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
     kinds = {path.suffix for path in paths if path.is_file()}
     if len(kinds) != 1 or not kinds <= {".parquet", *DELIMITERS}:
         raise ValueError(
             f"input must be a file or a folder of files that all end in one of .parquet, {', '.join(DELIMITERS)}, "
             f"found {source!r} with {', '.join(sorted(kinds)) or 'no file'}"
         )
-    found = _schema_of(paths[0]).names
-    if "item_ids" in found and "item" not in names:
-        columns = ColumnRequest({role: name for role, name in names.items() if role == "user"}, ("user",))
-        return Source(paths, columns.find(found, paths[0]), "timestamps" in found)
-    return Source(paths, ColumnRequest(names=names).find(found, paths[0]), True)
+    first = _schema_of(paths[0])
+    if "item_ids" in first.names and "item" not in names:
+        request = ColumnRequest({role: name for role, name in names.items() if role == "user"}, ("user",))
+        source = Source(paths, request.find(first.names, paths[0]), "timestamps" in first.names)
+    else:
+        source = Source(paths, ColumnRequest(names).find(first.names, paths[0]), True)
+    for path in paths[1:]:
+        schema = _schema_of(path)
+        check_columns(schema.names, source.names, path)
+        for name in source.names:
+            wanted, found = first.field(name).type, schema.field(name).type
+            if path.suffix == ".parquet" and found != wanted:
+                raise ValueError(
+                    f"{path}: column {name!r} must have the type it has in {paths[0]}, {wanted}, found {found}"
+                )
+    return source
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part[0] in "._" for part in path.relative_to(folder).parts)
 
 
 def _schema_of(path: Path) -> pa.Schema:
@@ -112,7 +133,7 @@ def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[
 
         rows = check_rows(table, source.columns, path, position)
         if source.is_histories:
-            for name in ("item_ids", "timestamps") if source.has_timestamps else ("item_ids",):
+            for name in source.names[1:]:
                 if table[name].null_count:
                     raise ValueError(f"{path}: {name} must be lists, found {table[name].null_count} nulls")
                 rows = rows.append_column(name, table[name])
@@ -126,9 +147,7 @@ def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[
 
 
 def _read_batches(path: Path, row_group: int, source: Source) -> Iterator[pa.RecordBatch]:
-    names = source.columns.wanted()
-    if source.is_histories:
-        names += ["item_ids", "timestamps"] if source.has_timestamps else ["item_ids"]
+    names = source.names
     if row_group >= 0:
         file = pq.ParquetFile(path, pre_buffer=False)
         num_rows = HISTORIES_PER_BATCH if source.is_histories else ROWS_PER_BATCH

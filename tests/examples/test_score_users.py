@@ -10,7 +10,6 @@ import polars.testing
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 import score_users
 import user_states
@@ -149,9 +148,7 @@ def test_a_run_goes_on_where_it_was_stopped(shop, model, timed, here, run, tmp_p
     os.replace(tmp_path / "scored" / "part-00003.parquet", tmp_path / "scored" / "part-00003.parquet.tmp")
     written = []
     write = score_users.Scorer.write
-    monkeypatch.setattr(
-        score_users.Scorer, "write", lambda self, *args: (written.append(args[1]), write(self, *args))
-    )
+    monkeypatch.setattr(score_users.Scorer, "write", lambda self, *args: (written.append(args[1]), write(self, *args)))
     run(shop, timed)
     assert written == ["part-00003.parquet"] and contents(tmp_path / "scored") == before
     assert not list((tmp_path / "scored").glob("*.tmp"))
@@ -194,7 +191,11 @@ def test_what_the_model_does_not_know(events, model, here, run, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "more", "message"),
     [
-        ({"user_id": [1, 1], "item_ids": [[1], [2]]}, [], "histories must be of distinct users, found 1 more than once"),
+        (
+            {"user_id": [1, 1], "item_ids": [[1], [2]]},
+            [],
+            "histories must be of distinct users, found 1 more than once",
+        ),
         ({"user_id": [1, None], "item_ids": [[1], [2]]}, [], "row 2: user_id is None, expected a value"),
         ({"user_id": [1, 2], "item_ids": [[1], None]}, [], "item_ids must be lists, found 1 nulls"),
         ({"user_id": [1], "item_id": [2]}, [], "column 'timestamp' is missing"),
@@ -216,6 +217,20 @@ def test_a_row_of_text_is_named(model, here, run, tmp_path):
         run(tmp_path / "shop.csv", model)
     with pytest.raises(ValueError, match="input must be a file or a folder of files that all end in one of .parquet"):
         find_source(str(tmp_path / "nothing.parquet"), {})
+
+
+def test_files_of_other_columns_are_named(events, model, here, run, tmp_path):
+    (tmp_path / "log" / "_delta_log").mkdir(parents=True)
+    (tmp_path / "log" / "_delta_log" / "0.json").touch()
+    events.write_parquet(tmp_path / "log" / "1.parquet")
+    events.with_columns(pl.col("user_id").cast(pl.String)).write_parquet(tmp_path / "log" / "2.parquet")
+    with pytest.raises(
+        ValueError, match="2.parquet: column 'user_id' must have the type it has in .*1.parquet, int64"
+    ):
+        run(tmp_path / "log", model)
+    events.drop("item_id").write_parquet(tmp_path / "log" / "2.parquet")
+    with pytest.raises(ValueError, match="2.parquet: column 'item_id' is missing"):
+        run(tmp_path / "log", model)
 
 
 def test_a_user_is_always_of_one_partition():
