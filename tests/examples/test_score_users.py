@@ -16,7 +16,8 @@ import user_states
 from elastic_hf import ElasticItemTokenizer, load_histories
 from elastic_hf.commands import recommend
 from factories import elastic_model
-from user_histories import find_source, partition_of, read_piece
+from scoring import score_here
+from user_histories import find_source, partition_of
 
 
 NUM_ITEMS, TOP_K, NUM_PARTITIONS = 97, 5, 7
@@ -58,18 +59,6 @@ def shop(events, tmp_path):
     """The interactions as Parquet, of several row groups."""
     events.write_parquet(tmp_path / "shop.parquet", row_group_size=100)
     return tmp_path / "shop.parquet"
-
-
-def score_here(source, settings, num_workers):
-    """What Ray does, in this process and the order of the input: read, group by partition, score."""
-    pieces = [pa.Table.from_pylist([piece]) for piece in source.pieces()]
-    done = [n for n in range(settings["num_partitions"]) if score_users.is_done(settings, n)]
-    rows = pa.concat_tables(
-        rows for piece in pieces for rows in read_piece(piece, source, settings["num_partitions"], done)
-    )
-    scorer = score_users.Scorer(settings)
-    for partition in rows["partition"].unique().to_pylist():
-        scorer(rows.filter(pa.compute.equal(rows["partition"], partition)))
 
 
 @pytest.fixture
