@@ -1,10 +1,12 @@
 import os
+import sys
 
 import pytest
 import torch
 from huggingface_hub import constants
 
 from hub_server import HubServer
+from redis_server import redis_server
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,3 +31,31 @@ def hub(monkeypatch, tmp_path):
         for name, value in server.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def store_name(request, tmp_path):
+    """The name of an empty store of users' states."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "users.sqlite")
+    else:
+        with redis_server() as url:
+            yield url
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A cluster of Ray on this machine with room for two workers, whose processes import what the tests do."""
+    ray = pytest.importorskip("ray", reason="needs Ray, the extra [ray]")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=120 * 2**20,
+        logging_level="ERROR",
+        log_to_driver=False,
+        runtime_env={"env_vars": environment},
+    )
+    yield
+    ray.shutdown()

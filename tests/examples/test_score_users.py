@@ -360,32 +360,14 @@ class Killed(score_users.Scorer):
         super().write(histories, name)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray = pytest.importorskip("ray", reason="needs Ray")
-    pytest.importorskip("ray.data", reason="needs Ray Data")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=120 * 2**20,
-        logging_level="ERROR",
-        log_to_driver=False,
-        runtime_env={"env_vars": environment},
-    )
-    yield
-    ray.shutdown()
-
-
-def test_two_workers_of_which_one_is_killed(shop, model, cluster, run, tmp_path, monkeypatch):
+def test_two_workers_of_which_one_is_killed(shop, model, ray_cluster, run, tmp_path, monkeypatch):
     monkeypatch.setattr(score_users, "Scorer", Killed)
     found = run(shop, model, "--batch_size", "1")
     assert (tmp_path / "scored" / "_killed").exists()
     same(found, expected(shop, model, tmp_path))
 
 
-def test_states_when_a_worker_is_killed(events, shop, model, cluster, run, tmp_path, monkeypatch):
+def test_states_when_a_worker_is_killed(events, shop, model, ray_cluster, run, tmp_path, monkeypatch):
     first, second = days(events, tmp_path, 1e9 + 9_000)
     more = ["--states", str(tmp_path / "states"), "--batch_size", "1"]
     with monkeypatch.context() as patch:
@@ -398,7 +380,7 @@ def test_states_when_a_worker_is_killed(events, shop, model, cluster, run, tmp_p
     same(found, wanted.filter(pl.col("user_id").is_in(pl.read_parquet(second)["user_id"].unique().to_list())))
 
 
-def test_errors_of_workers_are_those_of_the_script(events, model, cluster, run, tmp_path):
+def test_errors_of_workers_are_those_of_the_script(events, model, ray_cluster, run, tmp_path):
     strange = events.with_columns(pl.lit(555).alias("item_id"))
     strange.write_parquet(tmp_path / "shop.parquet")
     with pytest.raises(ValueError, match="users . to .*: history 0 must hold items that the model knows, found 555"):
