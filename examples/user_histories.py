@@ -61,9 +61,14 @@ class Source:
                 continue
             metadata = pq.read_metadata(path)
             for row_group in range(metadata.num_row_groups):
-                piece = {"path": str(path), "file": number, "row_group": row_group, "first_row": first_row}
-                pieces.append(piece)
-                first_row += metadata.row_group(row_group).num_rows
+                num_rows = metadata.row_group(row_group).num_rows
+                if num_rows:
+                    piece = {"path": str(path), "file": number, "row_group": row_group, "first_row": first_row}
+                    pieces.append(piece)
+                first_row += num_rows
+        if not pieces:
+            others = f", nor has any of the other {len(self.paths) - 1:,} files" if len(self.paths) > 1 else ""
+            raise ValueError(f"{self.paths[0]} has no rows{others}")
         return pieces
 
 

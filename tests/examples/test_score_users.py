@@ -188,6 +188,7 @@ def test_what_the_model_does_not_know(events, model, here, run, tmp_path):
         ({"user_id": [1, None], "item_ids": [[1], [2]]}, [], "row 2: user_id is None, expected a value"),
         ({"user_id": [1, 2], "item_ids": [[1], None]}, [], "item_ids must be lists, found 1 nulls"),
         ({"user_id": [1], "item_id": [2]}, [], "column 'timestamp' is missing"),
+        ({"user_id": [], "item_ids": []}, [], "users.parquet has no rows"),
         ({"user_id": [1], "item_ids": [[2]]}, ["--now", "5"], "now must be left out for a model that reads no times"),
         ({"user_id": [1], "item_ids": [[2]]}, ["--batch_size", "0"], "batch_size must be at least 1, found 0"),
         ({"user_id": [1], "item_ids": [[2]]}, ["--states", "states"], "states need .* an input with timestamps"),
@@ -361,7 +362,9 @@ class Killed(score_users.Scorer):
 
 
 def test_two_workers_of_which_one_is_killed(shop, model, ray_cluster, run, tmp_path, monkeypatch):
+    """And blocks so small that each partition would be several of them, if Ray were to divide it."""
     monkeypatch.setattr(score_users, "Scorer", Killed)
+    monkeypatch.setattr(score_users, "BLOCK_BYTES", 200)
     found = run(shop, model, "--batch_size", "1")
     assert (tmp_path / "scored" / "_killed").exists()
     same(found, expected(shop, model, tmp_path))
@@ -378,6 +381,15 @@ def test_states_when_a_worker_is_killed(events, shop, model, ray_cluster, run, t
     assert (tmp_path / "second" / "_killed").exists()
     wanted = expected(shop, model, tmp_path)
     same(found, wanted.filter(pl.col("user_id").is_in(pl.read_parquet(second)["user_id"].unique().to_list())))
+
+
+def test_partitions_without_users(shop, model, ray_cluster, run, tmp_path):
+    """Of the first run there is nothing left to do but to say so."""
+    more = ["--num_partitions", "90", "--num_workers", "1"]
+    found = run(shop, model, *more)
+    assert found["user_id"].n_unique() == 40 and len(contents(tmp_path / "scored")) < 40
+    (tmp_path / "scored" / "_SUCCESS").unlink()
+    assert run(shop, model, *more).equals(found) and (tmp_path / "scored" / "_SUCCESS").exists()
 
 
 def test_errors_of_workers_are_those_of_the_script(events, model, ray_cluster, run, tmp_path):
