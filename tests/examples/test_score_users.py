@@ -364,7 +364,7 @@ class Killed(score_users.Scorer):
 def test_two_workers_of_which_one_is_killed(shop, model, ray_cluster, run, tmp_path, monkeypatch):
     """And blocks so small that each partition would be several of them, if Ray were to divide it."""
     monkeypatch.setattr(score_users, "Scorer", Killed)
-    monkeypatch.setattr(score_users, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(score_users, "BLOCK_BYTES", 1_000)
     found = run(shop, model, "--batch_size", "1")
     assert (tmp_path / "scored" / "_killed").exists()
     same(found, expected(shop, model, tmp_path))
