@@ -70,7 +70,8 @@ def digest_model(recommend: SequentialRecommendationPipeline) -> str:
     """Return a digest of all that recommendations depend on: weights, configuration, items and length."""
     model, tokenizer = recommend.model, recommend.tokenizer
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith(("_", "transformers"))}
-    parts = [digest_weights(model, model.state_dict().values()), config, tokenizer.items.to_pylist(), tokenizer.model_max_length]
+    weights = digest_weights(model, model.state_dict().values())
+    parts = [weights, config, tokenizer.items.to_pylist(), tokenizer.model_max_length]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -790,6 +790,23 @@ def breakdowns() -> str:
     return table(header, rows) if rows else NOT_MEASURED
 
 
+def new_items() -> str:
+    """HR@10 of items that were held out of the training, and of the others."""
+    names = {
+        "nearest titles": "items whose titles are nearest to the last item's",
+        "ids, trained items": "ids alone, among the items trained on",
+        "features, trained items": "ids and features, among the items trained on",
+        "features, all items": "ids and features, new items added",
+    }
+    rows = []
+    for run in read_results("new-items*.json").values():
+        for name, found in run["results"].items():
+            rates = [describe_metric(found[on], "hr@10") if on in found else "" for on in ("new", "trained")]
+            rows.append([names[name], *rates, str(run["seed"])])
+    header = ["who recommends", "HR@10 where the target is new", "HR@10 where it was trained on", "seed"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
@@ -826,6 +843,7 @@ TABLES = {
         recommendations,
         peers,
         breakdowns,
+        new_items,
         inference,
         training,
         inference_memory,
