@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .models.catalogue import first_read, item_embeddings
+from .models.weight_versions import versions_of
 
 
 class ItemIndex:
@@ -78,7 +79,7 @@ class ItemIndex:
             ValueError: if it is not.
         """
         weight = _item_vectors(model)
-        if self._weight() is weight and self._version == _version(weight):
+        if self._weight() is weight and self._versions == versions_of([weight]):
             return
         if _digest(weight) != self.digest:
             raise ValueError(
@@ -89,7 +90,7 @@ class ItemIndex:
 
     def _remember(self, weight: Tensor) -> None:
         """Not to compute the digest of the same weight again."""
-        self._weight, self._version = weakref.ref(weight), _version(weight)
+        self._weight, self._versions = weakref.ref(weight), versions_of([weight])
 
     def search(self, user_embeddings: Tensor, top_k: int, seen_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the best items found.
@@ -129,11 +130,6 @@ def _digest(weight: Tensor) -> str:
     sha256 = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
     sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return sha256.hexdigest()
-
-
-def _version(weight: Tensor) -> tuple[int, int]:
-    """What changes when a weight is assigned or changed in place."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 __all__ = ["ItemIndex"]

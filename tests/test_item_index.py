@@ -79,6 +79,17 @@ def test_an_index_of_other_items_is_refused(model, histories):
     assert torch.equal(model.recommend(histories, index=index).token_ids, expected.token_ids)
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
+def test_an_index_is_refused_after_training_on(model, histories, options):
+    model = copy.deepcopy(model)
+    index = ItemIndex(model, num_clusters=7, num_probes=7)
+    model.recommend(histories, index=index)
+    model(histories, labels=histories).loss.backward()
+    torch.optim.AdamW(model.parameters(), **options).step()
+    with pytest.raises(ValueError, match="found those of another model, or of this one before they changed"):
+        model.recommend(histories, index=index)
+
+
 def test_the_same_embeddings_are_read_once(model, histories, monkeypatch):
     index = ItemIndex(model, num_clusters=7, num_probes=7)
     monkeypatch.setattr(item_index, "_digest", lambda weight: pytest.fail("read the embeddings again"))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .event_time import UNKNOWN
+from .weight_versions import versions_of
 
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ TENSORS = ("recurrent_state", "conv_state", "num_items", "last_timestamps")
 
 
 # The digests of models, and the versions of the weights that they are of.
-_DIGESTS: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
+_DIGESTS: WeakKeyDictionary[nn.Module, tuple[list[tuple], str]] = WeakKeyDictionary()
 
 
 def digest_weights(model: nn.Module, weights: Iterable[Tensor]) -> str:
@@ -36,7 +37,7 @@ def digest_weights(model: nn.Module, weights: Iterable[Tensor]) -> str:
     weights = [*weights]
     if any(weight.is_meta for weight in weights):
         raise ValueError("use_cache needs weights in memory, found a model whose weights are offloaded")
-    versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+    versions = versions_of(weights)
     if model not in _DIGESTS or _DIGESTS[model][0] != versions:
         sha256 = hashlib.sha256()
         for weight in weights:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_recommender import RecommenderConfig
+from .weight_versions import versions_of
 
 
 # Rows of the catalogue whose vectors are computed at once.
@@ -75,8 +76,7 @@ class ItemHead(nn.Linear):
         return F.linear(user_embeddings, self.filled)[..., : self.out_features]
 
 
-# The heads of catalogues, and the versions of the weights that they are of. Fused optimizers change weights without a
-# new version: nothing is kept of a model that has gradients, or that passes some on.
+# The heads of catalogues, and the versions of the weights that they are of.
 _HEADS: WeakKeyDictionary[nn.Module, tuple[list[tuple], ItemHead]] = WeakKeyDictionary()
 
 
@@ -123,8 +123,6 @@ class ItemFeatures(nn.Module):
 
     def vectors(self, embed_tokens: nn.Embedding, token_ids: Tensor) -> Tensor:
         """Return the vectors of items, in training with their ids left out at random: (...,) -> (..., D)."""
-        if torch.is_grad_enabled():
-            _HEADS.pop(self, None)
         embeddings = embed_tokens(token_ids)
         if self.training and self.id_dropout > 0:
             is_kept = torch.rand(token_ids.shape, device=token_ids.device) >= self.id_dropout
@@ -139,15 +137,12 @@ class ItemFeatures(nn.Module):
         if torch.is_grad_enabled():
             return linear_head(self.vectors(embed_tokens, token_ids))
         weights = [embed_tokens.weight, *self.parameters(), *self.buffers()]
-        versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        versions = versions_of(weights)
         if self not in _HEADS or _HEADS[self][0] != versions:
             filled = F.pad(token_ids, (0, -size % BLOCK))
             with torch.autocast(token_ids.device.type, enabled=False):
                 vectors = [embed_tokens.weight[chunk] + self(chunk) for chunk in filled.split(MAX_ROWS)]
-            head = ItemHead(torch.cat(vectors), size)
-            if any(weight.grad is not None for weight in weights):
-                return head
-            _HEADS[self] = (versions, head)
+            _HEADS[self] = (versions, ItemHead(torch.cat(vectors), size))
         return _HEADS[self][1]
 
 

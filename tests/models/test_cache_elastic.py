@@ -169,6 +169,18 @@ def test_the_digest_is_that_of_the_weights_behind_a_state(tmp_path):
             digest = model.digest()
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
+def test_the_digest_is_another_after_training_on(options):
+    model = elastic_model()
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    digests = [model.model.digest()]
+    for _ in range(2):
+        model(make_histories(), labels=make_histories()).loss.backward()
+        optimizer.step()
+        digests.append(model.model.digest())
+    assert len({*digests}) == 3
+
+
 @torch.no_grad()
 def test_the_cache_of_another_model_is_refused():
     """As it is once the weights have changed."""
