@@ -38,6 +38,7 @@ def prepare_histories(
     k_core: int = 5,
     split: str = "leave_one_out",
     validation_users: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> dict[str, int]:
     """
     Write the histories of [`load_histories`] to a folder of Parquet shards, without holding all rows in memory.
@@ -45,8 +46,7 @@ def prepare_histories(
     The rows are read twice: once for the ids, once to part them on disk by ranges of users, each of which is sorted and
     split in memory. Rules, order, errors and counts are those of [`load_histories`]. What has to fit into memory are
     the ids and titles of the items, the lengths of all histories, the longest history, and four million rows. Parquet
-    files are read in batches; text files and JSON Lines whole, one at a time. Beside `output_dir` the disk has to hold
-    the rows for a while.
+    files are read in batches; text files and JSON Lines whole, one at a time.
 
     Args:
         source (`str`, `os.PathLike` or a list of them): Files, folders or patterns, as in [`load_histories`].
@@ -57,6 +57,9 @@ def prepare_histories(
             As in [`load_histories`].
         split (`str`, *optional*, defaults to `"leave_one_out"`):
             `"leave_one_out"` or `"none"`, as in [`load_histories`].
+
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Where the ranges are kept meanwhile, about 20 bytes a row; the folder that holds `output_dir` if not given.
 
     Returns:
         `dict[str, int]`: `counts` of [`~histories.Histories`].
@@ -80,7 +83,8 @@ def prepare_histories(
     known = survey(read())
     if known.latest is not None:
         warn_of_milliseconds(known.latest)
-    with temporary_folder(output_dir.parent) as folder:
+    cache_dir = output_dir.parent if cache_dir is None else Path(cache_dir)
+    with temporary_folder(cache_dir) as folder, temporary_folder(output_dir.parent) as result:
         logger.info(f"sorting {known.num_rows:,} rows")
         files = partition_rows(read(is_reported=False), known, folder)
         partitions = [Partition(file, known.item_ids) for file in files]
@@ -91,8 +95,6 @@ def prepare_histories(
             partitions, k_core, 1 if split == "none" else MIN_INTERACTIONS
         )
         logger.info("writing the histories")
-        result = folder / "result"
-        result.mkdir()
         counts = {"num_rows": known.num_rows, "num_duplicates": num_duplicates}
         counts |= {"num_filtered": num_filtered, "num_filtered_users": num_filtered_users}
         counts |= _write_histories(result, partitions, titles, split, validation_users)
