@@ -8,7 +8,8 @@ it again).
         python examples/streaming.py --model_name_or_path outputs/shop --store users.sqlite
 
 Each line of the input is a user and an item, with a tab between them, in the order of time; for a model that reads
-times, another tab and the Unix seconds of the event follow. For each line the service reads the one new item on top of
+times, another tab and the Unix seconds of the event follow, and for one that reads features of events another tab and
+the value of each, in alphabetical order of their names, empty where it is not known. For each line the service reads the one new item on top of
 the user's state, stores the new state, and prints the user and the items most likely to come next. Started again with
 the same store, it goes on where it stopped; several processes may share a store. A line that ends in an error leaves
 the store as it was. The same loop works with any store of bytes: LMDB, Redis, a table of a data warehouse.
@@ -65,25 +66,34 @@ class UserStore:
 
 @torch.inference_mode()
 def append(
-    model, store: UserStore, user: str, token_id: int, top_k: int, timestamp: float | None = None
+    model,
+    store: UserStore,
+    user: str,
+    token_id: int,
+    top_k: int,
+    timestamp: float | None = None,
+    event_features: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Read one new item of a user, which came at a `timestamp` if the model reads times, and return the `top_k` items
-    most likely to come next, as of that moment, best first, without those seen where the model leaves them out.
+    """Read one new item of a user, which came at a `timestamp` if the model reads times, with `event_features`,
+    (num_features,), if it reads any, and return the `top_k` items most likely to come next, as of that moment, best
+    first, without those seen where the model leaves them out.
 
     Raises:
         ValueError: if `token_id` is no item, another model made the user's state, fewer than `top_k` items are left,
-            or the time is missing or before the user's last one.
+            the time is missing or before the user's last one, or the features are missing or not those of the model.
     """
     item = torch.tensor([[token_id]])
-    times = {}
+    events = {}
     if timestamp is not None:
         now = torch.tensor([timestamp], dtype=torch.double)
-        times = {"timestamps": now[None], "request_timestamps": now}
+        events = {"timestamps": now[None], "request_timestamps": now}
+    if event_features is not None:
+        events["event_features"] = event_features[None, None]
     validate_token_ids("token_id", item, model.config.num_special_tokens, model.config)
     with store.transaction():
         cache, seen = store.read(user)
         seen = torch.cat([seen, item[0]]).unique()
-        outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(top_k, seen[None]), **times)
+        outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(top_k, seen[None]), **events)
         (token_ids,) = outputs.token_ids
         num_left = int((token_ids >= 0).sum())
         if num_left < top_k:
@@ -102,12 +112,14 @@ def main() -> None:
     model = AutoModel.from_pretrained(args.model_name_or_path, revision=args.revision).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
     store = UserStore(args.store)
-    names = ["a user", "an item", *(["Unix seconds"] if model.config.use_timestamps else [])]
+    num_times = int(model.config.use_timestamps)
+    names = ["a user", "an item", *["Unix seconds"] * num_times, *model.config.event_features]
     for number, line in enumerate(sys.stdin, start=1):
         fields = line.rstrip("\n").split("\t")
         if len(fields) != len(names):
             raise ValueError(f"line {number} must be {', '.join(names)} with tabs between them, found {line!r}")
-        user, item, *seconds = fields
+        user, item, *values = fields
+        seconds, values = values[:num_times], [value or None for value in values[num_times:]]
         token_id = tokenizer.convert_tokens_to_ids(item)
         if token_id in tokenizer.all_special_ids:
             raise ValueError(f"line {number}: the model does not know the item {item!r}")
@@ -115,7 +127,14 @@ def main() -> None:
             timestamp = float(seconds[0]) if seconds else None
         except ValueError as error:
             raise ValueError(f"line {number}: Unix seconds must be a number, found {seconds[0]!r}") from error
-        token_ids = append(model, store, user, token_id, args.top_k, timestamp)
+        event_features = None
+        if values:
+            columns = {name: [value] for name, value in zip(model.config.event_features, values, strict=True)}
+            try:
+                event_features = torch.from_numpy(tokenizer.encode_events(columns)[0])
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+        token_ids = append(model, store, user, token_id, args.top_k, timestamp, event_features)
         print(user, *tokenizer.convert_ids_to_titles(token_ids), sep="\t", flush=True)
 
 

@@ -23,6 +23,9 @@ class PreparationArguments(ColumnArguments):
 
     train_file: list[str] = field(kw_only=True, metadata={"help": "Files or folders of interactions, or patterns."})
     output_dir: str = field(kw_only=True, metadata={"help": "Empty or new folder of the prepared histories."})
+    event_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of what a model may read of each event, such as a rating."}
+    )
     items_file: str | None = field(default=None, metadata={"help": "File with the items' titles."})
     k_core: int = field(default=5, metadata={"help": "Fewest interactions of each user and item."})
     split: str = field(default="leave_one_out", metadata={"help": "leave_one_out, or none: nothing is held out."})
@@ -46,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
         args.train_file,
         args.output_dir,
         **args.reading,
+        event_columns=args.event_columns or (),
         items_file=args.items_file,
         k_core=args.k_core,
         split=args.split,

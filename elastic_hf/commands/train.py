@@ -71,10 +71,11 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
-    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-<variant>]`."""
+    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-with-<event columns>][-<variant>]`."""
     parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
     timed = "timed" if model_args.use_timestamps else None
-    parts += [part for part in (data_args.regime, timed, training_args.variant) if part is not None]
+    events = "-".join(["with", *sorted(data_args.event_columns)]) if data_args.event_columns else None
+    parts += [part for part in (data_args.regime, timed, events, training_args.variant) if part is not None]
     return "-".join(parts)
 
 
@@ -131,6 +132,7 @@ def make_config(
     else:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     config.use_timestamps = config.use_timestamps or model_args.use_timestamps
+    config.event_features = tokenizer.event_features
     try:
         overrides = model_args.config_overrides or ""
         if is_new and "exclude_seen" not in overrides:
@@ -186,6 +188,7 @@ def make_trainer(
         max_length=tokenizer.model_max_length,
         objective=model.config.training_objective,
         use_timestamps=model.config.use_timestamps,
+        event_features=[*model.config.event_features],
         mask_probability=training_args.mask_probability,
     )
     patience = training_args.early_stopping_patience
@@ -340,12 +343,12 @@ def run(
         logger.info(f"Resuming from {checkpoint}")
 
     # 1. Interactions -> histories -> token ids
-    histories, items, counts = read_histories(data_args, training_args)
-    tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items)
+    histories, items, counts = read_histories(data_args, training_args, model_args.model_name_or_path)
+    tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items, histories["train"])
     splits = tokenize(tokenizer, histories, data_args, training_args)
     train_dataset = splits["train"]
     if training_args.split_into_windows:
-        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length)
+        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length, [*tokenizer.event_columns])
 
     # 2. Model and trainer
     config = make_config(model_args, tokenizer, counts)

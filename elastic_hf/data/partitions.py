@@ -12,10 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .encoding import TEXT_ID, encode_ids, integers_if_written_as_such, join_dictionaries
-from .interactions import Interactions, check_filtered, drop_duplicates, sort_by_time
+from .columns import EVENT_PREFIX
+from .encoding import TEXT_ID, cast_if_all, encode_ids, integers_if_written_as_such, join_dictionaries
+from .interactions import Interactions, check_filtered, drop_duplicates, encode_event_columns, sort_by_time
 
 
+# What event columns of text may stand for, as in [`~encoding.encode_events`].
+TEXT_TYPES = (pa.int64(), pa.float64(), pa.bool_(), pa.large_string())
 ROWS_PER_PARTITION = 2**22  # about; all rows of a user are in one
 ROWS_PER_SAMPLE = 64  # of so many rows the user of one is looked at, to find ranges of users with as many rows
 
@@ -32,7 +35,7 @@ class Survey:
         item_indices (`np.ndarray`): The index of each of these in `item_ids`.
         user_type (`pyarrow.DataType`): int64 or strings.
         first_users (`pyarrow.Array`): The least user id of each partition but the first one, sorted.
-        timestamp_type (`pyarrow.DataType`, *optional*): int64 or float64.
+        types (`dict[str, pyarrow.DataType]`): Those of the timestamps, where there is time, and of the event columns.
         latest (`float`, *optional*): The latest timestamp.
     """
 
@@ -42,33 +45,36 @@ class Survey:
     item_indices: np.ndarray
     user_type: pa.DataType
     first_users: pa.Array
-    timestamp_type: pa.DataType | None
+    types: dict[str, pa.DataType]
     latest: float | None
 
 
 def survey(batches: Iterable[pa.Table]) -> Survey:
     """Look at all rows, in tables as [`~values.check_rows`] returns them."""
-    num_rows, timestamp_type, latest = 0, None, None
-    items, samples, types = pa.array([]), [], set()
+    num_rows, latest = 0, None
+    items, samples, user_types, possible = pa.array([]), [], set(), {}
     is_text = {}
     for batch in batches:
         users, new_items = _encode(batch["user"]), _encode(batch["item"]).dictionary
         is_text = {name: batch[name].type == TEXT_ID for name in ("user", "item")}
         items = pa.concat_arrays([items.cast(new_items.type), new_items]).unique()
-        types.add((integers_if_written_as_such(users.dictionary) if is_text["user"] else users.dictionary).type)
+        user_types.add((integers_if_written_as_such(users.dictionary) if is_text["user"] else users.dictionary).type)
         samples.append(users.dictionary.take(users.indices.take(pa.array(range(0, len(users), ROWS_PER_SAMPLE)))))
         num_rows += batch.num_rows
         if "timestamp" in batch.column_names:
-            times = batch["timestamp"]
-            timestamp_type = times.type if timestamp_type in (None, pa.int64()) else timestamp_type
-            latest = max(latest or 0, pc.max(times).as_py())
+            latest = max(latest or 0, pc.max(batch["timestamp"]).as_py())
+        for name in batch.column_names:
+            if name not in ("user", "item"):
+                fitting = _possible_types(batch[name])
+                possible[name] = [type_ for type_ in possible.get(name, fitting) if type_ in fitting]
     item_ids, item_indices = encode_ids(_column_of(items, is_text["item"]))
-    user_type = types.pop() if len(types) == 1 else pa.large_string()
+    user_type = user_types.pop() if len(user_types) == 1 else pa.large_string()
     sample = _as_type(pa.concat_arrays(samples), user_type).sort()
+    types = {name: fitting[0] for name, fitting in possible.items()}
     num_partitions = -(-num_rows // ROWS_PER_PARTITION)
     bounds = sample.take(pa.array(np.arange(1, num_partitions) * len(sample) // num_partitions)).unique()
     first_users = bounds.filter(pc.not_equal(bounds, sample[0]))  # before the least user there is none
-    return Survey(num_rows, item_ids, items, item_indices, user_type, first_users, timestamp_type, latest)
+    return Survey(num_rows, item_ids, items, item_indices, user_type, first_users, types, latest)
 
 
 def partition_rows(batches: Iterable[pa.Table], known: Survey, folder: Path) -> list[Path]:
@@ -115,7 +121,9 @@ class Partition:
         path.unlink()
         user_ids, users = encode_ids(rows["user"])
         timestamps = rows["timestamp"].to_numpy() if "timestamp" in rows.column_names else None
-        interactions = Interactions(user_ids, item_ids, users, rows["item"].to_numpy(), timestamps)
+        events = encode_event_columns(rows)
+        interactions = Interactions(user_ids, item_ids, users, rows["item"].to_numpy(), timestamps, events)
+        del rows
         sort_by_time(interactions)
         self.num_duplicates = drop_duplicates(interactions)
         self.num_rows, self.num_users = interactions.users.size, len(user_ids)
@@ -123,20 +131,26 @@ class Partition:
         columns = {
             "user": pa.DictionaryArray.from_arrays(interactions.users, user_ids),
             "item": interactions.items,
-            "timestamp": interactions.timestamps,
+            **({} if timestamps is None else {"timestamp": interactions.timestamps}),
+            **{EVENT_PREFIX + name: values for name, values in interactions.events.items()},
         }
-        table = pa.table({name: values for name, values in columns.items() if values is not None})
-        with pa.OSFile(str(self.path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+        batch = pa.record_batch(columns)
+        with pa.OSFile(str(self.path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
 
     def read(self) -> Interactions:
         """Return the rows that are left, with all ids."""
         with pa.memory_map(str(self.path)) as file:
-            table = pa.ipc.open_file(file).read_all()
-        users = join_dictionaries(table["user"])
-        timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
-        items = table["item"].to_numpy()
-        interactions = Interactions(users.dictionary, self.item_ids, users.indices.to_numpy(), items, timestamps)
+            batch = pa.ipc.open_file(file).get_batch(0)
+        names = batch.schema.names
+        interactions = Interactions(
+            user_ids=batch["user"].dictionary,
+            item_ids=self.item_ids,
+            users=batch["user"].indices.to_numpy(),
+            items=batch["item"].to_numpy(),
+            timestamps=batch["timestamp"].to_numpy() if "timestamp" in names else None,
+            events={name.removeprefix(EVENT_PREFIX): batch[name] for name in names if name.startswith(EVENT_PREFIX)},
+        )
         interactions.keep(self._mask())
         return interactions
 
@@ -196,6 +210,16 @@ def _column_of(ids: pa.Array, is_text: bool) -> pa.ChunkedArray:
     return pa.chunked_array([ids.dictionary_encode().cast(TEXT_ID) if is_text else ids])
 
 
+def _possible_types(column: pa.ChunkedArray) -> list[pa.DataType]:
+    """Return the types that the values of a column may have, the first of them if no other batch says otherwise."""
+    if column.type == TEXT_ID:
+        text = join_dictionaries(column).dictionary
+        return [type_ for type_ in TEXT_TYPES if cast_if_all(text, type_) is not None]
+    if pa.types.is_null(column.type):
+        return [pa.null(), *TEXT_TYPES]
+    return [column.type, pa.float64()] if pa.types.is_integer(column.type) else [column.type]
+
+
 def _as_type(ids: pa.Array, id_type: pa.DataType) -> pa.Array:
     return integers_if_written_as_such(ids) if ids.type != id_type else ids
 
@@ -211,6 +235,13 @@ def _encode_batch(batch: pa.Table, known: Survey) -> tuple[pa.Table, np.ndarray]
         new = items.dictionary.filter(indices.is_null())[0].as_py()
         raise ValueError(f"the source must not change while it is read, found {new!r}, an item that was not there")
     columns = {"user": user_ids.take(users.indices), "item": known.item_indices[indices.to_numpy()[items.indices]]}
-    if known.timestamp_type is not None:
-        columns["timestamp"] = batch["timestamp"].cast(known.timestamp_type)
+    columns |= {name: _cast(batch[name], type_) for name, type_ in known.types.items()}
     return pa.table(columns), partitions[users.indices].astype(np.int16)
+
+
+def _cast(column: pa.ChunkedArray, type_: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """Return the values of a column, text included, in a type that holds all of them."""
+    if column.type != TEXT_ID:
+        return column.cast(type_)
+    encoded = join_dictionaries(column)
+    return encoded.dictionary.cast(type_).take(encoded.indices)

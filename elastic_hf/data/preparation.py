@@ -11,7 +11,15 @@ import pyarrow as pa
 
 from .cache import temporary_folder
 from .encoding import drop_unused, encode_ids
-from .histories import check_arguments, first_titles, history_batches, history_features, item_table, request_columns
+from .histories import (
+    check_arguments,
+    check_column_names,
+    first_titles,
+    history_batches,
+    history_features,
+    item_table,
+    request_columns,
+)
 from .interactions import MIN_INTERACTIONS, warn_of_duplicates, warn_of_milliseconds
 from .partitions import Partition, count_rows_of_items, filter_partitions, partition_rows, survey
 from .prepared_folder import write_items, write_preparation, write_shard
@@ -34,6 +42,7 @@ def prepare_histories(
     timestamp_column: str | None = None,
     column_names: Sequence[str] | None = None,
     in_time_order: bool = False,
+    event_columns: Sequence[str] = (),
     items_file: str | os.PathLike | None = None,
     k_core: int = 5,
     split: str = "leave_one_out",
@@ -53,7 +62,8 @@ def prepare_histories(
         output_dir (`str` or `os.PathLike`):
             A folder that does not exist or is empty. It gets the Parquet shards of every split, `items.parquet` and
             `preparation.json`. [`load_histories`] loads it, memory-mapped, or as streams with `streaming=True`.
-        user_column, item_column, timestamp_column, column_names, in_time_order, items_file, k_core, validation_users:
+        user_column, item_column, timestamp_column, column_names, in_time_order, event_columns, items_file, k_core,
+        validation_users:
             As in [`load_histories`].
         split (`str`, *optional*, defaults to `"leave_one_out"`):
             `"leave_one_out"` or `"none"`, as in [`load_histories`].
@@ -71,10 +81,11 @@ def prepare_histories(
     if split == "temporal":
         raise ValueError("split must be 'leave_one_out' or 'none' for histories prepared on disk, found 'temporal'")
     check_arguments(split, k_core, 0.1, 0.1, validation_users)
+    check_column_names(column_names, event_columns)
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"output_dir must be a folder that is empty or does not exist, found {output_dir}")
-    request = request_columns(user_column, item_column, timestamp_column, None, in_time_order)
+    request = request_columns(user_column, item_column, timestamp_column, None, event_columns, in_time_order)
     titles = None if items_file is None else read_titles(Path(items_file))
     paths = find_files([source] if isinstance(source, str | os.PathLike) else source, output_dir)
     read = partial(iterate_files, paths, request, column_names, rows_per_batch=ROWS_PER_BATCH)
@@ -99,7 +110,7 @@ def prepare_histories(
         counts |= {"num_filtered": num_filtered, "num_filtered_users": num_filtered_users}
         counts |= _write_histories(result, partitions, titles, split, validation_users)
         settings = {"k_core": k_core, "split": split, "validation_users": validation_users}
-        write_preparation(result, settings, len(partitions), counts)
+        write_preparation(result, settings, [*event_columns], len(partitions), counts)
         os.replace(result, output_dir)
     return counts
 

@@ -1,4 +1,4 @@
-"""From files to checked Arrow tables with the columns `user`, `item`, `timestamp` and `title`."""
+"""From files to checked Arrow tables with the columns `user`, `item`, `timestamp`, `title` and those of events."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from .columns import ColumnRequest, Columns, check_columns
+from .columns import EVENT_PREFIX, ColumnRequest, Columns, check_columns
 from .encoding import TEXT_ID
 from .files import ENDINGS, JSON_SUFFIXES, TEXT_SUFFIXES, kind_of
 from .json_reader import JsonReader
@@ -87,7 +87,7 @@ def read_files(
         ValueError: if a file cannot be read, or does not hold what is expected; the message names it.
     """
     tables = list(iterate_files(paths, request, column_names, layout))
-    return pa.concat_tables(tables, promote_options="permissive")  # timestamps may be integers and floats
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def iterate_files(
@@ -101,10 +101,10 @@ def iterate_files(
     """
     Yield the rows that [`read_files`] returns: a file at a time or, of Parquet, at most `rows_per_batch` rows.
 
-    The tables have ids of one type; timestamps may be integers in one and floats in another. Which columns are read is
-    logged where `is_reported`.
+    Columns have one type, but that numbers may be integers in one table and floats in another, and an event column
+    without values in one. Which columns are read is logged where `is_reported`.
     """
-    columns = first_path = first = None
+    columns, first = None, {}
     for path in paths:
         try:
             reader = open_reader(path, request, column_names, layout)
@@ -131,13 +131,11 @@ def iterate_files(
                         table = table.append_column(name, column)
                 table = check_rows(table, columns, path, partial(_position, reader, num_rows))
                 num_rows += table.num_rows
-                if first is None:
-                    first_path, first = path, table.schema
-                _check_id_types(table.schema, path, first, first_path)
+                _check_types(table.schema, path, first)
                 yield table
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: {error}") from error
-    if first is None:
+    if not first:
         others = f", nor has any of the other {len(paths) - 1:,} files" if len(paths) > 1 else ""
         raise ValueError(f"{paths[0]} has no rows{others}")
 
@@ -146,12 +144,16 @@ def _position(reader: TextReader | JsonReader | ParquetReader, num_rows_before: 
     return reader.position(num_rows_before + row)
 
 
-def _check_id_types(schema: pa.Schema, path: Path, first: pa.Schema, first_path: Path) -> None:
-    for name in ("user", "item", "title"):
-        if name in schema.names and schema.field(name).type != first.field(name).type:
+def _check_types(schema: pa.Schema, path: Path, first: dict[str, tuple[pa.DataType, Path]]) -> None:
+    """Refuse columns of other types than in the `first` files that have them, which it notes down."""
+    for name, type_ in zip(schema.names, schema.types, strict=True):
+        if type_ == pa.null():  # all values of an event column are missing
+            continue
+        first_type, first_path = first.setdefault(name, (type_, path))
+        if type_ != first_type and {type_, first_type} != {pa.int64(), pa.float64()}:
             raise ValueError(
-                f"{path}: column {name!r} must have the type it has in {first_path}, {first.field(name).type}, found "
-                f"{schema.field(name).type}"
+                f"{path}: column {name.removeprefix(EVENT_PREFIX)!r} must have the type it has in {first_path}, "
+                f"{first_type}, found {type_}"
             )
 
 

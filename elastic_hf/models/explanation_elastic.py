@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
+from .event_features import given_event_features, read_event_features
 from .event_time import given_times, read_times
 from .modeling_recommender import evaluating, validate_histories
 
@@ -54,6 +55,7 @@ def explain(
     top_k: int = 10,
     timestamps: Tensor | None = None,
     request_timestamps: Tensor | None = None,
+    event_features: Tensor | None = None,
 ) -> ElasticExplanation:
     """Show which experts took each interaction, how far back they look, and which items carried the recommendations.
 
@@ -62,7 +64,7 @@ def explain(
         input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `recommend`.
         attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `recommend`.
         top_k (`int`, defaults to 10): how many recommendations are explained, each by a backward pass.
-        timestamps, request_timestamps (`torch.Tensor`, *optional*): as in `recommend`.
+        timestamps, request_timestamps, event_features (`torch.Tensor`, *optional*): as in `recommend`.
 
     Returns:
         [`ElasticExplanation`]
@@ -74,8 +76,14 @@ def explain(
     timestamps, request_timestamps = given_times(
         model, timestamps, request_timestamps, len(input_ids), input_ids.device
     )
+    event_features = given_event_features(event_features, input_ids.device)
     token_ids = model.recommend(
-        input_ids, attention_mask, top_k, timestamps=timestamps, request_timestamps=request_timestamps
+        input_ids,
+        attention_mask,
+        top_k,
+        timestamps=timestamps,
+        request_timestamps=request_timestamps,
+        event_features=event_features,
     ).token_ids
     is_special = attention_mask & (input_ids < model.config.num_special_tokens)
     if is_special.any():
@@ -89,9 +97,10 @@ def explain(
     with evaluating(model), torch.enable_grad():
         times = read_times(base, timestamps, request_timestamps, attention_mask, last_position_only=True)
         events = base.to_events(attention_mask, None, *times[:1])
-        embeddings = base.embed(input_ids, *events).detach().requires_grad_()
+        events |= read_event_features(base, event_features, attention_mask)
+        embeddings = base.embed(input_ids, **events).detach().requires_grad_()
         stream = base.to_stream(embeddings, attention_mask)[0]
-        sigmoids, log_forget = base.experts(stream, *events[1:])
+        sigmoids, log_forget = base.experts(stream, events.get("pauses"))
         interests = base.project(pool_history(stream, sigmoids, log_forget, attention_mask))
         hidden_states, last, bias = base.to_readers(base.scale(embeddings[:, -1:]), stream[:, -1:], *times)
         for layer, (key, value) in zip(base.layers, interests, strict=True):

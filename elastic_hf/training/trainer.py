@@ -28,13 +28,13 @@ from .batches import LengthGroupedEpochSampler
 from .metrics import ranking_metrics
 from .progress import EvaluationLines, ProgressBar
 from .resumable_trainer import ResumableTrainer
-from .rows import check_evaluation_rows, check_timestamps, history_lengths, leave_out_short_histories
+from .rows import check_columns, check_evaluation_rows, history_lengths, leave_out_short_histories
 
 
 logger = logging.getLogger(__name__)
 
 # What a model reads of an evaluation batch.
-READ = ("input_ids", "attention_mask", "timestamps", "request_timestamps")
+READ = ("input_ids", "attention_mask", "timestamps", "request_timestamps", "event_features")
 
 
 class SequentialRecommendationTrainer(ResumableTrainer):
@@ -89,6 +89,11 @@ class SequentialRecommendationTrainer(ResumableTrainer):
             raise ValueError(
                 f"vocab_size of the model must be that of the tokenizer, {len(tokenizer)}, found {config.vocab_size}"
             )
+        known = config.event_features if tokenizer is None else getattr(tokenizer, "event_features", {})
+        if known != config.event_features:
+            raise ValueError(
+                f"event_features of the model must be those of the tokenizer, {known}, found {config.event_features}"
+            )
         if data_collator is None:
             self.data_collator = SequentialRecommendationCollator(
                 pad_token_id=config.pad_token_id,
@@ -96,10 +101,14 @@ class SequentialRecommendationTrainer(ResumableTrainer):
                 max_length=tokenizer.model_max_length,
                 objective=config.training_objective,
                 use_timestamps=config.use_timestamps,
+                event_features=[*config.event_features],
             )
         if config.use_timestamps:
-            check_timestamps(train_dataset, "train_dataset", with_targets=False)
-            check_timestamps(eval_dataset, "eval_dataset", with_targets=True)
+            setting = "use_timestamps=True"
+            check_columns(train_dataset, "train_dataset", ["timestamps"], setting)
+            check_columns(eval_dataset, "eval_dataset", ["timestamps", "target_timestamp"], setting)
+        for dataset, field in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
+            check_columns(dataset, field, [*config.event_features], f"event_features={config.event_features}")
         self.callback_handler.callbacks.pop()  # the stock one, added last, prints all metrics of an evaluation
         if not self.args.disable_tqdm:
             self.add_callback(ProgressBar)
@@ -111,7 +120,7 @@ class SequentialRecommendationTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = {*self._signature_columns, "target"}
+        columns = {*self._signature_columns, "target", *self.model.config.event_features}
         if self.model.config.use_timestamps:
             columns.add("target_timestamp")
         else:

@@ -49,9 +49,11 @@ def runs(pattern: str = "*.json") -> list[RunResults]:
     return [RunResults.from_dict(results, name) for name, results in files if "main_row" in results]
 
 
-def main_rows(pattern: str = "*.json", with_times: bool = False) -> list[RunResults]:
-    """The runs of the main rows, of models that read times or of those that do not."""
-    return [run for run in runs(pattern) if run.main_row and run.config.get("use_timestamps", False) == with_times]
+def main_rows(pattern: str = "*.json", with_times: bool = False, with_events: bool = False) -> list[RunResults]:
+    """The runs of the main rows, of models that read times, or features of events, or of those that do not."""
+    wanted = (with_times, with_events)
+    read = ("use_timestamps", "event_features")
+    return [run for run in runs(pattern) if run.main_row and tuple(bool(run.config.get(it)) for it in read) == wanted]
 
 
 # What figures are under unless a table says otherwise.
@@ -155,6 +157,27 @@ def times() -> str:
         rows.append([dataset, model, *map(mean_and_deviation, values), f"{told / without - 1:+.1%}", seeds])
     header = ["dataset", "model", "without times", "with times, not told the target's", "told the target's"]
     return table([*header, "told against without", "seeds"], rows) if rows else NOT_MEASURED
+
+
+def events() -> str:
+    """Models that read features of events, beside the same models without them."""
+    without, with_them = {}, {}
+    for run in main_rows():
+        without.setdefault((run.dataset, run.model_type, run.max_length, run.protocol), []).append(ndcg_of(run))
+    for run in main_rows(with_events=True):
+        names = " and ".join(run.config["event_features"])
+        protocol = run.protocol.removesuffix(f", events with {names}")
+        setting = (run.dataset, run.model_type, run.max_length, protocol)
+        with_them.setdefault((*setting, names), []).append(ndcg_of(run))
+    rows = []
+    for (*setting, names), values in sorted(with_them.items()):
+        if plain := without.get(tuple(setting)):
+            seeds = " and ".join(dict.fromkeys(str(len(of_model)) for of_model in (plain, values)))
+            change = f"{statistics.mean(values) / statistics.mean(plain) - 1:+.1%}"
+            row = [*setting[:2], names, mean_and_deviation(plain), mean_and_deviation(values), change, seeds]
+            rows.append(row)
+    header = ["dataset", "model", "event features", "without", "with", "with against without", "seeds"]
+    return table(header, rows) if rows else NOT_MEASURED
 
 
 def differences() -> str:
@@ -686,6 +709,7 @@ TABLES = {
         accuracy,
         differences,
         times,
+        events,
         published,
         variants,
         memory,

@@ -56,6 +56,44 @@ def test_equal_to_histories_in_memory(tmp_path, load, makers, suffix, k_core):
     assert num_shards(tmp_path / "prepared") > 4
 
 
+EVENTS = {
+    "numbers": [4.5, None, 3.0],
+    "integers": [7, 2, None],
+    "categories": ["view", "buy", None],
+    "booleans": [True, None, False],
+    "numbers that are integers for long": [1] * 400 + [0.5],
+    "categories that are numbers for long": ["1"] * 500 + ["x"],
+    "missing": [None],
+}
+
+
+@pytest.mark.parametrize("values", EVENTS.values(), ids=EVENTS)
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_event_columns(tmp_path, load, suffix, values):
+    if suffix != ".parquet" and values == [None]:
+        pytest.skip("text files without a value are of no interest")
+    rows = frame(random_rows(12))
+    rows = rows.with_columns(
+        pl.Series("what", (values * len(rows))[: len(rows)], strict=False),
+        pl.int_range(len(rows)).alias("row"),  # ties keep the order of the source
+    )
+    source = write(tmp_path / f"rows{suffix}", rows)
+    assert_equal(source, tmp_path / "prepared", load, event_columns=["what", "row"], k_core=4)
+    alone = load(tmp_path / "prepared", event_columns=["row"], k_core=4).histories["test"].column_names
+    assert alone == ["user_id", "item_ids", "timestamps", "row", "target", "target_timestamp"]
+    with pytest.raises(ValueError, match="event_columns must be of those with .* what, row, found 'price'"):
+        load(tmp_path / "prepared", event_columns=["price"], k_core=4)
+
+
+def test_event_columns_whose_type_another_file_decides(tmp_path, load):
+    (tmp_path / "logs").mkdir()
+    for file, value in enumerate([None, 1, 0.5]):
+        column = pl.Series("what", [value] * 600, pl.Null if value is None else None)
+        write(tmp_path / "logs" / f"{file}.parquet", frame(random_rows(file)).with_columns(column))
+    histories = assert_equal(tmp_path / "logs", tmp_path / "prepared", load, event_columns=["what"]).histories
+    assert {value for values in histories["train"]["what"] for value in values} == {None, 1.0, 0.5}
+
+
 @pytest.mark.parametrize("options", [{"split": "none"}, {"validation_users": 7}])
 def test_every_split_is_that_of_histories_in_memory(tmp_path, load, options):
     source = write(tmp_path / "rows.parquet", frame(random_rows(1)))

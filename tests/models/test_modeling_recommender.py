@@ -311,15 +311,22 @@ def test_special_tokens_are_left_out():
     input_ids = torch.tensor([[1, 5, 2, 6], [3, 4, 5, 6], [8, 0, 3, 1]])
     attention_mask = torch.tensor([[True, True, True, True], [False, True, True, True], [False, True, True, True]])
     timestamps = 10 * input_ids + torch.arange(4)
-    ids, mask, seconds = leave_out_special_tokens(input_ids, attention_mask, 3, timestamps)
+    features = torch.stack([timestamps, -timestamps], dim=-1).float()
+    config = ElasticConfig(event_features={"price": 0, "weight": 0})
+    ids, mask, *of_items = leave_out_special_tokens(input_ids, attention_mask, config, timestamps, features)
     assert [row[of_row].tolist() for row, of_row in zip(ids, mask, strict=True)] == [[5, 6], [4, 5, 6], [3]]
-    assert [row[of_row].tolist() for row, of_row in zip(seconds, mask, strict=True)] == [[51, 63], [41, 52, 63], [32]]
+    expected = [[51, 63], [41, 52, 63], [32]]
+    for values in (of_items[0], of_items[1][..., 0], -of_items[1][..., 1]):
+        assert [row[of_row].tolist() for row, of_row in zip(values, mask, strict=True)] == expected
     assert (mask.int().diff(dim=1) >= 0).all()
-    assert leave_out_special_tokens(input_ids, attention_mask, 3)[2] is None
+    plain = ElasticConfig()
+    assert leave_out_special_tokens(input_ids, attention_mask, plain)[2:] == (None, None)
     with pytest.raises(ValueError, match=r"timestamps must have the shape of input_ids \(3, 4\), found \(3, 3\)"):
-        leave_out_special_tokens(input_ids, attention_mask, 3, timestamps[:, 1:])
+        leave_out_special_tokens(input_ids, attention_mask, plain, timestamps[:, 1:])
+    with pytest.raises(ValueError, match=r"event_features \(price, weight\) must be a floating tensor of shape"):
+        leave_out_special_tokens(input_ids, attention_mask, config, timestamps, features[:, 1:])
     items = torch.tensor([[0, 3], [4, 5]])
-    ids, mask, seconds = leave_out_special_tokens(items, items != 0, 3, 10 * items)
+    ids, mask, seconds, _ = leave_out_special_tokens(items, items != 0, plain, 10 * items)
     assert ids is items and torch.equal(seconds, 10 * items)
 
 
