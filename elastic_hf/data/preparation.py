@@ -106,9 +106,9 @@ def prepare_histories(
             partitions, k_core, 1 if split == "none" else MIN_INTERACTIONS
         )
         logger.info("writing the histories")
-        counts = {"num_rows": known.num_rows, "num_duplicates": num_duplicates}
-        counts |= {"num_filtered": num_filtered, "num_filtered_users": num_filtered_users}
-        counts |= _write_histories(result, partitions, titles, split, validation_users)
+        written = _write_histories(result, partitions, titles, split, validation_users)
+        counts = {"num_rows": known.num_rows, "num_duplicates": num_duplicates, "num_filtered": num_filtered}
+        counts = {**counts, "num_filtered_users": num_filtered_users, **written}
         settings = {"k_core": k_core, "split": split, "validation_users": validation_users}
         write_preparation(result, settings, [*event_columns], len(partitions), counts)
         os.replace(result, output_dir)
