@@ -100,7 +100,9 @@ def partition_rows(batches: Iterable[pa.Table], known: Survey, folder: Path) -> 
                     writer.write_table(rows.slice(start, end - start))
             num_rows += batch.num_rows
     if num_rows != known.num_rows:
-        raise ValueError(f"the source must not change while it is read, found {known.num_rows:,} rows, then {num_rows:,}")
+        raise ValueError(
+            f"the source must not change while it is read, found {known.num_rows:,} rows, then {num_rows:,}"
+        )
     return paths
 
 

@@ -52,9 +52,9 @@ def prepare_histories(
     """
     Write the histories of [`load_histories`] to a folder of Parquet shards, without holding all rows in memory.
 
-    The rows are read twice: once for the ids, once to part them on disk by ranges of users, each of which is sorted and
-    split in memory. Rules, order, errors and counts are those of [`load_histories`]. What has to fit into memory are
-    the ids and titles of the items, the lengths of all histories, the longest history, and four million rows. Parquet
+    The rows are read twice: once for the ids, once to part them on disk by ranges of users, each of which is then
+    sorted and split in memory. Rules, order, errors and counts are those of [`load_histories`]. What has to fit into
+    memory: four million rows, the longest history, the item ids and titles, and the lengths of all histories. Parquet
     files are read in batches; text files and JSON Lines whole, one at a time.
 
     Args:

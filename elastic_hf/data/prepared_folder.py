@@ -1,8 +1,8 @@
 """A folder of prepared histories: Parquet shards of every split, the items, and how they were made.
 
-    train/00000.parquet, ...   a row per user, as in [`~histories.Histories`]; also validation and test
-    items.parquet              a row per item
-    preparation.json           the settings, and what became of the rows
+train/00000.parquet, ...   a row per user, as in [`~histories.Histories`]; also validation and test
+items.parquet              a row per item
+preparation.json           the settings, and what became of the rows
 """
 
 import json

@@ -8,7 +8,7 @@ python examples/benchmarks/run_benchmark.py streaming    # one more item after 1
 python examples/benchmarks/run_benchmark.py catalogue    # training and recommending with up to a million items
 python examples/benchmarks/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
 python examples/benchmarks/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
-python examples/benchmarks/run_benchmark.py data         # up to 200 million interactions from a file to split histories
+python examples/benchmarks/run_benchmark.py data         # interactions from a file to histories, in memory and on disk
 python examples/benchmarks/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 
 Both models of every ratio are measured in the same process, taking turns; seconds are the median of the repetitions.
@@ -575,7 +575,12 @@ HELP = {
     "folder": "Where files are made: of 200 million rows they take 12 GB.",
     "num_slow": "Histories that take the slow path as well.",
 }
-CHOICES = {"models": tuple(MODELS), "dtype": ("float32", "bfloat16"), "formats": ("parquet", "csv"), "quantities": ("seconds", "memory")}
+CHOICES = {
+    "models": tuple(MODELS),
+    "dtype": ("float32", "bfloat16"),
+    "formats": ("parquet", "csv"),
+    "quantities": ("seconds", "memory"),
+}
 # Each sub-command: the function, what it measures, and the options with their defaults.
 OF_MODELS = {"models": list(MODELS), "longest_naive": 8_192, "num_items": 10_000, "dtype": "float32"}
 REPEATED = {"repetitions": 15, "warmup": 2}
@@ -673,7 +678,7 @@ BENCHMARKS = {
     ),
     "data": (
         benchmark_data,
-        "seconds and peak memory from a file of interactions to split histories",
+        "seconds and peak memory from a file of interactions to histories, in memory and on disk",
         {
             "num_rows": [20_000_000, 50_000_000, 200_000_000],
             "longest_in_memory": 50_000_000,
