@@ -35,7 +35,7 @@ class ParquetReader:
     def read_batches(self, columns: Columns, num_rows: int) -> Iterator[pa.Table]:
         """Yield the columns that the file has, at most so many rows at a time."""
         names = [name for name in columns.wanted() if name in self.names]
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:  # the buffer would keep what has been read
             for batch in file.iter_batches(num_rows, columns=names):
                 yield pa.Table.from_batches([batch]).select(names)
 
