@@ -74,9 +74,7 @@ def event_vector(module, values):
     )
 
 
-def user_embeddings(
-    model, input_ids, attention_mask, timestamps=None, request_timestamps=None, event_features=None
-):
+def user_embeddings(model, input_ids, attention_mask, timestamps=None, request_timestamps=None, event_features=None):
     """The user embedding of an `ElasticModel` at every item of (B, L) histories, zeros at padding: (B, L, D).
 
     One user, position, layer, head and expert at a time, from the compressed interests themselves. The interest memory

@@ -84,7 +84,9 @@ class DataArguments(ColumnArguments):
     title_column: str | None = field(default=None, metadata={"help": "Column of the items' titles."})
     event_columns: list[str] | None = field(
         default=None,
-        metadata={"help": "Columns of what a new model reads of each event, such as a rating (elastic, sasrec, hstu)."},
+        metadata={
+            "help": "Columns of what a new model reads of each event, such as a rating (elastic, sasrec, hstu)."
+        },
     )
     k_core: int = field(default=5, metadata={"help": "Fewest interactions of each user and item."})
     split: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal."})

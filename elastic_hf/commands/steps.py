@@ -37,8 +37,8 @@ def set_up_process(training_args: TrainingArguments) -> None:
 def read_histories(
     data_args: DataArguments, training_args: TrainingArguments, model_name_or_path: str | None = None
 ) -> Histories:
-    """Return the histories of all splits, the items and the counts; event columns are those that a trained model reads,
-    if there is one."""
+    """Return the histories of all splits, the items and the counts; with the event columns that a trained model reads,
+    where there is one."""
     event_columns = sorted(data_args.event_columns or [])
     if model_name_or_path is not None:
         read = [*AutoConfig.from_pretrained(model_name_or_path).event_features]

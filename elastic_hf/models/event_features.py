@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_recommender import RecommenderConfig
 
@@ -90,7 +90,7 @@ def read_event_features(
     return {"event_features": torch.where(attention_mask[..., None], event_features, 0.0)}
 
 
-def check_shape(event_features: Tensor | None, shape: torch.Size, config: RecommenderConfig) -> None:
+def check_shape(event_features: Tensor | None, shape: torch.Size, config: PreTrainedConfig) -> None:
     """Check that a model with event features is given a number for each event and feature, and another model none.
 
     Raises:
@@ -110,7 +110,7 @@ def check_shape(event_features: Tensor | None, shape: torch.Size, config: Recomm
     raise ValueError(f"event_features ({names}) must be a floating tensor of shape {wanted}, found {found}")
 
 
-def _check_values(event_features: Tensor, attention_mask: Tensor, config: RecommenderConfig) -> None:
+def _check_values(event_features: Tensor, attention_mask: Tensor, config: PreTrainedConfig) -> None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or event_features.is_meta:
         return
     sizes = event_features.new_tensor([*config.event_features.values()])

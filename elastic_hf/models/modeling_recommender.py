@@ -183,7 +183,8 @@ def leave_out_special_tokens(
         attention_mask (`torch.BoolTensor` of shape `(batch_size, history_length)`): `True` for all but padding.
         config ([`RecommenderConfig`]): says how many token ids are special, and which features events have.
         timestamps (`torch.Tensor` of shape `(batch_size, history_length)`, *optional*): of the items.
-        event_features (`torch.Tensor` of shape `(batch_size, history_length, num_features)`, *optional*): of the items.
+        event_features (`torch.Tensor` of shape `(batch_size, history_length, num_features)`, *optional*): of their
+            events.
 
     Returns:
         The histories of items alone, in their order, padded on the left, their mask, timestamps and event features,

@@ -18,11 +18,13 @@ from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_recommender import HISTORY_KEYS
 from .item_tokenizer import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
+from .request import check_request
 
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMES = 10  # items that one error or warning names
+BATCH_SIZE = 64  # histories of a request that the model reads at once
 
 
 class SequentialRecommendationPipeline(Pipeline):
@@ -32,11 +34,11 @@ class SequentialRecommendationPipeline(Pipeline):
     A history is a list of item ids (integers or strings) or titles, oldest first, bare or as `{"history": [...]}`. For
     a model with `use_timestamps` it is `{"history": [...], "timestamps": [...], "now": ...}`: when each item came, in
     Unix seconds, and for which moment to recommend, by default the present one. For a model with `event_features` it
-    also holds a list for each of them, such as `"rating": [5, 3, None]`, as long as the history: what was in the event
-    column, `None` where nothing is known; a category that was not trained on counts as that. The pipeline takes one history, a list
-    of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch dataset of histories it returns an
-    iterator, as every pipeline does. A flat list is one history, an empty list an empty one. A title stands for its
-    item where no item id equals it.
+    also holds a list for each of them, such as `"rating": [5, 3, None]`: the values of that event column, as many as
+    items, `None` where nothing is known, as which a category that was not trained on counts, too. The pipeline takes
+    one history, a list of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch dataset of histories
+    it returns an iterator, as every pipeline does. A flat list is one history, an empty list an empty one. A title
+    stands for its item where no item id equals it.
 
     The model reads the most recent `model_max_length` items of the tokenizer, as it does in the evaluation of
     [`SequentialRecommendationTrainer`]; older ones are still seen, and left out of the recommendations where
@@ -110,6 +112,16 @@ class SequentialRecommendationPipeline(Pipeline):
         recommendations = super().__call__(_numbered(inputs), **kwargs)
         is_sized = isinstance(inputs, Sized) and not isinstance(inputs, TorchDataset)
         return list(recommendations) if is_sized else recommendations
+
+    def answer(self, request: dict[str, Any]) -> list[dict] | list[list[dict]]:
+        """Return what a request asks for, whose `inputs`, `parameters` and bounds are described in `request.py`.
+
+        Raises:
+            ValueError: if the request is not as described or too large, and as a call.
+        """
+        parameters = check_request(request, self.parameter_names)
+        answer: Any = self(request["inputs"], batch_size=BATCH_SIZE, **parameters)  # of JSON, no iterator
+        return answer
 
     def _sanitize_parameters(self, **parameters) -> tuple[dict, dict, dict]:
         for name in parameters:
@@ -276,7 +288,9 @@ class SequentialRecommendationPipeline(Pipeline):
                 values = values.tolist()
             if not isinstance(values, list | tuple) or len(values) != len(tokens):
                 found = f"{len(values)}" if isinstance(values, list | tuple) else repr(values)
-                raise ValueError(f"{name} must have as many values of {column!r} as items, {len(tokens)}, found {found}")
+                raise ValueError(
+                    f"{name} must have as many values of {column!r} as items, {len(tokens)}, found {found}"
+                )
             columns[column] = values
         try:
             encoded = torch.from_numpy(self.tokenizer.encode_events(columns))

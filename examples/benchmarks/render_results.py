@@ -388,6 +388,24 @@ def streaming(variant: str = "") -> str:
     return table(["items read before", "milliseconds", "ratio to the first"], rows)
 
 
+def service() -> str:
+    """What clients of the service wait, by their number."""
+    rows = []
+    for name in ("service", "service-redis"):
+        results = benchmark(name)
+        for row in results["rows"]:
+            line = [results["store"], str(row["clients"]), f"{row['seconds'] / 60:.1f}"]
+            line += [f"{row['requests_per_second']:,.0f}"]
+            line += [
+                f"{1e3 * row[kind][f'p{p}_seconds']:.1f}" for kind in ("events", "recommendations") for p in (50, 99)
+            ]
+            first, last = (row["resident_bytes"][i] / 1e6 for i in (0, -1))
+            rows.append([*line, str(row["errors"]), f"{first:.0f}", f"{last:.0f}"])
+    header = ["states in", "clients", "minutes", "requests per second", "events, p50 (ms)", "p99 (ms)"]
+    header += ["recommendations, p50 (ms)", "p99 (ms)", "errors", "memory at first (MB)", "at last (MB)"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def onnx() -> str:
     """Exported programs beside PyTorch."""
     rows = []
@@ -438,7 +456,17 @@ def catalogue() -> str:
 def hardware(variant: str = "") -> str:
     """Where the benchmarks ran."""
     rows = []
-    for subject in ("inference", "training", "memory", "profile", "streaming", "onnx", "memory-bank", "catalogue"):
+    for subject in (
+        "inference",
+        "training",
+        "memory",
+        "profile",
+        "streaming",
+        "onnx",
+        "memory-bank",
+        "catalogue",
+        "service",
+    ):
         results = benchmark(subject, variant)
         if "hardware" in results:
             versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
@@ -727,6 +755,7 @@ TABLES = {
         training_memory,
         default_memory,
         streaming,
+        service,
         onnx,
         profile,
         memory_bank,

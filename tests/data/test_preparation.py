@@ -234,11 +234,11 @@ def test_prepared_histories_are_loaded_with_their_own_settings(tmp_path, load):
 
 
 def test_streams_are_tokenized_and_train_as_histories_in_memory(tmp_path, load):
-    source = write(tmp_path / "rows.parquet", frame(random_rows(11)))
-    expected = load(source)
-    prepare_histories(source, tmp_path / "prepared", k_core=0)
-    streamed = load_histories(tmp_path / "prepared", k_core=0, streaming=True)
-    tokenizer = ElasticItemTokenizer.from_items(streamed.items, model_max_length=20)
+    source = write(tmp_path / "rows.parquet", frame(random_rows(11)).with_columns(pl.col("timestamp").alias("price")))
+    expected = load(source, event_columns=["price"])
+    prepare_histories(source, tmp_path / "prepared", event_columns=["price"], k_core=0)
+    streamed = load_histories(tmp_path / "prepared", event_columns=["price"], k_core=0, streaming=True)
+    tokenizer = ElasticItemTokenizer.from_items(streamed.items, 20, events=expected.histories["train"])
     rows, streams = (tokenizer.tokenize_histories(result.histories) for result in (expected, streamed))
     for name, stream in streams.items():
         assert stream.features == rows[name].features and [*stream] == rows[name].to_list()
@@ -246,7 +246,7 @@ def test_streams_are_tokenized_and_train_as_histories_in_memory(tmp_path, load):
     args = TrainingArguments(tmp_path / "run", max_steps=3, use_cpu=True, save_strategy="no", report_to="none")
     metrics = []
     for data in (rows, streams):
-        model = make_model(vocab_size=len(tokenizer))
+        model = make_model(vocab_size=len(tokenizer), event_features=tokenizer.event_features)
         trainer = SequentialRecommendationTrainer(
             model, args, train_dataset=data["train"], eval_dataset=data["test"], processing_class=tokenizer
         )

@@ -61,7 +61,8 @@ def test_what_is_added_equals_the_loop():
     expected = torch.stack([reference.event_vector(module, event) for event in features.flatten(0, 1)])
     reference.assert_equal_with_gradients(module(features).flatten(0, 1), expected, [module.features[1].weight])
     found, wanted = (
-        torch.autograd.grad(output.square().sum(), module.features[2].weight) for output in (module(features), expected)
+        torch.autograd.grad(output.square().sum(), module.features[2].weight)
+        for output in (module(features), expected)
     )
     torch.testing.assert_close(found[0][1:], wanted[0][1:])
     assert (found[0][0] == 0).all() and (wanted[0][0] != 0).any()  # the embedding of what is unknown stays as it is
@@ -213,14 +214,13 @@ def test_special_tokens_are_left_out_with_their_features():
 def test_appends_are_the_whole(cuts, with_times):
     model = featured_model(use_timestamps=with_times).double()
     batch = batch_of(11, padding=0, with_times=with_times)
-    requests = batch.pop("request_timestamps", None)
+    batch.pop("request_timestamps", None)
     whole = model(**batch, use_cache=True)
     cache = ElasticCache.empty(model, 3)
     pieces = zip(*(value.tensor_split(cuts, dim=1) for value in batch.values()), strict=True)
     for piece in pieces:
         outputs = model(**dict(zip(batch, piece, strict=True)), cache=cache, use_cache=True)
         cache = outputs.cache
-    assert requests is None or with_times
     torch.testing.assert_close(outputs.logits, whole.logits)
     for name, tensor in whole.cache.tensors.items():
         torch.testing.assert_close(cache.tensors[name], tensor)
@@ -257,7 +257,9 @@ def test_recommend_takes_features_as_lists_and_arrays():
     assert torch.equal(explanation.token_ids, expected.token_ids)
     scores = model.get_user_embeddings(**batch) @ model.lm_head.weight.T
     torch.testing.assert_close(scores.gather(1, expected.token_ids), expected.scores)
-    with pytest.raises(ValueError, match="event_features must be numbers in a tensor, an array or lists of one length"):
+    with pytest.raises(
+        ValueError, match="event_features must be numbers in a tensor, an array or lists of one length"
+    ):
         model.recommend(**{**batch, "event_features": [[[1, 2, 3]], []]})
 
 
@@ -289,7 +291,10 @@ NAMES = r"event_features \(action, price, rating\) must be a floating tensor of 
             lambda features: features.index_put((torch.tensor(2), torch.tensor(4)), torch.tensor([1, torch.inf, 2])),
             "event_features of 'price' must be finite numbers, found inf in row 2",
         ),
-        (lambda features: features.nan_to_num(0) * torch.nan, "event_features of 'action' must be .*, found nan in row"),
+        (
+            lambda features: features.nan_to_num(0) * torch.nan,
+            "event_features of 'action' must be .*, found nan in row",
+        ),
     ],
 )
 @pytest.mark.parametrize("method", ["recommend", "explain", "get_retrieved_slots", "get_user_embeddings", "forward"])

@@ -2,8 +2,8 @@ import pytest
 from datasets import Dataset
 
 from elastic_hf.training.rows import (
-    check_evaluation_rows,
     check_columns,
+    check_evaluation_rows,
     history_lengths,
     leave_out_short_histories,
 )
@@ -63,5 +63,7 @@ def test_columns_that_a_model_asks_for_are_checked():
         check_columns(rows.remove_columns("target_timestamp"), "eval_dataset", *times)
     with pytest.raises(ValueError, match=rf"^eval_dataset\['b'\] {wanted}, found input_ids, target$"):
         check_columns({"a": rows, "b": evaluation_rows(histories)}, "eval_dataset", *times)
-    with pytest.raises(ValueError, match="^train_dataset must have the column rating for a model with a, found user_id"):
+    with pytest.raises(
+        ValueError, match="^train_dataset must have the column rating for a model with a, found user_id"
+    ):
         check_columns(train_rows(histories), "train_dataset", ["rating"], "a")
