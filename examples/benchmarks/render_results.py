@@ -714,6 +714,22 @@ def peers() -> str:
     return table(header, rows) if rows else NOT_MEASURED
 
 
+def breakdowns() -> str:
+    """Two models by length of the history and by popularity of the target."""
+    rows = []
+    for run in read_results("breakdown-*.json").values():
+        models = f"{NAMES[run['model_type']]} against {NAMES[run['other_model_type']]}"
+        for by, words in (("length", "items in the history"), ("popularity", "times that the target was trained on")):
+            for part in run[by]:
+                low, high = part["above"], part["up_to"]
+                span = f"over {low:,}" if high is None else f"{low + 1 if low else 0:,} to {high:,}"
+                row = [run["dataset"], models, f"{span} {words}", f"{part['num_users']:,}"]
+                row += [f"{part['ndcg@10']:.4f}", f"{part['other_ndcg@10']:.4f}"]
+                rows.append([*row, f"{part['difference']:+.4f} ± {part['standard_error']:.4f}"])
+    header = ["dataset", "models", "users with", "users", "NDCG@10", "NDCG@10 of the other", "difference"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
@@ -749,6 +765,7 @@ TABLES = {
         tokenizer,
         recommendations,
         peers,
+        breakdowns,
         inference,
         training,
         inference_memory,
