@@ -90,12 +90,12 @@ def prepare_histories(
     paths = find_files([source] if isinstance(source, str | os.PathLike) else source, output_dir)
     read = partial(iterate_files, paths, request, column_names, rows_per_batch=ROWS_PER_BATCH)
 
-    logger.info(f"reading {paths[0]}" + (f" and {len(paths) - 1:,} more files" if len(paths) > 1 else ""))
-    known = survey(read())
-    if known.latest is not None:
-        warn_of_milliseconds(known.latest)
     cache_dir = output_dir.parent if cache_dir is None else Path(cache_dir)
     with temporary_folder(cache_dir) as folder, temporary_folder(output_dir.parent) as result:
+        logger.info(f"reading {paths[0]}" + (f" and {len(paths) - 1:,} more files" if len(paths) > 1 else ""))
+        known = survey(read())
+        if known.latest is not None:
+            warn_of_milliseconds(known.latest)
         logger.info(f"sorting {known.num_rows:,} rows")
         files = partition_rows(read(is_reported=False), known, folder)
         partitions = [Partition(file, known.item_ids) for file in files]
