@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -33,6 +34,7 @@ from ..data.collator import SequentialRecommendationCollator
 from ..data.windows import split_into_windows
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
+from ..models.modeling_recommender import unsharded
 from ..plots import figures_of
 from ..registry import MODELS
 from ..results import RESULTS_FILE, SUFFIXES, RunResults, describe_machine, git_commit, written_whole
@@ -212,6 +214,8 @@ def describe_run(
     launcher = "elastic-hf train"
     if args.world_size > 1:
         launcher = f"torchrun --nproc_per_node {args.world_size} -m elastic_hf train"
+    if trainer.is_fsdp_enabled and args.fsdp is None:
+        argv = [*argv, "--fsdp"]
     return RunResults(
         model_type=config.model_type,
         seed=args.seed,
@@ -272,9 +276,10 @@ def save_model(trainer: SequentialRecommendationTrainer) -> None:
 def describe_experts(model: PreTrainedModel, results: RunResults) -> None:
     """Add the half-lives of the experts, (num_attention_heads, num_interest_experts), in items and in seconds."""
     experts = model.model.experts
-    results.expert_half_lives = experts.half_lives.detach().cpu().numpy().round(2).tolist()
-    if experts.half_lives_seconds is not None:
-        results.expert_half_lives_seconds = experts.half_lives_seconds.detach().cpu().numpy().round(2).tolist()
+    with unsharded(model), torch.no_grad():
+        results.expert_half_lives = experts.half_lives.cpu().numpy().round(2).tolist()
+        if experts.half_lives_seconds is not None:
+            results.expert_half_lives_seconds = experts.half_lives_seconds.cpu().numpy().round(2).tolist()
 
 
 def derived_files(

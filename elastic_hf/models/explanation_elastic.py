@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
 from .event_features import given_event_features, read_event_features
 from .event_time import given_times, read_times
-from .modeling_recommender import evaluating, validate_histories
+from .modeling_recommender import evaluating, sharded_modules, validate_histories
 
 
 if TYPE_CHECKING:
@@ -70,8 +70,13 @@ def explain(
         [`ElasticExplanation`]
 
     Raises:
-        ValueError: if a history holds a special token, such as an unknown item, and as `recommend`.
+        ValueError: if a history holds a special token, such as an unknown item, if FSDP2 shards the model, and as
+            `recommend`.
     """
+    if sharded_modules(model):
+        raise ValueError(
+            "model must be whole to be explained, found one that FSDP2 shards: load it from where it was saved"
+        )
     attention_mask = validate_histories(input_ids, attention_mask, model.config)
     timestamps, request_timestamps = given_times(
         model, timestamps, request_timestamps, len(input_ids), input_ids.device

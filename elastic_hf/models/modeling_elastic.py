@@ -57,6 +57,7 @@ from .modeling_recommender import (
     SequentialRecommenderMixin,
     evaluating,
     leave_out_special_tokens,
+    unsharded,
     validate_histories,
     validate_outputs,
 )
@@ -561,7 +562,7 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         input_ids, mask, timestamps, event_features = leave_out_special_tokens(
             input_ids, mask, self.config, timestamps, event_features
         )
-        with evaluating(self):
+        with evaluating(self), unsharded(self):
             times = read_times(self.model, timestamps, request_timestamps, mask, last_position_only=True)
             events = self.model.to_events(mask, None, *times[:1])
             events |= read_event_features(self.model, event_features, mask)

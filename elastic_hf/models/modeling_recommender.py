@@ -253,6 +253,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = True
 
 
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that FSDP2 shards, by what it adds to them: some builds of PyTorch come without it."""
+    return [module for module in model.modules() if hasattr(module, "unshard")]
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Give each process all weights of a model that FSDP2 shards, for what reads them other than by `forward`."""
+    sharded = sharded_modules(model)
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
 class SequentialRecommenderMixin:
     """
     The head: `self.model` turns histories into vectors, and `self.lm_head` turns these into scores of the items.

@@ -453,6 +453,23 @@ def catalogue() -> str:
     return table(header, rows) if rows else NOT_MEASURED
 
 
+def distributed() -> str:
+    """The memory of each process that trains a large catalogue, and of ten million items by the slope."""
+    measured, rows = benchmark("distributed")["rows"], []
+    for first, last in zip(measured[::2], measured[1::2], strict=True):
+        line = [first["model"], {"adamw": "AdamW", "adafactor": "Adafactor"}[first["optimizer"]]]
+        for name in ("weights_bytes", "optimizer_bytes", "peak_bytes"):
+            of_an_item = (last[name] - first[name]) / (last["num_items"] - first["num_items"])
+            millions = last[name] + of_an_item * (10_000_000 - last["num_items"])
+            line += [f"{last[name] / 1e9:.2f}", f"{millions / 1e9:.2f}"]
+        rows.append(line)
+    if not rows:
+        return NOT_MEASURED
+    sizes = [f"{last['num_items']:,} items", "10,000,000"]
+    header = [f"{name}, {size}" for name in ("weights", "optimizer", "peak") for size in sizes]
+    return table(["model", "optimizer", *header], rows)
+
+
 def hardware(variant: str = "") -> str:
     """Where the benchmarks ran."""
     rows = []
@@ -466,6 +483,7 @@ def hardware(variant: str = "") -> str:
         "memory-bank",
         "catalogue",
         "service",
+        "distributed",
     ):
         results = benchmark(subject, variant)
         if "hardware" in results:
@@ -777,6 +795,7 @@ TABLES = {
         profile,
         memory_bank,
         catalogue,
+        distributed,
         hardware,
         ratios,
         claims,

@@ -30,6 +30,7 @@ from elastic_hf.commands.steps import describe_protocol
 from elastic_hf.sharing.model_card import render_model_card
 from elastic_hf.sharing.privacy import without_personal_data
 from faults import PAGE, read_state, state_after_full_disk, states_after_kills, write_state
+from launcher import RECIPES, TORCHRUN, accelerate_launch, launch
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]
@@ -513,7 +514,9 @@ def test_bfloat16_without_instructions_for_it_is_said(shop, tmp_path, monkeypatc
     assert sum("bf16" in record.message for record in caplog.records) == num_warnings
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("accelerate-*"))), ids=lambda path: path.stem
+)
 def test_a_recipe_names_its_dataset_and_a_model_that_exists(recipe):
     parser = HfArgumentParser((ModelArguments, DataArguments, SeqRecTrainingArguments))
     arguments = read_arguments([str(recipe), "--seed", "7", "--bf16", "false"])
@@ -554,24 +557,24 @@ def test_a_baseline(shop, finished, tmp_path, monkeypatch, model_type, overrides
     assert results.get("memory_slots") == (36 if model_type == "elastic_paper" else None)
 
 
-def test_two_processes(shop, finished, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run(
-        [
-            *launcher,
-            *MODULE,
-            *command_line(arguments_for(shop, tmp_path / "two", num_train_epochs=1, split_into_windows=True)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=1_800,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr
+@pytest.mark.parametrize(
+    ("launcher", "module"),
+    [
+        (TORCHRUN, MODULE),
+        (accelerate_launch("ddp"), MODULE),
+        (accelerate_launch("fsdp2"), ("-m", "launcher")),
+    ],
+    ids=["torchrun", "accelerate", "FSDP2"],
+)
+def test_two_processes(shop, finished, tmp_path, launcher, module):
+    arguments = arguments_for(shop, tmp_path / "two", num_train_epochs=1, split_into_windows=True)
+    output = launch(launcher, *module, *command_line(arguments))
     results = json.loads((tmp_path / "two" / "all_results.json").read_text())
     assert results["split_into_windows"] is True
     assert results["num_processes"] == 2 and results["command"].startswith("torchrun --nproc_per_node 2")
-    assert process.stdout.count("Recommended:") == 1
+    assert results["command"].endswith(" --fsdp") == (module != MODULE)
+    assert output.count("Recommended:") == 1
+    assert results["expert_half_lives"] and results["memory_slots"] == 36
     # The data and the baseline do not depend on the number of processes.
     popularity = [key for key in results if key.startswith("popularity_")]
     assert {key: results[key] for key in popularity} == {key: finished[1][key] for key in popularity}

@@ -1,19 +1,15 @@
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import BatchEncoding
 
-import elastic_hf
 import reference
 from adapters import LowRankAdapter
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel, ItemIndex
@@ -32,6 +28,7 @@ from elastic_hf.models.modeling_recommender import (
     leave_out_special_tokens,
     validate_histories,
 )
+from launcher import TORCHRUN, launch
 
 
 VOCAB_SIZE = 23  # 20 items
@@ -555,7 +552,6 @@ def shard_and_recommend():
     """One of two processes: what a sharded model answers must be what it answered before."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
@@ -587,18 +583,26 @@ def shard_and_recommend():
         assert torch.equal(model.recommend(input_ids, top_k=3).token_ids, expected.token_ids)
         with pytest.raises(ValueError, match="lm_head must hold its trainable weights whole"):
             model(input_ids, labels=labels)
+    check_slots(mesh, input_ids)
     dist.destroy_process_group()
 
 
+def check_slots(mesh, input_ids):
+    """What reads layers other than by their forward gathers them, each time."""
+    model = make_model("elastic")
+    slots = model.get_retrieved_slots(input_ids)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    model.recommend(input_ids, top_k=3)
+    for _ in range(2):
+        assert torch.equal(model.get_retrieved_slots(input_ids), slots)
+        assert not any(type(weight) is torch.nn.Parameter for weight in model.parameters())
+    with pytest.raises(ValueError, match="model must be whole to be explained"):
+        model.explain(input_ids)
+
+
 def test_a_sharded_model_recommends_the_same():
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    folders = [str(Path(elastic_hf.__file__).parents[1]), str(Path(reference.__file__).parent)]
-    subprocess.run(
-        [*launcher, __file__],
-        check=True,
-        timeout=1_800,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
-    )
+    launch(TORCHRUN, __file__)
 
 
 # Evaluation mode

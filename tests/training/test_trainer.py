@@ -1,7 +1,5 @@
 import json
 import math
-import os
-import subprocess
 import sys
 import warnings
 import weakref
@@ -14,11 +12,11 @@ import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-import elastic_hf
 from adapters import LowRankAdapter
 from elastic_hf.models import catalogue
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.training.trainer import SequentialRecommendationTrainer
+from launcher import TORCHRUN, launch
 from trainers import (
     MAX_LENGTH,
     NUM_ITEMS,
@@ -31,9 +29,6 @@ from trainers import (
     train_rows,
     with_times,
 )
-
-
-ROOT = Path(elastic_hf.__file__).parents[1]
 
 
 def test_training_learns_and_keeps_the_best_checkpoint(tmp_path):
@@ -557,13 +552,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
     run_everything(tmp_path / "one", 1)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*launcher, __file__, str(tmp_path / "two"), "2"],
-        check=True,
-        timeout=1_800,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"},
-    )
+    launch(TORCHRUN, __file__, tmp_path / "two", 2)
     one, two = (json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two"))
     assert len(one["ranks"]) == NUM_USERS
     assert one["ranks"] == two["ranks"]

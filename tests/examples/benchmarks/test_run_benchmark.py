@@ -23,12 +23,13 @@ SMALL = {
     "onnx": ["--lengths", "5"],
     "memory-bank": ["--num_subkeys", "0", "8", "--length", "70"],
     "catalogue": ["--num_items", "40", "90", "--length", "7", "--batch_size", "3", "--num_users", "2"],
+    "distributed": ["--num_items", "3000", "--length", "7", "--batch_size", "2"],
 }
 
 
 def arguments(subject, output):
-    few = [] if subject == "catalogue" else ["--num_items", "40"]
-    if subject != "memory":
+    few = [] if subject in ("catalogue", "distributed") else ["--num_items", "40"]
+    if subject not in ("memory", "distributed"):
         few += ["--repetitions", "1", "--warmup", "1"]
     return [subject, *SMALL[subject], *few, "--output", str(output)]
 
@@ -96,6 +97,18 @@ def test_other_benchmarks(tmp_path, monkeypatch):
     catalogue = measure("catalogue", tmp_path / "catalogue.json", monkeypatch)
     assert [row["num_items"] for row in catalogue["rows"]] == [40, 90]
     assert all(0 < row["index_recall@10"] <= 1 for row in catalogue["rows"])
+
+
+def test_two_processes_hold_half_of_a_sharded_model_each(tmp_path, monkeypatch):
+    rows = measure("distributed", tmp_path / "distributed.json", monkeypatch)["rows"]
+    assert [(row["model"], row["optimizer"]) for row in rows] == list(run_benchmark.HOLDINGS)
+    whole, factored, sharded = rows
+    table = 3003 * 64 * 4
+    for name, tables in (("weights_bytes", 1), ("optimizer_bytes", 2)):
+        assert whole[name] > tables * table
+        assert sharded[name] == pytest.approx(whole[name] / 2, rel=0.01)
+    assert factored["optimizer_bytes"] < whole["optimizer_bytes"] / 20
+    assert all(row["peak_bytes"] > row["weights_bytes"] + row["optimizer_bytes"] for row in rows)
 
 
 @pytest.mark.parametrize("subject", ["inference", "training", "memory"])
