@@ -39,6 +39,8 @@ def read_histories(
 ) -> Histories:
     """Return the histories of all splits, the items and the counts; with the event columns that a trained model reads,
     where there is one."""
+    if data_args.split == "none":
+        raise ValueError("split must be 'leave_one_out' or 'temporal', which hold out something to evaluate on")
     event_columns = sorted(data_args.event_columns or [])
     if model_name_or_path is not None:
         read = [*AutoConfig.from_pretrained(model_name_or_path).event_features]
@@ -48,8 +50,6 @@ def read_histories(
                 f"{', '.join(event_columns)}"
             )
         event_columns = read
-    if data_args.split == "none":
-        raise ValueError("split must be 'leave_one_out' or 'temporal', which hold out something to evaluate on")
     with training_args.main_process_first(local=False, desc="loading the interactions"):
         loaded = load_histories(
             data_args.source,
