@@ -12,6 +12,7 @@ faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 serve = ["fastapi>=0.120", "prometheus-client>=0.21", "redis>=6", "uvicorn>=0.30"]
 tensorboard = ["tensorboard>=2.16"]
+text = ["sentence-transformers>=5.0"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
 test = [*faiss, *onnx, *serve, *tensorboard, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9", "pytest>=8"]
 test += ["pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
@@ -52,6 +53,7 @@ setup(
         "onnx": onnx,
         "serve": serve,
         "tensorboard": tensorboard,
+        "text": text,
         "test": test,
         "docs": docs,
         "dev": [*test, *docs, "pre-commit>=4", "ty>=0.0.100"],

@@ -250,7 +250,7 @@ def load_histories(
         warn_of_few_users(prefixes)
 
     with temporary_folder(cache_dir) as temporary:
-        items = item_table(interactions.item_ids, item_counts, titles)
+        items = item_rows(interactions.item_ids, item_counts, titles)
         _write_arrow(temporary / "items.arrow", items.schema, items.to_batches())
         _write_splits(temporary, interactions, lengths, prefixes)
         folder = move_to_content_name(temporary, cache_dir, "histories")
@@ -378,7 +378,7 @@ def history_batches(
         yield batch
 
 
-def item_table(item_ids: pa.Array, counts: np.ndarray, titles: pa.Table | None) -> pa.Table:
+def item_rows(item_ids: pa.Array, counts: np.ndarray, titles: pa.Table | None) -> pa.Table:
     """Return the rows of the items."""
     columns = {"item_id": item_ids, "title": _align_titles(item_ids, titles), "count": pa.array(counts)}
     features = {"item_id": Value(str(item_ids.type)), "title": Value("string"), "count": Value("int64")}

@@ -17,7 +17,7 @@ from .histories import (
     first_titles,
     history_batches,
     history_features,
-    item_table,
+    item_rows,
     request_columns,
 )
 from .interactions import MIN_INTERACTIONS, warn_of_duplicates, warn_of_milliseconds
@@ -152,7 +152,7 @@ def _write_histories(
     if titles is not None:
         title_ids, codes = encode_ids(titles["item"])
         titles = first_titles(codes, title_ids, titles["title"])
-    write_items(folder, item_table(item_ids, item_counts, titles))
+    write_items(folder, item_rows(item_ids, item_counts, titles))
     return {
         "num_users": lengths.size,
         "num_items": len(item_ids),

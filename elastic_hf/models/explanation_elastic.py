@@ -113,7 +113,7 @@ def explain(
             logits = query.to(key.dtype) @ key.mT / math.sqrt(key.shape[-1])  # (B, H, 1, E)
             shares.append(sum(bias, logits).softmax(dim=-1))
             hidden_states = layer(hidden_states, last, attention_mask[:, -1:], dispatch, key, value, *bias)
-        scores = model.lm_head(base.norm(hidden_states)[:, 0]).gather(1, token_ids)
+        scores = model.scoring_head()(base.norm(hidden_states)[:, 0]).gather(1, token_ids)
         scores = scores.sum(dim=0)  # (top_k,): rows do not depend on each other
         gradients = [torch.autograd.grad(score, embeddings, retain_graph=True)[0] for score in scores]
     with torch.no_grad():

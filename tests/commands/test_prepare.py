@@ -33,11 +33,18 @@ def test_what_is_prepared_is_trained_on_as_the_files_are(logs, tmp_path, capsys)
     cache = ["--cache_dir", str(tmp_path / "cache")]
     training = ["--use_cpu", "True", "--max_steps", "3", "--max_length", "10", "--config_overrides", TINY]
     training += ["--dataset_name", "shop", "--eval_strategy", "no", "--save_strategy", "no", *events, *cache]
+    table = pl.DataFrame({"item_id": range(NUM_ITEMS), "price": range(NUM_ITEMS), "title": ["A title"] * NUM_ITEMS})
+    features = ["--item_features", "price", "--items_file", str(write(tmp_path / "items.parquet", table))]
     runs = {}
-    for name, source in (("files", [str(logs), *columns]), ("prepared", [prepared])):
+    for name, source in (
+        ("files", [str(logs), *columns]),
+        ("prepared", [prepared]),
+        ("featured", [prepared, *features]),
+    ):
         folder = str(tmp_path / name)
         assert main(["train", "--train_file", *source, *training, "--output_dir", folder]) == 0
         runs[name] = RunResults.read(tmp_path / name / "all_results.json")
+    assert [*runs.pop("featured").config["item_features"]] == ["price"]
     for key in ("num_rows", "num_train_users", "num_items", "metrics", "train_loss", "config"):
         assert getattr(runs["prepared"], key) == getattr(runs["files"], key)
 
