@@ -10,11 +10,12 @@ version = re.search(r'__version__ = "(.+)"', source).group(1)
 
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
+ray = ["ray[data]>=2.60"]
 serve = ["fastapi>=0.120", "prometheus-client>=0.21", "redis>=6", "uvicorn>=0.30"]
 tensorboard = ["tensorboard>=2.16"]
 text = ["sentence-transformers>=5.0"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
-test = [*faiss, *onnx, *serve, *tensorboard, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9", "pytest>=8"]
+test = [*faiss, *onnx, *ray, *serve, *tensorboard, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9", "pytest>=8"]
 test += ["pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
 
 setup(
@@ -51,6 +52,7 @@ setup(
     extras_require={
         "faiss": faiss,
         "onnx": onnx,
+        "ray": ray,
         "serve": serve,
         "tensorboard": tensorboard,
         "text": text,
