@@ -31,6 +31,7 @@ __all__ = [
     "SequentialRecommendationTrainer",
     "baselines",
     "load_histories",
+    "prepare_histories",
     "publish",
 ]
 
@@ -41,6 +42,7 @@ IMPORTED_LATER = {
     "SequentialRecommendationPipeline": ".models.pipeline",
     "SequentialRecommendationTrainer": ".training.trainer",
     "load_histories": ".data.histories",
+    "prepare_histories": ".data.preparation",
     "publish": ".sharing.hub",
 }
 

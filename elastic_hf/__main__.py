@@ -9,6 +9,7 @@ from .version import __version__
 
 
 COMMANDS = {
+    "prepare": "sort and split interactions that do not fit into memory",
     "train": "train a model on interactions, evaluate it and recommend",
     "evaluate": "rank what users went on to in the full catalogue, beside popularity",
     "recommend": "recommend for one history, or for all users of a file",

@@ -1,5 +1,7 @@
 """Small tables of interactions, and the files that hold them."""
 
+import random
+
 import polars as pl
 
 
@@ -34,6 +36,14 @@ def write(path, table):
 
 def split_rows(result, split):
     return result.histories[split].to_list()
+
+
+def random_rows(seed, make_user=int, make_item=int, make_time=int):
+    rng = random.Random(seed)
+    return [
+        (make_user(rng.randrange(25)), make_item(int(rng.paretovariate(0.7)) % 40), make_time(rng.randrange(60)))
+        for _ in range(600)
+    ]
 
 
 MOVIELENS_FILES = {

@@ -13,6 +13,7 @@ from transformers import AutoConfig, TrainingArguments, set_seed
 
 from ..data.histories import Histories, load_histories
 from ..data.item_table import add_text_vectors, read_item_table
+from ..data.prepared_folder import is_prepared
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
 from .arguments import DEFAULT_MAX_LENGTH, DataArguments, ModelArguments
@@ -43,6 +44,8 @@ def read_histories(
 ) -> Histories:
     """Return the histories of all splits, the items and the counts; with the event columns that a trained model reads,
     where there is one. An items_file `with_item_features` may lack titles."""
+    if data_args.split == "none":
+        raise ValueError("split must be 'leave_one_out' or 'temporal', which hold out something to evaluate on")
     event_columns = sorted(data_args.event_columns or [])
     if model_name_or_path is not None:
         read = [*AutoConfig.from_pretrained(model_name_or_path).event_features]
@@ -52,11 +55,11 @@ def read_histories(
                 f"{', '.join(event_columns)}"
             )
         event_columns = read
-    if data_args.split == "none":
-        raise ValueError("split must be 'leave_one_out' or 'temporal', which hold out something to evaluate on")
     items_file = data_args.items_file
-    if items_file is not None and with_item_features and "title" not in read_item_table(items_file).column_names:
-        items_file = None  # it has features alone
+    if items_file is not None and with_item_features:
+        has_titles = "title" in read_item_table(items_file).column_names
+        if not has_titles or is_prepared(data_args.source):  # which has its titles
+            items_file = None
     with training_args.main_process_first(local=False, desc="loading the interactions"):
         loaded = load_histories(
             data_args.source,

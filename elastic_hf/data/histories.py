@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value
 
 from .cache import move_to_content_name, temporary_folder
 from .columns import RESERVED_NAMES, ColumnRequest
@@ -25,8 +25,10 @@ from .interactions import (
     encode_rows,
     filter_by_count,
     sort_by_time,
+    warn_of_duplicates,
     warn_of_milliseconds,
 )
+from .prepared_folder import is_prepared, load_prepared
 from .sources import read_source, read_titles
 from .splits import (
     Prefixes,
@@ -51,10 +53,10 @@ class Histories(NamedTuple):
     What [`load_histories`] returns.
 
     Attributes:
-        histories (`DatasetDict`):
-            Splits `train`, `validation` and `test`, memory-mapped, one row per user: `user_id`, `item_ids` (oldest
-            first), `timestamps` (Unix seconds, as long as `item_ids`; only where the source has time), the event
-            columns asked for (as long as `item_ids`, too) and, in `validation` and `test`, `target`: the item to
+        histories (`DatasetDict` or `IterableDatasetDict`):
+            Splits `train`, `validation` and `test`, memory-mapped or streamed, one row per user: `user_id`, `item_ids`
+            (oldest first), `timestamps` (Unix seconds, as long as `item_ids`; only where the source has time), the
+            event columns asked for (as long as `item_ids`, too) and, in `validation` and `test`, `target`: the item to
             predict after `item_ids`, and its `target_timestamp`.
         items (`Dataset`):
             One row per item, sorted by `item_id`: `item_id`, `title` (null where unknown) and `count` (interactions to
@@ -68,7 +70,7 @@ class Histories(NamedTuple):
             Where that is a large share, users come back to items: set `exclude_seen=False` in the configuration.
     """
 
-    histories: DatasetDict
+    histories: DatasetDict | IterableDatasetDict
     items: Dataset
     counts: dict[str, int]
 
@@ -92,6 +94,7 @@ def load_histories(
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
     validation_users: int | None = None,
+    streaming: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> Histories:
     """
@@ -126,6 +129,7 @@ def load_histories(
               and folders such as `day=2024-01-31` are a column. A file that cannot be read is an error;
             - a pattern, such as `"logs/2024-*.csv.gz"`, or a list of files, folders and patterns;
             - a folder that `save_to_disk` of `datasets` wrote;
+            - a folder that [`prepare_histories`] wrote, with the settings that it was given;
             - a folder with raw MovieLens files: `u.data` and `u.item`, `ratings.dat` and `movies.dat`, or
               `ratings.csv` and `movies.csv`;
             - a dataset on the Hub, as `"org/name"`.
@@ -170,6 +174,8 @@ def load_histories(
             With `"leave_one_out"`, so many users, drawn at random, have a validation target; all others train on their
             second last item, too. The draw has a seed of its own, 42, whatever the seed of a training: the same data
             always have the same validation users. If not given, all users have a validation target.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Return the splits of a folder that [`prepare_histories`] wrote as a `datasets.IterableDatasetDict`.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Where downloads and the result's Arrow files are kept; a folder in the cache of `datasets` if not given.
 
@@ -181,22 +187,29 @@ def load_histories(
             line, row or column.
         OSError: if a download fails.
     """
-    _check_arguments(split, k_core, validation_fraction, test_fraction, validation_users)
+    check_arguments(split, k_core, validation_fraction, test_fraction, validation_users)
+    if is_prepared(source):
+        reading = {
+            "data_dir": data_dir,
+            "user_column": user_column,
+            "item_column": item_column,
+            "timestamp_column": timestamp_column,
+            "title_column": title_column,
+            "column_names": column_names,
+            "in_time_order": in_time_order or None,
+            "items_file": items_file,
+        }
+        settings = {"k_core": k_core, "split": split, "validation_users": validation_users}
+        return Histories(*load_prepared(Path(source), reading, settings, event_columns, streaming, cache_dir))
+    if streaming:
+        raise ValueError(f"streaming is for a folder that prepare_histories wrote, found {source!r}")
     if title_column is not None and items_file is not None:
         raise ValueError("title_column and items_file both give titles: set only one of them")
-    if isinstance(column_names, str):
-        raise ValueError(f"column_names must be a list of all columns, found {column_names!r}")
-    if isinstance(event_columns, str) or len({*event_columns}) < len(event_columns):
-        raise ValueError(f"event_columns must be a list of distinct columns, found {event_columns!r}")
-    reserved = [name for name in event_columns if name in RESERVED_NAMES]
-    if reserved:
-        raise ValueError(f"event_columns must not be called {', '.join(RESERVED_NAMES)}, found {reserved[0]!r}")
+    check_column_names(column_names, event_columns)
     if cache_dir is None:
         cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "elastic_hf"
     cache_dir = Path(cache_dir)
-    request = _request_columns(
-        user_column, item_column, timestamp_column, title_column, tuple(event_columns), in_time_order
-    )
+    request = request_columns(user_column, item_column, timestamp_column, title_column, event_columns, in_time_order)
 
     table, titles = read_source(source, request, column_names, data_dir, dataset_config_name, dataset_split, cache_dir)
     if items_file is not None:
@@ -205,16 +218,18 @@ def load_histories(
         raise ValueError("split='temporal' needs timestamps, the source has none")
     interactions = encode_rows(table)
     if title_column is not None:
-        titles = _first_titles(interactions.items, interactions.item_ids, table["title"])
+        titles = first_titles(interactions.items, interactions.item_ids, table["title"])
     elif titles is not None:
         ids, codes = encode_ids(titles["item"])
-        titles = _first_titles(codes, ids, titles["title"])
+        titles = first_titles(codes, ids, titles["title"])
     num_rows = table.num_rows
     del table
 
-    warn_of_milliseconds(interactions)
+    if interactions.timestamps is not None:
+        warn_of_milliseconds(interactions.timestamps.max())
     sort_by_time(interactions)
     num_duplicates = drop_duplicates(interactions)
+    warn_of_duplicates(num_duplicates)
     min_per_user = 1 if split == "none" else MIN_INTERACTIONS
     num_filtered, num_filtered_users = filter_by_count(interactions, k_core, min_per_user)
     lengths = np.bincount(interactions.users)
@@ -235,7 +250,8 @@ def load_histories(
         warn_of_few_users(prefixes)
 
     with temporary_folder(cache_dir) as temporary:
-        _write_items(temporary, interactions.item_ids, item_counts, titles)
+        items = item_rows(interactions.item_ids, item_counts, titles)
+        _write_arrow(temporary / "items.arrow", items.schema, items.to_batches())
         _write_splits(temporary, interactions, lengths, prefixes)
         folder = move_to_content_name(temporary, cache_dir, "histories")
     return Histories(
@@ -255,7 +271,7 @@ def load_histories(
     )
 
 
-def _check_arguments(
+def check_arguments(
     split: str,
     k_core: int,
     validation_fraction: float,
@@ -281,12 +297,23 @@ def _check_arguments(
         raise ValueError(f"validation_users must be given with split='leave_one_out' alone, found split={split!r}")
 
 
-def _request_columns(
+def check_column_names(column_names: Sequence[str] | None, event_columns: Sequence[str]) -> None:
+    """Check the arguments that are lists of columns."""
+    if isinstance(column_names, str):
+        raise ValueError(f"column_names must be a list of all columns, found {column_names!r}")
+    if isinstance(event_columns, str) or len({*event_columns}) < len(event_columns):
+        raise ValueError(f"event_columns must be a list of distinct columns, found {event_columns!r}")
+    reserved = [name for name in event_columns if name in RESERVED_NAMES]
+    if reserved:
+        raise ValueError(f"event_columns must not be called {', '.join(RESERVED_NAMES)}, found {reserved[0]!r}")
+
+
+def request_columns(
     user: str | None,
     item: str | None,
     timestamp: str | None,
     title: str | None,
-    events: tuple[str, ...],
+    events: Sequence[str],
     in_time_order: bool,
 ) -> ColumnRequest:
     if in_time_order and timestamp is not None:
@@ -295,31 +322,37 @@ def _request_columns(
         )
     names = {"user": user, "item": item, "timestamp": timestamp, "title": title}
     names = {role: name for role, name in names.items() if name is not None}
-    return ColumnRequest(names, ("user", "item") if in_time_order else ("user", "item", "timestamp"), events)
+    return ColumnRequest(names, ("user", "item") if in_time_order else ("user", "item", "timestamp"), tuple(events))
 
 
 def _write_splits(
     folder: Path, interactions: Interactions, lengths: np.ndarray, prefixes: dict[str, Prefixes]
 ) -> None:
     """Write one Arrow file for each split."""
-    user_type, item_type = Value(str(interactions.user_ids.type)), Value(str(interactions.item_ids.type))
     starts = np.cumsum(lengths) - lengths
     for name, (rows, prefix_lengths) in prefixes.items():
-        features = {"user_id": user_type, "item_ids": List(item_type)}
-        if interactions.timestamps is not None:
-            is_integer = interactions.timestamps.dtype == np.int64
-            features["timestamps"] = List(Value("int64" if is_integer else "float64"))
-        for column, values in interactions.events.items():
-            features[column] = List(Value(str(decode_events(values[:0]).type)))
-        if name != "train":
-            features["target"] = item_type
-            if "timestamps" in features:
-                features["target_timestamp"] = features["timestamps"].feature
-        batches = _history_batches(interactions, starts, rows, prefix_lengths, with_target=name != "train")
-        _write_arrow(folder / f"{name}.arrow", Features(features), batches)
+        schema = history_features(interactions, with_target=name != "train").arrow_schema
+        batches = history_batches(interactions, starts, rows, prefix_lengths, with_target=name != "train")
+        _write_arrow(folder / f"{name}.arrow", schema, (pa.record_batch(batch, schema=schema) for batch in batches))
 
 
-def _history_batches(
+def history_features(interactions: Interactions, with_target: bool) -> Features:
+    """Return the columns of a split."""
+    item_type = Value(str(interactions.item_ids.type))
+    features = {"user_id": Value(str(interactions.user_ids.type)), "item_ids": List(item_type)}
+    if interactions.timestamps is not None:
+        is_integer = interactions.timestamps.dtype == np.int64
+        features["timestamps"] = List(Value("int64" if is_integer else "float64"))
+    for name, values in interactions.events.items():
+        features[name] = List(Value(str(decode_events(values[:0]).type)))
+    if with_target:
+        features["target"] = item_type
+        if "timestamps" in features:
+            features["target_timestamp"] = features["timestamps"].feature
+    return Features(features)
+
+
+def history_batches(
     interactions: Interactions, starts: np.ndarray, rows: np.ndarray, prefix_lengths: np.ndarray, with_target: bool
 ) -> Iterator[dict[str, pa.Array]]:
     """Yield for the users `rows` the first `prefix_lengths` of their interactions, and the item that comes next."""
@@ -345,21 +378,20 @@ def _history_batches(
         yield batch
 
 
-def _write_items(folder: Path, item_ids: pa.Array, counts: np.ndarray, titles: pa.Table | None) -> None:
-    """Write the Arrow file of the items."""
+def item_rows(item_ids: pa.Array, counts: np.ndarray, titles: pa.Table | None) -> pa.Table:
+    """Return the rows of the items."""
     columns = {"item_id": item_ids, "title": _align_titles(item_ids, titles), "count": pa.array(counts)}
     features = {"item_id": Value(str(item_ids.type)), "title": Value("string"), "count": Value("int64")}
-    _write_arrow(folder / "items.arrow", Features(features), [columns])
+    return pa.table(columns, schema=Features(features).arrow_schema)
 
 
-def _write_arrow(path: Path, features: Features, batches: Iterable[dict[str, pa.Array]]) -> None:
-    schema = features.arrow_schema
+def _write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for batch in batches:
-            writer.write_batch(pa.record_batch(batch, schema=schema))
+            writer.write_batch(batch)
 
 
-def _first_titles(items: np.ndarray, item_ids: pa.Array, titles: pa.ChunkedArray) -> pa.Table:
+def first_titles(items: np.ndarray, item_ids: pa.Array, titles: pa.ChunkedArray) -> pa.Table:
     """Return the first title of each item that has one, of rows with the item `item_ids[items]`."""
     rows = np.flatnonzero(titles.is_valid())
     first = np.full(len(item_ids), -1)

@@ -52,21 +52,21 @@ def encode_rows(table: pa.Table) -> Interactions:
     user_ids, users = encode_ids(table["user"])
     item_ids, items = encode_ids(table["item"])
     timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
-    events = {
-        name.removeprefix(EVENT_PREFIX): encode_events(table[name])
-        for name in table.column_names
-        if name.startswith(EVENT_PREFIX)
-    }
-    return Interactions(user_ids, item_ids, users, items, timestamps, events)
+    return Interactions(user_ids, item_ids, users, items, timestamps, encode_event_columns(table))
 
 
-def warn_of_milliseconds(interactions: Interactions) -> None:
-    """Log timestamps that are too large to be seconds."""
-    timestamps = interactions.timestamps
-    if timestamps is not None and timestamps.max() >= YEAR_10_000:
+def encode_event_columns(table: pa.Table) -> dict[str, pa.Array]:
+    """Return the event columns of a table, by the names that the source has for them."""
+    names = [name for name in table.column_names if name.startswith(EVENT_PREFIX)]
+    return {name.removeprefix(EVENT_PREFIX): encode_events(table[name]) for name in names}
+
+
+def warn_of_milliseconds(latest: float) -> None:
+    """Log that the latest timestamp is too large to be seconds."""
+    if latest >= YEAR_10_000:
         logger.warning(
-            f"timestamps are read as Unix seconds, of which {timestamps.max():,} is after the year 9999: divide them "
-            "first if they are milliseconds or smaller"
+            f"timestamps are read as Unix seconds, of which {latest:,} is after the year 9999: divide them first if "
+            "they are milliseconds or smaller"
         )
 
 
@@ -85,9 +85,14 @@ def drop_duplicates(interactions: Interactions) -> int:
     is_first = _is_first_of_its_kind(interactions.users, interactions.items, interactions.timestamps)
     num_duplicates = int(is_first.size - np.count_nonzero(is_first))
     if num_duplicates:
-        logger.warning(f"dropped {num_duplicates:,} rows that repeat another's user, item and timestamp")
         interactions.keep(is_first)
     return num_duplicates
+
+
+def warn_of_duplicates(num_duplicates: int) -> None:
+    """Log how many rows were dropped."""
+    if num_duplicates:
+        logger.warning(f"dropped {num_duplicates:,} rows that repeat another's user, item and timestamp")
 
 
 def _is_first_of_its_kind(users: np.ndarray, items: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
@@ -110,19 +115,27 @@ def filter_by_count(interactions: Interactions, k_core: int, min_per_user: int) 
     """Remove users and items with too few interactions, and return how many interactions and users that removes."""
     num_interactions, num_users = interactions.users.size, len(interactions.user_ids)
     interactions.keep(_k_core(interactions.users, interactions.items, max(k_core, min_per_user), k_core))
-    if not interactions.users.size:
+    interactions.user_ids, interactions.users = drop_unused(interactions.user_ids, interactions.users)
+    interactions.item_ids, interactions.items = drop_unused(interactions.item_ids, interactions.items)
+    num_filtered = num_interactions - interactions.users.size
+    num_filtered_users = num_users - len(interactions.user_ids)
+    check_filtered(num_interactions, num_filtered, num_users, num_filtered_users, k_core, min_per_user)
+    return num_filtered, num_filtered_users
+
+
+def check_filtered(
+    num_interactions: int, num_filtered: int, num_users: int, num_filtered_users: int, k_core: int, min_per_user: int
+) -> None:
+    """Refuse to go on without interactions, and log how many users had too few to be split."""
+    if num_filtered == num_interactions:
         raise ValueError(
             f"none of {num_interactions:,} interactions is left with k_core={k_core}: a user needs at least "
             f"{max(k_core, min_per_user)}"
         )
-    interactions.user_ids, interactions.users = drop_unused(interactions.user_ids, interactions.users)
-    interactions.item_ids, interactions.items = drop_unused(interactions.item_ids, interactions.items)
-    num_filtered_users = num_users - len(interactions.user_ids)
     if num_filtered_users and k_core < min_per_user:
         logger.warning(
             f"left out {num_filtered_users:,} of {num_users:,} users with fewer than {min_per_user} interactions"
         )
-    return num_interactions - interactions.users.size, num_filtered_users
 
 
 def _k_core(users: np.ndarray, items: np.ndarray, min_per_user: int, min_per_item: int) -> np.ndarray:

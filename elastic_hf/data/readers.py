@@ -1,7 +1,8 @@
 """From files to checked Arrow tables with the columns `user`, `item`, `timestamp`, `title` and those of events."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,6 +31,13 @@ class ParquetReader:
         """Return the columns that the file has."""
         names = [name for name in columns.wanted() if name in self.names]
         return pq.read_table(self.path, columns=names, partitioning=None)
+
+    def read_batches(self, columns: Columns, num_rows: int) -> Iterator[pa.Table]:
+        """Yield the columns that the file has, at most so many rows at a time."""
+        names = [name for name in columns.wanted() if name in self.names]
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:  # the buffer would keep what has been read
+            for batch in file.iter_batches(num_rows, columns=names):
+                yield pa.Table.from_batches([batch]).select(names)
 
     def position(self, row: int) -> str:
         return f"row {row + 1}"
@@ -78,8 +86,25 @@ def read_files(
     Raises:
         ValueError: if a file cannot be read, or does not hold what is expected; the message names it.
     """
-    columns = None
-    tables = {}
+    tables = list(iterate_files(paths, request, column_names, layout))
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def iterate_files(
+    paths: Sequence[Path],
+    request: ColumnRequest,
+    column_names: Sequence[str] | None = None,
+    layout: TextLayout | None = None,
+    rows_per_batch: int | None = None,
+    is_reported: bool = True,
+) -> Iterator[pa.Table]:
+    """
+    Yield the rows that [`read_files`] returns: a file at a time or, of Parquet, at most `rows_per_batch` rows.
+
+    Columns have one type, but that numbers may be integers in one table and floats in another, and an event column
+    without values in one. Which columns are read is logged where `is_reported`.
+    """
+    columns, first = None, {}
     for path in paths:
         try:
             reader = open_reader(path, request, column_names, layout)
@@ -91,36 +116,45 @@ def read_files(
                     request = replace(request, roles=("user", "item"))
                 is_first_line = isinstance(reader, TextReader) and reader.has_header
                 columns = request.find(reader.names, path, list(keys), is_first_line)
-                if layout is None:
+                if is_reported and layout is None:
                     request.report(columns, reader.names, path)
             check_columns([*reader.names, *(key for key in keys if key not in reader.names)], columns.wanted(), path)
-            table = reader.read(columns)
+            in_batches = rows_per_batch is not None and isinstance(reader, ParquetReader)
+            tables = reader.read_batches(columns, rows_per_batch) if in_batches else [reader.read(columns)]
+            num_rows = 0
+            for table in tables:
+                if not table.num_rows:
+                    continue
+                for name in columns.wanted():
+                    if name not in reader.names:
+                        column = _repeat(keys[name], table.num_rows, name != columns.timestamp)
+                        table = table.append_column(name, column)
+                table = check_rows(table, columns, path, partial(_position, reader, num_rows))
+                num_rows += table.num_rows
+                _check_types(table.schema, path, first)
+                yield table
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path}: {error}") from error
-        if table.num_rows:
-            for name in columns.wanted():
-                if name not in reader.names:
-                    table = table.append_column(name, _repeat(keys[name], table.num_rows, name != columns.timestamp))
-            tables[path] = check_rows(table, columns, path, reader.position)
-    if not tables:
+    if not first:
         others = f", nor has any of the other {len(paths) - 1:,} files" if len(paths) > 1 else ""
         raise ValueError(f"{paths[0]} has no rows{others}")
-    return _concatenate(tables)
 
 
-def _concatenate(tables: dict[Path, pa.Table]) -> pa.Table:
-    first_path, first = next(iter(tables.items()))
-    for path, table in tables.items():
-        for name in table.column_names:
-            types = {table[name].type, first[name].type}
-            # Numbers may be integers and floats, and all values of an event column missing.
-            if len(types - {pa.null()}) > 1 and types != {pa.int64(), pa.float64()}:
-                column = name.removeprefix(EVENT_PREFIX)
-                raise ValueError(
-                    f"{path}: column {column!r} must have the type it has in {first_path}, {first[name].type}, found "
-                    f"{table[name].type}"
-                )
-    return pa.concat_tables(tables.values(), promote_options="permissive")
+def _position(reader: TextReader | JsonReader | ParquetReader, num_rows_before: int, row: int) -> str:
+    return reader.position(num_rows_before + row)
+
+
+def _check_types(schema: pa.Schema, path: Path, first: dict[str, tuple[pa.DataType, Path]]) -> None:
+    """Refuse columns of other types than in the `first` files that have them, which it notes down."""
+    for name, type_ in zip(schema.names, schema.types, strict=True):
+        if type_ == pa.null():  # all values of an event column are missing
+            continue
+        first_type, first_path = first.setdefault(name, (type_, path))
+        if type_ != first_type and {type_, first_type} != {pa.int64(), pa.float64()}:
+            raise ValueError(
+                f"{path}: column {name.removeprefix(EVENT_PREFIX)!r} must have the type it has in {first_path}, "
+                f"{first_type}, found {type_}"
+            )
 
 
 def _hive_keys(path: Path) -> dict[str, str | None]:

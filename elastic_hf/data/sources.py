@@ -53,7 +53,7 @@ def read_source(
             raise ValueError(f"data_dir is for MovieLens datasets such as 'ml-1m', found source {source!r}")
         return _read_movielens(Path(data_dir), request)
     if isinstance(source, list | tuple) and all(isinstance(part, str | os.PathLike) for part in source):
-        return read_files(_find_files(source, cache_dir), request, column_names), None
+        return read_files(find_files(source, cache_dir), request, column_names), None
     if not isinstance(source, str | os.PathLike):
         return _read_table(source, request, dataset_split), None
     source = os.fspath(source)
@@ -67,7 +67,7 @@ def read_source(
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _read_table(_load_saved(path), request, dataset_split, path), None
     if path.exists() or GLOB_CHARACTERS.search(source):
-        return read_files(_find_files([source], cache_dir), request, column_names), None
+        return read_files(find_files([source], cache_dir), request, column_names), None
     if source == "synthetic":
         from .synthetic import make_interactions
 
@@ -105,7 +105,7 @@ def _refuse_other_files(folder: Path) -> None:
         raise ValueError(f"{folder} must hold the raw files of a MovieLens release and no others, found {others[:10]}")
 
 
-def _find_files(sources: Sequence[str | os.PathLike], cache_dir: Path) -> list[Path]:
+def find_files(sources: Sequence[str | os.PathLike], cache_dir: Path) -> list[Path]:
     """
     Return the files of files, folders and patterns, in the given order and by name within a folder or pattern.
 

@@ -114,4 +114,4 @@ def count_seen_targets(interactions: Interactions, lengths: np.ndarray, prefixes
 def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return `starts[0], starts[0] + 1, ...`, `lengths[0]` of them, then the same for `starts[1]` and so on."""
     ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())

@@ -9,7 +9,7 @@ python examples/benchmarks/run_benchmark.py catalogue    # training and recommen
 python examples/benchmarks/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
 python examples/benchmarks/run_benchmark.py distributed  # memory of a large catalogue in each of two processes
 python examples/benchmarks/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
-python examples/benchmarks/run_benchmark.py data         # 20 million interactions from a file to split histories
+python examples/benchmarks/run_benchmark.py data         # interactions from a file to histories, in memory and on disk
 python examples/benchmarks/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 
 Both models of every ratio are measured in the same process, taking turns; seconds are the median of the repetitions.
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -492,35 +493,51 @@ def benchmark_streaming(args: argparse.Namespace) -> None:
 # 2. data: rows in a file -> split histories
 
 
-def make_files(folder: str, formats: list[str], num_rows: int, num_users: int, num_items: int, seed: int) -> None:
-    """Write rows in random order: popularity and activity follow Zipf's law, times are uniform over five years."""
+ROWS_PER_CHUNK = 2_000_000
+ROUTES = ("load_histories", "prepare_histories")
+
+
+def make_file(path: Path, num_rows: int, num_users: int, num_items: int, seed: int) -> None:
+    """Write rows in random order: popularity and activity follow Zipf's law, times are uniform over five years; each
+    has a rating and an action."""
     import numpy as np
-    import polars as pl
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet as pq
 
     rng = np.random.default_rng(seed)
+    users = np.cumsum(1 / (np.arange(num_users) + num_users // 10))
+    items = np.cumsum(1 / (np.arange(num_items) + 1))
+    writer = None
+    for first in range(0, num_rows, ROWS_PER_CHUNK):
+        size = min(ROWS_PER_CHUNK, num_rows - first)
+        actions = pa.array(rng.integers(3, size=size, dtype=np.int32))
+        rows = pa.table(
+            {
+                "user_id": np.searchsorted(users, rng.random(size) * users[-1]) + 1,
+                "item_id": np.searchsorted(items, rng.random(size) * items[-1]) + 1,
+                "timestamp": rng.integers(1_500_000_000, 1_500_000_000 + 5 * 365 * 86_400, size),
+                "rating": rng.integers(1, 11, size) / 2,
+                "action": pa.array(["view", "cart", "buy"]).take(actions),
+            }
+        )
+        if writer is None:
+            of_kind = pq.ParquetWriter if path.suffix == ".parquet" else pa.csv.CSVWriter
+            writer = of_kind(path, rows.schema)
+        writer.write_table(rows)
+    writer.close()
 
-    def zipf(size: int, offset: int) -> np.ndarray:
-        cumulative = np.cumsum(1 / (np.arange(size) + offset))
-        return np.searchsorted(cumulative, rng.random(num_rows) * cumulative[-1]) + 1
 
-    rows = pl.DataFrame(
-        {
-            "user_id": zipf(num_users, offset=num_users // 10),
-            "item_id": zipf(num_items, offset=1),
-            "timestamp": rng.integers(1_500_000_000, 1_500_000_000 + 5 * 365 * 86_400, num_rows),
-        }
-    )
-    if "parquet" in formats:
-        rows.write_parquet(Path(folder) / "interactions.parquet")
-    if "csv" in formats:
-        rows.write_csv(Path(folder) / "interactions.csv")
+def measure_route(route: str, path: Path, folder: Path) -> dict:
+    """Make histories of a file, and return the time, the most memory that the process ever held, and the counts."""
+    from elastic_hf.data import histories, preparation
 
-
-def measure_load(path: str, cache_dir: str) -> dict:
-    from elastic_hf.data.histories import load_histories
-
+    columns = ["rating", "action"]
     start, cpu_start = time.perf_counter(), time.process_time()
-    _, _, counts = load_histories(path, cache_dir=cache_dir)
+    if route == "load_histories":
+        counts = histories.load_histories(path, event_columns=columns, cache_dir=folder).counts
+    else:
+        counts = preparation.prepare_histories(path, folder / "prepared", event_columns=columns)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     bytes_per_unit = 1 if platform.system() == "Darwin" else 1024
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
@@ -533,11 +550,12 @@ def measure_load(path: str, cache_dir: str) -> dict:
 
 
 def benchmark_data(args: argparse.Namespace) -> None:
+    """Measure both routes from a file to histories, each in a process of its own; files are deleted at once."""
     results = {
         "benchmark": "data",
-        "num_rows": args.num_rows,
-        "num_users": args.num_users,
-        "num_items": args.num_items,
+        "quantities": args.quantities,  # seconds mean nothing on a machine that is not left alone, memory does
+        "rows_per_user": args.rows_per_user,
+        "rows_per_item": args.rows_per_item,
         "seed": args.seed,
         "cpu_count": os.cpu_count(),
         "hardware": processor(),
@@ -547,14 +565,25 @@ def benchmark_data(args: argparse.Namespace) -> None:
             "python": platform.python_version(),
             **{name: version(name) for name in ("datasets", "numpy", "pyarrow")},
         },
+        "rows": [],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        settings = (args.num_rows, args.num_users, args.num_items, args.seed)
-        in_fresh_process(make_files, folder, args.formats, *settings)
-        for name in args.formats:
-            path = Path(folder) / f"interactions.{name}"
-            measured = in_fresh_process(measure_load, str(path), str(Path(folder) / "cache"))
-            results[name] = {"file_mb": round(path.stat().st_size / 1e6), **measured}
+    for num_rows, kind in itertools.product(args.num_rows, args.formats):
+        fits = num_rows <= args.longest_in_memory
+        if kind == "csv" and not fits:
+            continue
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            path = Path(folder) / f"interactions.{kind}"
+            num_users, num_items = num_rows // args.rows_per_user, num_rows // args.rows_per_item
+            in_fresh_process(make_file, path, num_rows, num_users, num_items, args.seed)
+            for route in ROUTES:
+                if fits or route == "prepare_histories":
+                    measured = in_fresh_process(measure_route, route, path, Path(folder) / route)
+                    if "seconds" not in args.quantities:
+                        del measured["seconds"], measured["cpu_seconds"]
+                    row = {"route": route, "file": kind, "file_mb": round(path.stat().st_size / 1e6), **measured}
+                    results["rows"].append(row)
+                    print(json.dumps(row))
+                    shutil.rmtree(Path(folder) / route)
     report(args.output, results)
 
 
@@ -624,9 +653,17 @@ HELP = {
     "dtype": "Type of the weights in inference, of autocast in training.",
     "num_users": "Users, of a catalogue those that are ranked and recommended to.",
     "num_operators": "Operators that are named.",
+    "longest_in_memory": "Most rows that are loaded in memory, and written as CSV, which is read whole.",
+    "quantities": "What to measure: memory alone, where the machine is not left alone.",
+    "folder": "Where files are made: of 200 million rows they take 12 GB.",
     "num_slow": "Histories that take the slow path as well.",
 }
-CHOICES = {"models": tuple(MODELS), "dtype": ("float32", "bfloat16"), "formats": ("parquet", "csv")}
+CHOICES = {
+    "models": tuple(MODELS),
+    "dtype": ("float32", "bfloat16"),
+    "formats": ("parquet", "csv"),
+    "quantities": ("seconds", "memory"),
+}
 # Each sub-command: the function, what it measures, and the options with their defaults.
 OF_MODELS = {"models": list(MODELS), "longest_naive": 8_192, "num_items": 10_000, "dtype": "float32"}
 REPEATED = {"repetitions": 15, "warmup": 2}
@@ -734,12 +771,15 @@ BENCHMARKS = {
     ),
     "data": (
         benchmark_data,
-        "seconds and peak memory from a file of interactions to split histories",
+        "seconds and peak memory from a file of interactions to histories, in memory and on disk",
         {
-            "num_rows": 20_000_000,
-            "num_users": 150_000,
-            "num_items": 60_000,
+            "num_rows": [20_000_000, 50_000_000, 200_000_000],
+            "longest_in_memory": 50_000_000,
+            "rows_per_user": 133,
+            "rows_per_item": 333,
             "formats": ["parquet", "csv"],
+            "quantities": ["seconds", "memory"],
+            "folder": tempfile.gettempdir(),
             "seed": 0,
         },
     ),

@@ -1,6 +1,5 @@
 import logging
 import os
-import random
 from collections import Counter, defaultdict
 
 import polars as pl
@@ -8,7 +7,7 @@ import pytest
 from datasets import Dataset, List, Value
 
 from elastic_hf.data import histories as module
-from interactions import ROWS, frame, split_rows, write
+from interactions import ROWS, frame, random_rows, split_rows, write
 
 
 def reference(rows, k_core):
@@ -27,14 +26,6 @@ def reference(rows, k_core):
     for history in histories.values():
         history.sort(key=lambda pair: pair[1])  # stable
     return dict(sorted(histories.items())), len(rows) - len(distinct), len(distinct) - len(kept)
-
-
-def random_rows(seed, make_user=int, make_item=int, make_time=int):
-    rng = random.Random(seed)
-    return [
-        (make_user(rng.randrange(25)), make_item(int(rng.paretovariate(0.7)) % 40), make_time(rng.randrange(60)))
-        for _ in range(600)
-    ]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".json", ".jsonl"])

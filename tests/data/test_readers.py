@@ -1,9 +1,13 @@
 import gzip
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from elastic_hf.data import readers
+from elastic_hf.data.columns import ColumnRequest
 from interactions import frame, split_rows, write
 
 
@@ -189,3 +193,16 @@ def test_a_hive_folder_without_a_value(tmp_path, load):
     write(folder / "part-0.csv", frame([(1, 2)], ("item_id", "timestamp")))
     with pytest.raises(ValueError, match="part-0.csv, line 2: user_id is None, expected a value"):
         load(tmp_path)
+
+
+def test_parquet_is_read_in_batches_of_which_no_more_than_a_few_are_in_memory(tmp_path):
+    generator = np.random.default_rng(0)
+    columns = {name: generator.integers(2**62, size=400_000) for name in ("user_id", "item_id", "timestamp")}
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=10_000)
+    before, num_rows, most = pa.total_allocated_bytes(), 0, 0
+    for table in readers.iterate_files([path], ColumnRequest(), rows_per_batch=7_000):
+        assert table.num_rows <= 7_000
+        num_rows += table.num_rows
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert num_rows == 400_000 and 0 < most < path.stat().st_size / 5

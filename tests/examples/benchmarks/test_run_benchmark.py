@@ -133,11 +133,23 @@ def test_results_of_a_gpu_have_files_of_their_own():
     assert names == [f"benchmark-inference{suffix}.json" for suffix in ("", "-cuda", "-cuda-bfloat16")]
 
 
-def test_a_file_is_measured(tmp_path):
+def test_files_are_measured(tmp_path):
     output = tmp_path / "benchmark-data.json"
-    settings = ["--num_rows", "3000", "--num_users", "50", "--num_items", "100", "--formats", "parquet"]
-    command = [sys.executable, run_benchmark.__file__, "data", *settings, "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    measured = json.loads(output.read_text())["parquet"]
-    assert measured["num_interactions"] + measured["num_filtered"] + measured["num_duplicates"] == 3000
-    assert measured["peak_memory_gb"] > 0
+    settings = ["--num_rows", "3000", "5000", "--longest_in_memory", "3000", "--quantities", "memory"]
+    command = [sys.executable, run_benchmark.__file__, "data", *settings, "--folder", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--output", str(output)], check=True, capture_output=True, env=environment)
+    results = json.loads(output.read_text())
+    assert results["quantities"] == ["memory"]
+    rows = {(row.pop("route"), row.pop("file"), row["num_rows"]): row for row in results["rows"]}
+    assert [*rows] == [
+        ("load_histories", "parquet", 3000),
+        ("prepare_histories", "parquet", 3000),
+        ("load_histories", "csv", 3000),
+        ("prepare_histories", "csv", 3000),
+        ("prepare_histories", "parquet", 5000),
+    ]
+    assert all(row.pop("peak_memory_gb") > 0 and "seconds" not in row for row in rows.values())
+    in_memory, on_disk, *_ = rows.values()
+    assert in_memory == on_disk and in_memory["num_interactions"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
