@@ -11,9 +11,10 @@ version = re.search(r'__version__ = "(.+)"', source).group(1)
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 tensorboard = ["tensorboard>=2.16"]
+demo = ["gradio>=6"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
-test = [*faiss, *onnx, *tensorboard, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9", "pytest>=8"]
-test += ["pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
+test = [*demo, *faiss, *onnx, *tensorboard, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9"]
+test += ["pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
 
 setup(
     name="elastic_hf",
@@ -47,6 +48,7 @@ setup(
         "transformers>=5.20,<6",
     ],
     extras_require={
+        "demo": demo,
         "faiss": faiss,
         "onnx": onnx,
         "tensorboard": tensorboard,

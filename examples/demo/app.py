@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr  # noqa: E402
+
 import why  # noqa: E402
 from recommender import TOP_K, Recommender, Visit  # noqa: E402
 
@@ -28,6 +29,7 @@ FOLDERS = (Path(__file__).parent, Path(__file__).parents[1])
 MODEL = next((str(folder / "elastic-tiny") for folder in FOLDERS if (folder / "elastic-tiny").is_dir()), None)
 FOLLOWED = 50
 SHOWN = 12
+EXPLAINED = 100  # items of a history that is explained without being asked: the time grows with their square
 FONTS = ("system-ui", "sans-serif")
 CSS = """
 .items { gap: 4px } button.item { justify-content: flex-start; text-align: left; font-weight: 400 }
@@ -64,7 +66,9 @@ class Demo:
         reasons = [f"Why {place + 1}?" for place in range(len(names))]
         needs_items = [gr.update(interactive=bool(visit.token_ids))] * 3
         texts = [self._history(visit), self._speed(visit)]
-        return [visit, *needs_items, *texts, *self._buttons(names), *self._buttons(reasons), *self.explain(visit, 0)]
+        is_short = len(visit.token_ids) <= EXPLAINED
+        explained = self.explain(visit, 0) if is_short else ["<p class='note'>Click on a Why.</p>", ""]
+        return [visit, *needs_items, *texts, *self._buttons(names), *self._buttons(reasons), *explained]
 
     def explain(self, visit: Visit, place: int) -> list[str]:
         """Return why the item at a place is recommended, and which experts took the latest item."""
@@ -74,7 +78,7 @@ class Demo:
         history = [self.titles[item] for item in visit.token_ids]
         reasons = why.describe_contributions(explanation, history, self.titles[visit.recommended[place]])
         experts = why.describe_experts(explanation)
-        note = f"<p class='note'>Explaining read the whole history, and took {1e3 * seconds:.0f} ms.</p>"
+        note = f"<p class='note'>Reading the history without each item took {1e3 * seconds:.0f} ms.</p>"
         return [f"{reasons}{note}", experts]
 
     def add_found(self, visit: Visit, items: list[int], place: int) -> list:
@@ -141,19 +145,19 @@ def build(recommender: Recommender) -> gr.Blocks:
         )
         visit, items = gr.State(Visit()), gr.State([])
         with gr.Row():
-            with gr.Column(elem_classes="items"):
+            with gr.Column(elem_classes="items", min_width=240):
                 words = gr.Textbox(label="Search titles", placeholder="part of a title")
-                found = [gr.Button(size="sm", elem_classes="item") for _ in range(TOP_K)]
-            with gr.Column(elem_classes="items"):
+                found = [gr.Button("", size="sm", visible=False, elem_classes=["item", "found"]) for _ in range(TOP_K)]
+            with gr.Column(elem_classes="items", min_width=240):
                 gr.Markdown("### Comes next")
                 names, reasons = [], []
                 for _ in range(TOP_K):
                     with gr.Row(equal_height=True):
-                        names.append(gr.Button(size="sm", visible=False, scale=5, elem_classes="item"))
-                        reasons.append(gr.Button(size="sm", visible=False, scale=1, min_width=70))
+                        names.append(gr.Button("", size="sm", visible=False, scale=5, elem_classes=["item", "next"]))
+                        reasons.append(gr.Button("", size="sm", visible=False, scale=1, min_width=70))
                 speed = gr.HTML(elem_classes="panel")
                 follow = gr.Button(f"Take the first one, {FOLLOWED} times", size="sm")
-            with gr.Column(elem_classes="items"):
+            with gr.Column(elem_classes="items", min_width=240):
                 gr.Markdown("### Your history")
                 history = gr.HTML(elem_classes="panel")
                 with gr.Row():
@@ -169,7 +173,9 @@ def build(recommender: Recommender) -> gr.Blocks:
         for place in range(TOP_K):
             found[place].click(partial(demo.add_found, place=place), [visit, items], shown, **options)
             names[place].click(partial(demo.add_recommended, place=place), visit, shown, **options)
-            reasons[place].click(partial(demo.explain, place=place), visit, explained, **options)
+            reasons[place].click(
+                partial(demo.explain, place=place), visit, explained, **options | {"show_progress": "full"}
+            )
         follow.click(demo.follow, visit, shown, **options)
         undo.click(demo.undo, visit, shown, **options)
         clear.click(demo.clear, None, shown, **options)

@@ -2,7 +2,9 @@
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import pyarrow as pa
 import torch
 from transformers import AutoModel, AutoTokenizer
 
@@ -84,11 +86,11 @@ class Recommender:
         return explanation, time.perf_counter() - start
 
 
-def read_titles_file(titles_file: str, items) -> list:
+def read_titles_file(titles_file: str, items: pa.Table) -> list:
     """Return a title for each of the tokenizer's items, from a file; the item id where the file has none."""
     from elastic_hf.data.sources import read_titles
 
-    table = read_titles(titles_file)
+    table = read_titles(Path(titles_file))
     titles = dict(zip(map(str, table["item"].to_pylist()), table["title"].to_pylist(), strict=True))
     item_ids = items["item_id"].to_pylist()
     if titles.keys().isdisjoint(map(str, item_ids)):

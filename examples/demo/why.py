@@ -21,7 +21,7 @@ def describe_contributions(explanation: ElasticExplanation, titles: list[str], r
     largest = contributions.abs().max().clamp(min=1e-12)
     order = contributions.abs().argsort(descending=True)[:MAX_ROWS].tolist()
     rows = "".join(
-        f"<tr><td>{escape(titles[item])}</td><td class='number'>{contributions[item]:+.2g}</td>"
+        f"<tr><td>{escape(titles[item])}</td><td class='number'>{contributions[item]:+.2f}</td>"
         f"<td>{_bar(float(contributions[item] / largest))}</td></tr>"
         for item in order
     )
@@ -30,7 +30,7 @@ def describe_contributions(explanation: ElasticExplanation, titles: list[str], r
     weights = explanation.item_weights[0, -1].mean(dim=0)  # (L,), of the last layer
     half = int((weights.flip(0).cumsum(0) < 0.5).sum()) + 1
     reach = f"Half of what the last layer read came from the latest {half:,} of {len(titles):,} items."
-    table = f"<table aria-label='contributions'>{rows}</table>"
+    table = f"<p>By how much its score would be lower without:</p><table aria-label='contributions'>{rows}</table>"
     return f"<h3>Why {escape(recommended)}?</h3>{table}{more}<p>{reach}</p>"
 
 
