@@ -12,8 +12,10 @@ faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 tensorboard = ["tensorboard>=2.16"]
 demo = ["gradio>=6"]
+optuna = ["optuna>=4"]
+trackio = ["trackio>=0.21"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
-test = [*demo, *faiss, *onnx, *tensorboard, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9"]
+test = [*demo, *faiss, *onnx, *optuna, *tensorboard, *trackio, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9"]
 test += ["pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
 
 setup(
@@ -51,7 +53,9 @@ setup(
         "demo": demo,
         "faiss": faiss,
         "onnx": onnx,
+        "optuna": optuna,
         "tensorboard": tensorboard,
+        "trackio": trackio,
         "test": test,
         "docs": docs,
         "dev": [*test, *docs, "pre-commit>=4", "ty>=0.0.100"],

@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def test(trainer: SequentialRecommendationTrainer, users: Dataset, histories: Da
     popularity = PopularityForSequentialRecommendation(config)
     popularity.count_items(histories)
     collator = replace(trainer.data_collator, use_timestamps=False)
-    counter = SequentialRecommendationTrainer(popularity, trainer.args, collator, eval_dataset=users)
+    unreported = copy(trainer.args)  # popularity is no run of its own
+    unreported.report_to = []
+    counter = SequentialRecommendationTrainer(popularity, unreported, collator, eval_dataset=users)
     results.metrics |= with_errors(prediction, "test")
     results.metrics |= with_errors(counter.predict(users, metric_key_prefix="popularity"), "popularity")
 
