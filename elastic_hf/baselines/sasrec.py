@@ -7,6 +7,7 @@ Redefining Ranking for Scalable Impact").
 
 import math
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -113,6 +114,17 @@ class SASRecPreTrainedModel(BaselinePreTrainedModel):
     _can_record_outputs = {"hidden_states": SASRecLayer, "attentions": SELF_ATTENTIONS}
 
 
+def open_diagonal(mask: Tensor | None) -> Tensor | None:
+    """Let every position attend to itself, so that padding has a key, too: without one, kernels may return NaN.
+
+    `mask` is as Transformers makes it, (B, 1, L, L): booleans, or what is added to scores. Items see the same keys.
+    """
+    if mask is None:
+        return None
+    diagonal = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    return mask | diagonal if mask.dtype == torch.bool else mask.masked_fill(diagonal, 0.0)
+
+
 class SASRecModel(BaselineModel, SASRecPreTrainedModel):
     """Embeddings and positions, self-attention blocks and the final norm: token ids to a vector at each position."""
 
@@ -128,6 +140,7 @@ class SASRecModel(BaselineModel, SASRecPreTrainedModel):
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
         hidden_states = self.dropout(self.embeddings(input_ids, scale=math.sqrt(self.config.hidden_size)))
         mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
+        mask = open_diagonal(mask)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, mask, last_position_only and i == last)

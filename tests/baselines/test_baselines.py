@@ -222,6 +222,24 @@ def test_hidden_states_are_returned(model_type, settings, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["sasrec", "bert4rec"])
+def test_every_position_has_a_key_that_it_attends_to(model_type, attention):
+    # A kernel may return NaN for a position without one, and its gradients spoil the weights.
+    model = make_model(model_type, SIZES)
+    model.set_attn_implementation(attention)
+    masks = []
+    for layer in model.modules():
+        if isinstance(layer, common.SelfAttention):
+            layer.register_forward_pre_hook(lambda layer, inputs: masks.append(inputs[1]))
+    model.model(torch.tensor([[3, 9, 4, 6], [0, 0, 8, 5]]))
+    assert len(masks) == 2
+    for mask in masks:
+        is_open = mask if attention == "sdpa" else mask == 0
+        assert is_open.any(dim=-1).all()
+        assert not is_open[1, 0, 2:, :2].any()
+
+
 @every_model
 def test_attentions_are_returned_or_refused(model_type, settings):
     model = make_model(model_type, settings)
