@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import AutoModel, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
@@ -83,7 +84,9 @@ def describe_memory(trainer: SequentialRecommendationTrainer, users: Dataset, re
     """Add the slots of the interest memory, the share retrieved for these users, and how even the retrievals are."""
     model = trainer.model.eval()
     counts = torch.zeros(model.config.num_memory_subkeys**2, device=model.device)
-    for batch in trainer.get_test_dataloader(users):
+    batches = trainer.get_test_dataloader(users)
+    is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+    for batch in tqdm(batches, desc="Retrieved slots", disable=is_silent):
         inputs = {name: batch[name].to(model.device) for name in READ if name in batch}
         counts += torch.bincount(model.get_retrieved_slots(**inputs).flatten(), minlength=len(counts))
     counts = trainer.accelerator.reduce(counts)

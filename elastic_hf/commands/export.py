@@ -18,6 +18,8 @@ logits to 1e-5, and its states to 1e-5 of their largest value.
 """
 
 import argparse
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from ..models.cache_elastic import TENSORS, ElasticCache
@@ -137,9 +140,13 @@ def main(argv: Sequence[str]) -> None:
     programs = {"history.onnx": False}
     if model.config.model_type == "elastic":
         programs["step.onnx"] = True
-    for name, with_state in programs.items():
+    # What the exporter does without is its own affair: the programs are compared with the model.
+    for library in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+    for name, with_state in tqdm(programs.items(), desc="Exporting", unit="program"):
         export(model, args.output_dir / name, with_state)
-        print(f"{args.output_dir / name}: {(args.output_dir / name).stat().st_size:,} bytes")
+        tqdm.write(f"{args.output_dir / name}: {(args.output_dir / name).stat().st_size:,} bytes")
     tokenizer.save_pretrained(args.output_dir)
 
 
