@@ -129,7 +129,7 @@ def test_results(finished):
 
 
 def test_a_run_is_one_run_of_trackio(shop, tmp_path):
-    """With the metrics of its training, its validation and its test, without those of popularity and without warnings."""
+    """With the metrics of its training and its test, without those of popularity, and without a warning."""
     pytest.importorskip("trackio", reason="trackio is not installed")
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
