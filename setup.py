@@ -10,13 +10,15 @@ version = re.search(r'__version__ = "(.+)"', source).group(1)
 
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
+serve = ["fastapi>=0.120", "prometheus-client>=0.21", "redis>=6", "uvicorn>=0.30"]
 tensorboard = ["tensorboard>=2.16"]
 demo = ["gradio>=6"]
 optuna = ["optuna>=4"]
 trackio = ["trackio>=0.21"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
-test = [*demo, *faiss, *onnx, *optuna, *tensorboard, *trackio, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9"]
-test += ["pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
+test = [*demo, *faiss, *onnx, *optuna, *serve, *tensorboard, *trackio, "ipykernel>=7", "nbclient>=0.10"]
+test += ["parameterized>=0.9", "pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"]
+test += ["setuptools>=77"]
 
 setup(
     name="elastic_hf",
@@ -54,6 +56,7 @@ setup(
         "faiss": faiss,
         "onnx": onnx,
         "optuna": optuna,
+        "serve": serve,
         "tensorboard": tensorboard,
         "trackio": trackio,
         "test": test,

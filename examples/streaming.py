@@ -2,7 +2,7 @@
 """
 A recommendation service in one loop: interactions come in, recommendations go out, and each user's state is a value of
 fixed size in a key-value store, whatever the length of the history (and 8 bytes for each item seen, not to recommend
-it again).
+it again). `serve.py` does the same over HTTP.
 
     printf 'ada\\tsku 17\\nada\\tsku 4\\nbob\\tsku 17\\n' |
         python examples/streaming.py --model_name_or_path outputs/shop --store users.sqlite
@@ -10,65 +10,66 @@ it again).
 Each line of the input is a user and an item, with a tab between them, in the order of time; for a model that reads
 times, another tab and the Unix seconds of the event follow. For each line the service reads the one new item on top of
 the user's state, stores the new state, and prints the user and the items most likely to come next. Started again with
-the same store, it goes on where it stopped; several processes may share a store. A line that ends in an error leaves
-the store as it was. The same loop works with any store of bytes: LMDB, Redis, a table of a data warehouse.
+the same store, it goes on where it stopped; several processes may share a store. The same loop works with any store of
+bytes: LMDB, Redis, a table of a data warehouse.
+
+With `--event_ids` a last field names each event among those of its user, for 8 bytes each: one that is sent again,
+since the service was killed before it answered, is answered again and counts once.
+
+A line that ends in an error leaves the store as it was and is reported on standard error; the stream goes on, and the
+exit status is 1 at its end.
 
 States are of one model: after training on, read the histories into a new store.
 """
 
 import argparse
-import sqlite3
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import safetensors.torch
 import torch
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from elastic_hf import ElasticCache
-from elastic_hf.models.catalogue import CatalogueQuery, validate_token_ids
+from elastic_hf.models.catalogue import CatalogueQuery, search_catalogue, validate_token_ids
+from elastic_hf.serving.stores import SQLiteStore
+from elastic_hf.serving.user_state import event_number, pack_state, unpack_state
 
 
 class UserStore:
-    """Each user's [`ElasticCache`] and the ids of the items seen, as safetensors bytes in SQLite."""
+    """Each user's [`ElasticCache`], the ids of the items seen, what the model made of the whole and the numbers of the
+    events, as safetensors bytes in SQLite."""
 
     def __init__(self, file: str) -> None:
-        self.connection = sqlite3.connect(file, timeout=60, isolation_level=None)
-        self.connection.execute(
-            "CREATE TABLE IF NOT EXISTS users (user TEXT PRIMARY KEY, model_digest TEXT NOT NULL, state BLOB NOT NULL)"
-        )
+        self.values = SQLiteStore(file)
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Keep other processes from the store until the end; an error leaves it as it was."""
-        with self.connection:
-            self.connection.execute("BEGIN IMMEDIATE")
-            yield
-
-    def read(self, user: str) -> tuple[ElasticCache | None, torch.Tensor]:
+    def read(self, user: str) -> tuple[ElasticCache | None, Tensor]:
         """Return the state of a user, `None` for a new one, and the token ids of the items seen, (num_seen,)."""
-        query = "SELECT model_digest, state FROM users WHERE user = ?"
-        row = self.connection.execute(query, (user,)).fetchone()
-        if row is None:
-            return None, torch.empty(0, dtype=torch.long)
-        model_digest, state = row
-        tensors = safetensors.torch.load(state)
-        seen = tensors.pop("seen")
-        return ElasticCache(**tensors, model_digest=model_digest), seen
+        cache, others = unpack(self.values.read([user]).get(user))
+        return cache, others["seen"]
 
-    def write(self, user: str, cache: ElasticCache, seen: torch.Tensor) -> None:
-        """Store what [`read`] returns."""
-        row = (user, cache.model_digest, safetensors.torch.save({**cache.tensors, "seen": seen}))
-        self.connection.execute("INSERT OR REPLACE INTO users VALUES (?, ?, ?)", row)
+
+def unpack(state: bytes | None) -> tuple[ElasticCache | None, dict[str, Tensor]]:
+    """Return the cache of a user, and what else is stored; `None` and empty tensors for a new one."""
+    if state is None:
+        nothing = torch.empty(0, dtype=torch.long)
+        return None, {"seen": nothing, "event_numbers": nothing}
+    return unpack_state(state, "seen", "event_numbers", "user_embedding")
 
 
 @torch.inference_mode()
 def append(
-    model, store: UserStore, user: str, token_id: int, top_k: int, timestamp: float | None = None
-) -> torch.Tensor:
+    model,
+    store: UserStore,
+    user: str,
+    token_id: int,
+    top_k: int,
+    timestamp: float | None = None,
+    event_id: str | None = None,
+) -> Tensor:
     """Read one new item of a user, which came at a `timestamp` if the model reads times, and return the `top_k` items
     most likely to come next, as of that moment, best first, without those seen where the model leaves them out.
+
+    An event whose `event_id` is stored already is not read again, and the answer is that to the user's latest event.
 
     Raises:
         ValueError: if `token_id` is no item, another model made the user's state, fewer than `top_k` items are left,
@@ -80,44 +81,75 @@ def append(
         now = torch.tensor([timestamp], dtype=torch.double)
         times = {"timestamps": now[None], "request_timestamps": now}
     validate_token_ids("token_id", item, model.config.num_special_tokens, model.config)
-    with store.transaction():
-        cache, seen = store.read(user)
-        seen = torch.cat([seen, item[0]]).unique()
-        outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(top_k, seen[None]), **times)
-        (token_ids,) = outputs.token_ids
+    number = torch.tensor([] if event_id is None else [event_number(event_id)], dtype=torch.long)
+    recommended = []
+
+    def change(stored: dict[str, bytes]) -> dict[str, bytes]:
+        cache, others = unpack(stored.get(user))
+        is_known = cache is not None and bool(torch.isin(number, others["event_numbers"]).any())
+        changed = {}
+        if is_known:
+            cache.check(model.base_model, 1)
+        else:
+            outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(), **times)
+            others = {
+                "seen": torch.cat([others["seen"], item[0]]).unique(),
+                "event_numbers": torch.cat([others["event_numbers"], number]),
+                "user_embedding": outputs.user_embeddings,
+            }
+            changed[user] = pack_state(outputs.cache, **others)
+        query = CatalogueQuery(top_k, others["seen"][None])
+        (token_ids,) = search_catalogue(model.lm_head, others["user_embedding"], query, model.config).token_ids
         num_left = int((token_ids >= 0).sum())
         if num_left < top_k:
             raise ValueError(f"top_k={top_k} asks for more than the {num_left} items left to recommend to {user!r}")
-        store.write(user, outputs.cache, seen)
-    return token_ids
+        recommended.append(token_ids)
+        return changed
+
+    store.values.update([user], change)
+    return recommended[-1]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of an ELASTIC model.")
     parser.add_argument("--revision", help="Commit, tag or branch of the Hub id.")
     parser.add_argument("--store", default="users.sqlite", help="SQLite file of the users' states.")
     parser.add_argument("--top_k", type=int, default=10, help="Number of recommendations.")
+    parser.add_argument("--event_ids", action="store_true", help="The last field of a line names the event.")
     args = parser.parse_args()
     model = AutoModel.from_pretrained(args.model_name_or_path, revision=args.revision).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
     store = UserStore(args.store)
-    names = ["a user", "an item", *(["Unix seconds"] if model.config.use_timestamps else [])]
-    for number, line in enumerate(sys.stdin, start=1):
-        fields = line.rstrip("\n").split("\t")
-        if len(fields) != len(names):
-            raise ValueError(f"line {number} must be {', '.join(names)} with tabs between them, found {line!r}")
-        user, item, *seconds = fields
-        token_id = tokenizer.convert_tokens_to_ids(item)
-        if token_id in tokenizer.all_special_ids:
-            raise ValueError(f"line {number}: the model does not know the item {item!r}")
+    names = ["a user", "an item"]
+    names += ["Unix seconds"] * model.config.use_timestamps + ["an event id"] * args.event_ids
+    status = 0
+    for number, line in enumerate(sys.stdin.buffer, start=1):
         try:
-            timestamp = float(seconds[0]) if seconds else None
+            fields = line.decode().rstrip("\n").split("\t")
+            if len(fields) != len(names):
+                raise ValueError(f"a line must be {', '.join(names)} with tabs between them, found {line!r}")
+            user, item, *others = fields
+            token_id = tokenizer.convert_tokens_to_ids(item)
+            if token_id in tokenizer.all_special_ids:
+                raise ValueError(f"the model does not know the item {item!r}")
+            event_id = others.pop() if args.event_ids else None
+            timestamp = to_seconds(*others) if others else None
+            token_ids = append(model, store, user, token_id, args.top_k, timestamp, event_id)
         except ValueError as error:
-            raise ValueError(f"line {number}: Unix seconds must be a number, found {seconds[0]!r}") from error
-        token_ids = append(model, store, user, token_id, args.top_k, timestamp)
+            print(f"line {number}: {error}", file=sys.stderr, flush=True)
+            status = 1
+            continue
         print(user, *tokenizer.convert_ids_to_titles(token_ids), sep="\t", flush=True)
+    return status
+
+
+def to_seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"Unix seconds must be a number, found {text!r}") from error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

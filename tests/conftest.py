@@ -5,6 +5,7 @@ import torch
 from huggingface_hub import constants
 
 from hub_server import HubServer
+from redis_server import redis_server
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,3 +30,13 @@ def hub(monkeypatch, tmp_path):
         for name, value in server.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def store_name(request, tmp_path):
+    """The name of an empty store of users' states."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "users.sqlite")
+    else:
+        with redis_server() as url:
+            yield url

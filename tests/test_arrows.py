@@ -18,6 +18,7 @@ ARROWS = {
     "plots": {"results"},
     "results": {"version"},
     "version": set(),
+    "serving": {"models"},
     "sharing": {"models", "registry", "results"},
     "training": {"data", "models", "results", "sharing"},
     "commands": {"baselines", "data", "models", "plots", "registry", "results", "sharing", "training"},

@@ -17,11 +17,13 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
 from .item_tokenizer import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
+from .request import check_request
 
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMES = 10  # items that one error or warning names
+BATCH_SIZE = 64  # histories of a request that the model reads at once
 
 
 class SequentialRecommendationPipeline(Pipeline):
@@ -102,6 +104,16 @@ class SequentialRecommendationPipeline(Pipeline):
         recommendations = super().__call__(_numbered(inputs), **kwargs)
         is_sized = isinstance(inputs, Sized) and not isinstance(inputs, TorchDataset)
         return list(recommendations) if is_sized else recommendations
+
+    def answer(self, request: dict[str, Any]) -> list[dict] | list[list[dict]]:
+        """Return what a request asks for, whose `inputs`, `parameters` and bounds are described in `request.py`.
+
+        Raises:
+            ValueError: if the request is not as described or too large, and as a call.
+        """
+        parameters = check_request(request, self.parameter_names)
+        answer: Any = self(request["inputs"], batch_size=BATCH_SIZE, **parameters)  # of JSON, no iterator
+        return answer
 
     def _sanitize_parameters(self, **parameters) -> tuple[dict, dict, dict]:
         for name in parameters:

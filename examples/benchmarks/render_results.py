@@ -365,6 +365,24 @@ def streaming(variant: str = "") -> str:
     return table(["items read before", "milliseconds", "ratio to the first"], rows)
 
 
+def service() -> str:
+    """What clients of the service wait, by their number."""
+    rows = []
+    for name in ("service", "service-redis"):
+        results = benchmark(name)
+        for row in results["rows"]:
+            line = [results["store"], str(row["clients"]), f"{row['seconds'] / 60:.1f}"]
+            line += [f"{row['requests_per_second']:,.0f}"]
+            line += [
+                f"{1e3 * row[kind][f'p{p}_seconds']:.1f}" for kind in ("events", "recommendations") for p in (50, 99)
+            ]
+            first, last = (row["resident_bytes"][i] / 1e6 for i in (0, -1))
+            rows.append([*line, str(row["errors"]), f"{first:.0f}", f"{last:.0f}"])
+    header = ["states in", "clients", "minutes", "requests per second", "events, p50 (ms)", "p99 (ms)"]
+    header += ["recommendations, p50 (ms)", "p99 (ms)", "errors", "memory at first (MB)", "at last (MB)"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def onnx() -> str:
     """Exported programs beside PyTorch."""
     rows = []
@@ -442,6 +460,7 @@ def hardware(variant: str = "") -> str:
         "quantization",
         "memory-bank",
         "catalogue",
+        "service",
     ):
         results = benchmark(subject, variant)
         if "hardware" in results:
@@ -685,6 +704,22 @@ def peers() -> str:
     return table(header, rows) if rows else NOT_MEASURED
 
 
+def breakdowns() -> str:
+    """Two models by length of the history and by popularity of the target."""
+    rows = []
+    for run in read_results("breakdown-*.json").values():
+        models = f"{NAMES[run['model_type']]} against {NAMES[run['other_model_type']]}"
+        for by, words in (("length", "items in the history"), ("popularity", "times that the target was trained on")):
+            for part in run[by]:
+                low, high = part["above"], part["up_to"]
+                span = f"over {low:,}" if high is None else f"{low + 1 if low else 0:,} to {high:,}"
+                row = [run["dataset"], models, f"{span} {words}", f"{part['num_users']:,}"]
+                row += [f"{part['ndcg@10']:.4f}", f"{part['other_ndcg@10']:.4f}"]
+                rows.append([*row, f"{part['difference']:+.4f} ± {part['standard_error']:.4f}"])
+    header = ["dataset", "models", "users with", "users", "NDCG@10", "NDCG@10 of the other", "difference"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
@@ -719,12 +754,14 @@ TABLES = {
         tokenizer,
         recommendations,
         peers,
+        breakdowns,
         inference,
         training,
         inference_memory,
         training_memory,
         default_memory,
         streaming,
+        service,
         onnx,
         quantization,
         profile,

@@ -19,6 +19,7 @@ of their own. `render_results.py` makes tables and figures.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -64,9 +65,12 @@ MODELS = {
     "sasrec, sdpa, checkpointed": ("sasrec", {}),
     "sasrec, sdpa, compiled": ("sasrec", {}),
     "sasrec, naive": ("sasrec", {}),
+    "hstu": ("hstu", {}),
+    "lrurec": ("lrurec", {}),
     "linrec": ("linrec", {}),
     "lightsans": ("lightsans", {}),
 }
+NAIVE = ("sasrec, naive", "hstu")  # these hold a number for each pair of items
 
 
 def device() -> str:
@@ -78,26 +82,26 @@ def device() -> str:
 def make_model(name: str, length: int, num_items: int, **changes):
     """Return a model with random weights: hidden size 64, 2 layers, 2 heads, feed-forward 256, 16 interests."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
     import elastic_hf  # noqa: F401
 
-    model_type, settings = MODELS[name]
+    model_type, own = MODELS[name]
     settings = {
+        "vocab_size": num_items + 3,
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 256,
-        **settings,
+        "num_interest_experts": 16,
+        "num_latent_interests": 16,
+        "max_position_embeddings": length,
+        **own,
+        **changes,
     }
-    if model_type in ("elastic", "elastic_paper"):
-        settings["num_interest_experts"] = 16
-    else:
-        settings["max_position_embeddings"] = length
-    if model_type == "lightsans":
-        settings["num_latent_interests"] = 16
+    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, vocab_size=num_items + 3, **{**settings, **changes})
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in settings.items() if key in known})
     attention = {"attn_implementation": "eager"} if name == "sasrec, naive" else {}
     model = AutoModel.from_config(config, **attention)
     if name.endswith("compiled"):
@@ -204,7 +208,7 @@ def benchmark_models(args: argparse.Namespace) -> None:
     if len(batch_sizes) != len(args.lengths):
         raise ValueError(f"batch_sizes must be 1 or {len(args.lengths)} numbers, found {len(batch_sizes)}")
     for length, batch_size in zip(args.lengths, batch_sizes, strict=True):
-        names = [name for name in args.models if length <= args.longest_naive or name != "sasrec, naive"]
+        names = [name for name in args.models if length <= args.longest_naive or name not in NAIVE]
         names = [name for name in names if length in args.compiled_lengths or not name.endswith("compiled")]
         for subject in passes:
             steps = {}
@@ -602,7 +606,7 @@ HELP = {
     "lengths": "Items in a history.",
     "batch_sizes": "Histories in a batch: one number for each length, or one for all.",
     "compiled_lengths": "Lengths to compile for.",
-    "longest_naive": "Longest history of naive attention.",
+    "longest_naive": "Longest history of attention that holds a number for each pair of items.",
     "default_lengths": "Lengths of one user's training with the defaults of the configuration.",
     "models": "Models to measure.",
     "dtype": "Type of the weights in inference, of autocast in training.",

@@ -21,7 +21,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr  # noqa: E402
 
 import why  # noqa: E402
-from recommender import TOP_K, Recommender, Visit  # noqa: E402
+from titled_model import TOP_K, TitledModel, Visit  # noqa: E402
 
 
 # In a clone it lies beside the demo's folder, in a Space within it.
@@ -47,16 +47,16 @@ class Demo:
     What the page shows.
 
     Args:
-        recommender ([`Recommender`]): The model, and the titles of its items.
+        model ([`TitledModel`]): The model, and the titles of its items.
     """
 
-    def __init__(self, recommender: Recommender) -> None:
-        self.recommender = recommender
-        self.titles = recommender.titles
+    def __init__(self, model: TitledModel) -> None:
+        self.model = model
+        self.titles = model.titles
 
     def search(self, words: str) -> list:
         """Return the items that a search finds, and their buttons."""
-        items = self.recommender.search(words)
+        items = self.model.search(words)
         return [items, *self._buttons([self.titles[item] for item in items])]
 
     def show(self, visit: Visit, before: Visit) -> list:
@@ -74,7 +74,7 @@ class Demo:
         """Return why the item at a place is recommended, and which experts took the latest item."""
         if place >= len(visit.recommended):
             return ["", ""]
-        explanation, seconds = self.recommender.explain(visit, place)
+        explanation, seconds = self.model.explain(visit, place)
         history = [self.titles[item] for item in visit.token_ids]
         reasons = why.describe_contributions(explanation, history, self.titles[visit.recommended[place]])
         experts = why.describe_experts(explanation)
@@ -83,7 +83,7 @@ class Demo:
 
     def add_found(self, visit: Visit, items: list[int], place: int) -> list:
         """Add the item at a place of those that were found."""
-        return self.show(self.recommender.read(visit, [items[place]]), visit)
+        return self.show(self.model.read(visit, [items[place]]), visit)
 
     def add_recommended(self, visit: Visit, place: int) -> list:
         """Add the item that is recommended at a place."""
@@ -94,12 +94,12 @@ class Demo:
         before = visit
         for _ in range(FOLLOWED):
             if visit.recommended:
-                visit = self.recommender.read(visit, visit.recommended[:1])
+                visit = self.model.read(visit, visit.recommended[:1])
         return self.show(visit, before)
 
     def undo(self, visit: Visit) -> list:
         """Take the latest item away."""
-        return self.show(self.recommender.without_latest(visit), visit)
+        return self.show(self.model.without_latest(visit), visit)
 
     def clear(self) -> list:
         """Begin anew."""
@@ -135,9 +135,9 @@ def _move(item: int, place: int, before: Visit) -> str:
     return f"  · {'▲' if rise > 0 else '▼'} {abs(rise)}" if rise else ""
 
 
-def build(recommender: Recommender) -> gr.Blocks:
+def build(model: TitledModel) -> gr.Blocks:
     """Return the page."""
-    demo = Demo(recommender)
+    demo = Demo(model)
     with gr.Blocks(title="ELASTIC: recommendations with every click") as page:
         gr.Markdown(
             "# Recommendations with every click\nPick titles. ELASTIC reads each on top of a state of fixed size, and "
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", default=MODEL, help="Folder or Hub id of an ELASTIC model.")
     parser.add_argument("--titles_file", help="Titles of the items, such as MovieLens' movies.dat.")
     args = parser.parse_args()
-    page = build(Recommender(args.model_name_or_path, args.titles_file))
+    page = build(TitledModel(args.model_name_or_path, args.titles_file))
     theme = gr.themes.Soft(font=FONTS, font_mono=("monospace",))
     page.launch(theme=theme, css=CSS, share=False, footer_links=[])
 

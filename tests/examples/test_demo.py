@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModel, pipeline
 
 import elastic_hf  # noqa: F401
-from recommender import TOP_K, Recommender, Visit
+from titled_model import TOP_K, TitledModel, Visit
 
 
 pytest.importorskip("gradio", reason="the demo needs Gradio")
@@ -151,10 +151,10 @@ def test_a_recommendation_is_explained(page):
     page.get_by_role("button", name="Why 3?").click()
     expect(page.get_by_role("heading", name=f"Why {titles[2]}?")).to_be_visible()
 
-    recommender = Recommender(str(MODEL))
-    by_title = {title: item for item, title in recommender.titles.items()}
+    model = TitledModel(str(MODEL))
+    by_title = {title: item for item, title in model.titles.items()}
     items = [by_title[title] for title in history(page)[::-1]]
-    explanation, _ = recommender.explain(recommender.read(Visit(), items), 2)
+    explanation, _ = model.explain(model.read(Visit(), items), 2)
     rows = page.get_by_role("table", name="contributions").get_by_role("row").all_inner_texts()
     expected = dict(zip(history(page)[::-1], explanation.contributions[0, 2].tolist(), strict=True))
     found = [re.match(r"(.*)\t([+-]\d+\.\d\d)", row).groups() for row in rows]
@@ -215,14 +215,14 @@ def test_titles_of_a_file_stand_for_item_ids(tmp_path):
     (tmp_path / "movies.dat").write_bytes(
         "260::Étoiles <b>& co</b> (1977)::A|B\n1196::Two (1980)::A\n".encode("latin-1")
     )
-    model = EXAMPLES / "elastic-ml1m"
-    recommender = Recommender(str(model), str(tmp_path / "movies.dat"))
-    (found,) = recommender.search("étoiles")
-    assert recommender.titles[found] == "Étoiles <b>& co</b> (1977)"
-    assert recommender.titles[recommender.search("1210")[0]] == "1210"
+    folder = EXAMPLES / "elastic-ml1m"
+    model = TitledModel(str(folder), str(tmp_path / "movies.dat"))
+    (found,) = model.search("étoiles")
+    assert model.titles[found] == "Étoiles <b>& co</b> (1977)"
+    assert model.titles[model.search("1210")[0]] == "1210"
     (tmp_path / "movies.dat").write_text("0::None (1900)::A\n")
     with pytest.raises(ValueError, match="titles_file must name items of the model, such as 1, found none in"):
-        Recommender(str(model), str(tmp_path / "movies.dat"))
+        TitledModel(str(folder), str(tmp_path / "movies.dat"))
 
 
 def test_another_model_is_refused(tmp_path):
@@ -230,4 +230,4 @@ def test_another_model_is_refused(tmp_path):
 
     elastic_model(use_timestamps=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be an ELASTIC model that reads no times, found model_type='elastic'"):
-        Recommender(str(tmp_path))
+        TitledModel(str(tmp_path))

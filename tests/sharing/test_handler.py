@@ -3,14 +3,14 @@
 import importlib.util
 import json
 import shutil
-from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
 import torch
 
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
-from elastic_hf.models.pipeline import SequentialRecommendationPipeline
+from elastic_hf.models import request as bounds
+from elastic_hf.models.pipeline import BATCH_SIZE, SequentialRecommendationPipeline
 from elastic_hf.sharing.repository import TEMPLATES
 
 
@@ -97,9 +97,9 @@ def test_bad_requests_are_refused(endpoint, request_data, message):
         endpoint(request_data)
 
 
-def test_a_request_is_answered_up_to_its_bounds(endpoint, handler):
+def test_a_request_is_answered_up_to_its_bounds(endpoint):
     """Many histories are read together, and one of them may be long."""
-    inputs = [["a", "b"], ["c"] * handler.MAX_ITEMS, *[["d"]] * (handler.MAX_HISTORIES - 2)]
+    inputs = [["a", "b"], ["c"] * bounds.MAX_ITEMS, *[["d"]] * (bounds.MAX_HISTORIES - 2)]
     sizes = []
     hook = endpoint.pipeline.model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs.get("input_ids", args[0] if args else ()))),
@@ -107,18 +107,18 @@ def test_a_request_is_answered_up_to_its_bounds(endpoint, handler):
     )
     answer = endpoint({"inputs": inputs, "parameters": {"top_k": 2, "candidates": ["e", "f", "g"]}})
     hook.remove()
-    assert len(answer) == handler.MAX_HISTORIES and all(len(rows) == 2 for rows in answer)
-    assert sizes == [handler.BATCH_SIZE] * (handler.MAX_HISTORIES // handler.BATCH_SIZE)
+    assert len(answer) == bounds.MAX_HISTORIES and all(len(rows) == 2 for rows in answer)
+    assert sizes == [BATCH_SIZE] * (bounds.MAX_HISTORIES // BATCH_SIZE)
     assert_same(answer[0], endpoint.pipeline(["a", "b"], top_k=2, candidates=["e", "f", "g"]))
 
 
-def too_large(handler):
+def too_large():
     """Requests that are one above a bound, and what they are told."""
     histories, items, top_k, candidates = (
-        handler.MAX_HISTORIES + 1,
-        handler.MAX_ITEMS + 1,
-        handler.MAX_TOP_K + 1,
-        handler.MAX_CANDIDATES + 1,
+        bounds.MAX_HISTORIES + 1,
+        bounds.MAX_ITEMS + 1,
+        bounds.MAX_TOP_K + 1,
+        bounds.MAX_CANDIDATES + 1,
     )
     yield {"inputs": [["a"]] * histories}, f"inputs must hold at most 256 histories, found {histories}"
     yield {"inputs": [{"history": ["a"]}] * histories}, "inputs must hold at most 256 histories"
@@ -131,20 +131,20 @@ def too_large(handler):
     yield {"inputs": ["a"], "parameters": {"candidates": ["b"] * candidates}}, "candidates must be at most 10,000"
 
 
-def test_larger_requests_are_refused_before_anything_is_computed(endpoint, handler, monkeypatch):
+def test_larger_requests_are_refused_before_anything_is_computed(endpoint, monkeypatch):
     def compute(*args, **kwargs):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(endpoint, "pipeline", Mock(wraps=compute, parameter_names=endpoint.pipeline.parameter_names))
-    for request, message in too_large(handler):
+    monkeypatch.setattr(endpoint.pipeline, "preprocess", compute)
+    for request, message in too_large():
         with pytest.raises(ValueError, match=message):
             endpoint(request)
     with pytest.raises(AssertionError, match="computed"):
         endpoint({"inputs": ["a"]})
 
 
-def test_the_bounds_are_documented(handler):
-    text = " ".join(handler.__doc__.split())
-    assert f"at most {handler.MAX_HISTORIES} histories of {handler.MAX_ITEMS:,} items each" in text
-    assert f"at most {handler.MAX_TOP_K:,} recommendations" in text
-    assert f"at most {handler.MAX_CANDIDATES:,} candidates" in text
+def test_the_bounds_are_documented():
+    text = " ".join(bounds.__doc__.split())
+    assert f"at most {bounds.MAX_HISTORIES} histories of {bounds.MAX_ITEMS:,} items each" in text
+    assert f"at most {bounds.MAX_TOP_K:,} recommendations" in text
+    assert f"at most {bounds.MAX_CANDIDATES:,} candidates" in text

@@ -26,7 +26,7 @@ class Visit:
     seconds: float = 0.0  # of reading the latest item and ranking the catalogue
 
 
-class Recommender:
+class TitledModel:
     """
     An ELASTIC model, with the titles of its items.
 
