@@ -184,7 +184,8 @@ def build(model: TitledModel) -> gr.Blocks:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", default=MODEL, help="Folder or Hub id of an ELASTIC model.")
+    text = "Folder or Hub id of an ELASTIC model."
+    parser.add_argument("--model_name_or_path", default=MODEL, required=MODEL is None, help=text)
     parser.add_argument("--titles_file", help="Titles of the items, such as MovieLens' movies.dat.")
     args = parser.parse_args()
     page = build(TitledModel(args.model_name_or_path, args.titles_file))
