@@ -8,10 +8,11 @@ it again). `serve.py` does the same over HTTP.
         python examples/streaming.py --model_name_or_path outputs/shop --store users.sqlite
 
 Each line of the input is a user and an item, with a tab between them, in the order of time; for a model that reads
-times, another tab and the Unix seconds of the event follow. For each line the service reads the one new item on top of
-the user's state, stores the new state, and prints the user and the items most likely to come next. Started again with
-the same store, it goes on where it stopped; several processes may share a store. The same loop works with any store of
-bytes: LMDB, Redis, a table of a data warehouse.
+times, another tab and the Unix seconds of the event follow, and for one that reads features of events another tab and
+the value of each, in alphabetical order of their names, empty where it is not known. For each line the service reads
+the one new item on top of the user's state, stores the new state, and prints the user and the items most likely to
+come next. Started again with the same store, it goes on where it stopped; several processes may share a store. The
+same loop works with any store of bytes: LMDB, Redis, a table of a data warehouse.
 
 With `--event_ids` a last field names each event among those of its user, for 8 bytes each: one that is sent again,
 since the service was killed before it answered, is answered again and counts once.
@@ -65,21 +66,25 @@ def append(
     top_k: int,
     timestamp: float | None = None,
     event_id: str | None = None,
+    event_features: Tensor | None = None,
 ) -> Tensor:
-    """Read one new item of a user, which came at a `timestamp` if the model reads times, and return the `top_k` items
-    most likely to come next, as of that moment, best first, without those seen where the model leaves them out.
+    """Read one new item of a user, which came at a `timestamp` if the model reads times, with `event_features`,
+    (num_features,), if it reads any, and return the `top_k` items most likely to come next, as of that moment, best
+    first, without those seen where the model leaves them out.
 
     An event whose `event_id` is stored already is not read again, and the answer is that to the user's latest event.
 
     Raises:
         ValueError: if `token_id` is no item, another model made the user's state, fewer than `top_k` items are left,
-            or the time is missing or before the user's last one.
+            the time is missing or before the user's last one, or the features are missing or not those of the model.
     """
     item = torch.tensor([[token_id]])
-    times = {}
+    events = {}
     if timestamp is not None:
         now = torch.tensor([timestamp], dtype=torch.double)
-        times = {"timestamps": now[None], "request_timestamps": now}
+        events = {"timestamps": now[None], "request_timestamps": now}
+    if event_features is not None:
+        events["event_features"] = event_features[None, None]
     validate_token_ids("token_id", item, model.config.num_special_tokens, model.config)
     number = torch.tensor([] if event_id is None else [event_number(event_id)], dtype=torch.long)
     recommended = []
@@ -91,7 +96,7 @@ def append(
         if is_known:
             cache.check(model.base_model, 1)
         else:
-            outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(), **times)
+            outputs = model(item, cache=cache, use_cache=True, query=CatalogueQuery(), **events)
             others = {
                 "seen": torch.cat([others["seen"], item[0]]).unique(),
                 "event_numbers": torch.cat([others["event_numbers"], number]),
@@ -121,8 +126,9 @@ def main() -> int:
     model = AutoModel.from_pretrained(args.model_name_or_path, revision=args.revision).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
     store = UserStore(args.store)
-    names = ["a user", "an item"]
-    names += ["Unix seconds"] * model.config.use_timestamps + ["an event id"] * args.event_ids
+    features = [*model.config.event_features]
+    names = ["a user", "an item", *["Unix seconds"] * model.config.use_timestamps, *features]
+    names += ["an event id"] * args.event_ids
     status = 0
     for number, line in enumerate(sys.stdin.buffer, start=1):
         try:
@@ -134,8 +140,12 @@ def main() -> int:
             if token_id in tokenizer.all_special_ids:
                 raise ValueError(f"the model does not know the item {item!r}")
             event_id = others.pop() if args.event_ids else None
-            timestamp = to_seconds(*others) if others else None
-            token_ids = append(model, store, user, token_id, args.top_k, timestamp, event_id)
+            timestamp = to_seconds(others.pop(0)) if model.config.use_timestamps else None
+            event_features = None
+            if features:
+                columns = {name: [value or None] for name, value in zip(features, others, strict=True)}
+                event_features = torch.from_numpy(tokenizer.encode_events(columns)[0])
+            token_ids = append(model, store, user, token_id, args.top_k, timestamp, event_id, event_features)
         except ValueError as error:
             print(f"line {number}: {error}", file=sys.stderr, flush=True)
             status = 1

@@ -6,6 +6,7 @@ from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation
 
 
 NUM_TOKENS = 31
+EVENT_FEATURES = {"action": 4, "price": 0, "rating": 7}
 
 
 def elastic_config(**changes) -> ElasticConfig:
@@ -42,6 +43,17 @@ def histories(length: int = 7, batch_size: int = 3, padding: int = 2) -> tuple[t
     attention_mask = torch.ones_like(input_ids)
     attention_mask[0, :padding] = 0
     return input_ids * attention_mask, attention_mask
+
+
+def event_features(length: int = 7, batch_size: int = 3, padding: int = 2) -> torch.Tensor:
+    """Categories and numbers of the events of [`histories`], as `EVENT_FEATURES` says: (batch_size, length, 3), NaN at
+    the padding of the first row. Some are unknown."""
+    sizes = torch.tensor([*EVENT_FEATURES.values()])
+    generator = torch.Generator().manual_seed(length)
+    draws = torch.rand(batch_size, length, len(sizes), generator=generator)
+    features = torch.where(sizes > 0, (draws * (sizes + 1)).floor(), 4 * draws - 2)
+    features[0, :padding] = torch.nan
+    return features
 
 
 def times(length: int = 7, batch_size: int = 3, padding: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

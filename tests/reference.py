@@ -66,12 +66,20 @@ def time_phases(seconds):
     return [*map(math.cos, angles), *map(math.sin, angles)]
 
 
-def user_embeddings(model, input_ids, attention_mask, timestamps=None, request_timestamps=None):
+def event_vector(module, values):
+    """What an `EventFeatures` adds for one event: (F,) categories and numbers -> (D,), weight by weight."""
+    return sum(
+        feature.weight[:, 0] * value if isinstance(feature, torch.nn.Linear) else feature.weight[int(value)]
+        for feature, value in zip(module.features, values, strict=True)
+    )
+
+
+def user_embeddings(model, input_ids, attention_mask, timestamps=None, request_timestamps=None, event_features=None):
     """The user embedding of an `ElasticModel` at every item of (B, L) histories, zeros at padding: (B, L, D).
 
     One user, position, layer, head and expert at a time, from the compressed interests themselves. The interest memory
     and the feed-forward blocks work on one vector alone, and so are called on it. Timestamps and the times of what
-    comes after each item, -1 where that is not known, are (B, L), too.
+    comes after each item, -1 where that is not known, are (B, L), too; features of the events are (B, L, F).
     """
     config = model.config
     D, H, E = config.hidden_size, config.num_attention_heads, config.num_interest_experts
@@ -87,6 +95,9 @@ def user_embeddings(model, input_ids, attention_mask, timestamps=None, request_t
             pauses = pauses_before(seconds)
         for item in ids[mask == 1]:
             embedded.append(model.embed_tokens.weight[item])
+            if event_features is not None:
+                values = event_features[b][mask == 1][len(stream)]
+                embedded[-1] = embedded[-1] + event_vector(model.event_features, values)
             if timestamps is not None:
                 phases = torch.tensor(time_phases(seconds[len(stream)]), dtype=convolution.dtype)
                 pause = model.time.pause.weight[time_bucket(pauses[len(stream)])]

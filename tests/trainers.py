@@ -51,7 +51,13 @@ def make_model(model_type="elastic", **overrides):
     return AutoModel.from_config(AutoConfig.for_model(model_type, **{**config, **overrides}))
 
 
-def make_trainer(output_dir, model=None, callbacks=None, histories=None, options=None, **arguments):
+def with_events(rows, name, values):
+    """Rows with a column of features of their events, whose values are as many as the items of each whole history."""
+    lengths = [len(items) for items in rows["input_ids"]]
+    return rows.add_column(name, [row[:length] for row, length in zip(values, lengths, strict=True)])
+
+
+def make_trainer(output_dir, model=None, callbacks=None, histories=None, options=None, events=None, **arguments):
     defaults = dict(
         use_cpu=True,
         per_device_train_batch_size=16,
@@ -70,11 +76,18 @@ def make_trainer(output_dir, model=None, callbacks=None, histories=None, options
     config, datasets = model.config, [train_rows(histories), evaluation_rows(histories)]
     if config.use_timestamps:
         datasets = [with_times(rows, histories) for rows in datasets]
+    for name, values in (events or {}).items():
+        datasets = [with_events(rows, name, values) for rows in datasets]
     return SequentialRecommendationTrainer(
         model,
         TrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments}),
         SequentialRecommendationCollator(
-            0, 2, MAX_LENGTH, objective=config.training_objective, use_timestamps=config.use_timestamps
+            0,
+            2,
+            MAX_LENGTH,
+            objective=config.training_objective,
+            use_timestamps=config.use_timestamps,
+            event_features=[*config.event_features],
         ),
         train_dataset=datasets[0],
         eval_dataset=datasets[1],

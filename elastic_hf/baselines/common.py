@@ -11,6 +11,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..models.configuration_recommender import RecommenderConfig
+from ..models.event_features import EventFeatures, read_event_features
 from ..models.event_time import read_times
 from ..models.modeling_recommender import SequentialRecommenderMixin, validate_histories, validate_outputs
 
@@ -58,6 +59,7 @@ class BaselineModel(BaselinePreTrainedModel):
         last_position_only: bool = False,
         timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
+        event_features: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         r"""
@@ -69,17 +71,22 @@ class BaselineModel(BaselinePreTrainedModel):
             last_position_only (`bool`, defaults to `False`):
                 Compute the last layer at the last position only: `last_hidden_state` has shape
                 `(batch_size, 1, hidden_size)`.
-            timestamps, request_timestamps (`torch.Tensor`, *optional*):
-                With `use_timestamps`, as [`ElasticModel`] takes them.
+            timestamps, request_timestamps, event_features (`torch.Tensor`, *optional*):
+                With `use_timestamps` and `event_features`, as [`ElasticModel`] takes them.
         """
         attention_mask = validate_histories(input_ids, attention_mask, self.config)
         times = read_times(self, timestamps, request_timestamps, attention_mask, last_position_only)
+        events = dict(zip(("timestamps", "request_timestamps"), times, strict=False))
+        events |= read_event_features(self, event_features, attention_mask)
         is_recorded = validate_outputs(self, kwargs)
         if is_recorded or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return BaseModelOutput(self.encode(input_ids, attention_mask, last_position_only, *times))
+            return BaseModelOutput(self.encode(input_ids, attention_mask, last_position_only, **events))
         num_rows = max(1, MAX_POSITIONS // input_ids.shape[1])
-        batches = zip(*(x.split(num_rows) for x in (input_ids, attention_mask, *times)), strict=True)
-        encoded = [self.encode(ids, mask, last_position_only, *of_batch) for ids, mask, *of_batch in batches]
+        batches = zip(*(x.split(num_rows) for x in (input_ids, attention_mask, *events.values())), strict=True)
+        encoded = [
+            self.encode(ids, mask, last_position_only, **dict(zip(events, of_batch, strict=True)))
+            for ids, mask, *of_batch in batches
+        ]
         return BaseModelOutput(torch.cat(encoded))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
@@ -108,6 +115,7 @@ class ItemEmbeddings(nn.Module):
         self.max_position_embeddings = config.max_position_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.event_features = EventFeatures(config) if config.event_features else None
 
     def positions(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings of the positions of all histories: (B, L) -> (L, D)."""
@@ -116,9 +124,13 @@ class ItemEmbeddings(nn.Module):
             raise ValueError(f"input_ids must not be longer than max_position_embeddings ({longest}), found {length}")
         return self.embed_positions(torch.arange(longest - length, longest, device=input_ids.device))
 
-    def forward(self, input_ids: Tensor, scale: float = 1.0) -> Tensor:
-        """scale * e + p: (B, L) -> (B, L, D)"""
-        return self.embed_tokens(input_ids) * scale + self.positions(input_ids)
+    def forward(self, input_ids: Tensor, scale: float = 1.0, event_features: Tensor | None = None) -> Tensor:
+        """scale * e + p, with the features of its event in e: (B, L) and, of models that read them, (B, L, F) ->
+        (B, L, D)"""
+        embeddings = self.embed_tokens(input_ids)
+        if event_features is not None:
+            embeddings = embeddings + self.event_features(event_features)
+        return embeddings * scale + self.positions(input_ids)
 
 
 class SelfAttention(nn.Module):

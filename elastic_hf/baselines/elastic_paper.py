@@ -309,9 +309,7 @@ class ElasticPaperForSequentialRecommendation(BaselineForSequentialRecommendatio
         if self.model.memory is None:
             raise ValueError("num_memory_subkeys must be at least 1 for a model that retrieves slots, found 0")
         attention_mask = validate_histories(input_ids, attention_mask, self.config)
-        input_ids, attention_mask, _ = leave_out_special_tokens(
-            input_ids, attention_mask, self.config.num_special_tokens
-        )
+        input_ids, attention_mask, *_ = leave_out_special_tokens(input_ids, attention_mask, self.config)
         if self.config.training_objective == "masked_item":
             input_ids = F.pad(input_ids, (0, 1), value=self.config.mask_token_id)
             attention_mask = F.pad(attention_mask, (0, 1), value=True)

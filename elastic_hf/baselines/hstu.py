@@ -59,6 +59,7 @@ class HSTUConfig(RecommenderConfig):
 
     model_type = "hstu"
     supports_timestamps = True
+    supports_event_features = True
 
     num_hidden_layers: int = 2
     num_attention_heads: int = 1
@@ -160,8 +161,10 @@ class HSTUModel(BaselineModel, HSTUPreTrainedModel):
         last_position_only: bool,
         timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
+        event_features: Tensor | None = None,
     ) -> Tensor:
-        hidden_states = self.dropout(self.embeddings(input_ids, scale=math.sqrt(self.config.hidden_size)))
+        embeddings = self.embeddings(input_ids, math.sqrt(self.config.hidden_size), event_features)
+        hidden_states = self.dropout(embeddings)
         length = input_ids.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         mask = earlier & attention_mask[:, None, None]  # (B, 1, L, L)

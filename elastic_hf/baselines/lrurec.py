@@ -102,9 +102,11 @@ class LinearRecurrentUnit(nn.Module):
         # States add up thousands of items: float32 at least, whatever autocast says.
         with torch.autocast(inputs.device.type, enabled=False):
             inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+            weights = (self.log_decay, self.log_angle, self.log_scale)
+            decay, angle, scale = (weight.to(inputs.dtype).exp() for weight in weights)
             inputs = inputs.masked_fill(~attention_mask[..., None], 0.0).unflatten(-1, (-1, 2))
-            inputs = torch.view_as_complex(inputs) * self.log_scale.exp()  # (B, L, N)
-            log_factor = torch.complex(-self.log_decay.exp(), self.log_angle.exp())
+            inputs = torch.view_as_complex(inputs) * scale  # (B, L, N)
+            log_factor = torch.complex(-decay, angle)
             if last_position_only:
                 lags = torch.arange(inputs.shape[1] - 1, -1, -1, device=inputs.device)
                 states = (torch.exp(lags[:, None] * log_factor) * inputs).sum(dim=1, keepdim=True)

@@ -53,6 +53,7 @@ class SASRecConfig(TransformerConfig):
     """
 
     model_type = "sasrec"
+    supports_event_features = True
 
     num_attention_heads: int = 1
     intermediate_size: int = 64
@@ -137,8 +138,15 @@ class SASRecModel(BaselineModel, SASRecPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor, last_position_only: bool) -> Tensor:
-        hidden_states = self.dropout(self.embeddings(input_ids, scale=math.sqrt(self.config.hidden_size)))
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        last_position_only: bool,
+        event_features: Tensor | None = None,
+    ) -> Tensor:
+        embeddings = self.embeddings(input_ids, math.sqrt(self.config.hidden_size), event_features)
+        hidden_states = self.dropout(embeddings)
         mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=None)
         mask = open_diagonal(mask)
         last = len(self.layers) - 1

@@ -82,6 +82,12 @@ class DataArguments(ColumnArguments):
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the raw MovieLens files: no download."})
     items_file: str | None = field(default=None, metadata={"help": "File with the items' titles."})
     title_column: str | None = field(default=None, metadata={"help": "Column of the items' titles."})
+    event_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of what a new model reads of each event, such as a rating (elastic, sasrec, hstu)."
+        },
+    )
     k_core: int = field(default=5, metadata={"help": "Fewest interactions of each user and item."})
     split: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal."})
     validation_fraction: float = field(default=0.1, metadata={"help": "Share of interactions, temporal split only."})
@@ -145,7 +151,7 @@ class SeqRecTrainingArguments(TrainingArguments):
         default="",
         metadata={
             "help": "Folder of the model and its checkpoints; "
-            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-<variant>]."
+            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-with-<event columns>][-<variant>]."
         },
     )
     num_train_epochs: float = _stock("num_train_epochs", 16)
@@ -179,7 +185,7 @@ class SeqRecTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Where to copy all_results.json to: "
-            "<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-<variant>].json."
+            "<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-with-<event columns>][-<variant>].json."
         },
     )
     variant: str | None = field(

@@ -56,7 +56,7 @@ def test(trainer: SequentialRecommendationTrainer, users: Dataset, histories: Da
     config = PopularityConfig(vocab_size=model_config.vocab_size, exclude_seen=model_config.exclude_seen)
     popularity = PopularityForSequentialRecommendation(config)
     popularity.count_items(histories)
-    collator = replace(trainer.data_collator, use_timestamps=False)
+    collator = replace(trainer.data_collator, use_timestamps=False, event_features=())
     unreported = copy(trainer.args)  # popularity is no run of its own
     unreported.report_to = []
     counter = SequentialRecommendationTrainer(popularity, unreported, collator, eval_dataset=users)
@@ -154,8 +154,8 @@ def main(argv: Sequence[str]) -> None:
             report_to="none",
         )
         set_up_process(training_args)
-        histories, items, counts = read_histories(data_args, training_args)
-        tokenizer = make_tokenizer(args.model_name_or_path, data_args, items)
+        histories, items, counts = read_histories(data_args, training_args, args.model_name_or_path)
+        tokenizer = make_tokenizer(args.model_name_or_path, data_args, items, histories["train"])
         splits = tokenize(tokenizer, histories, data_args, training_args)
         model = AutoModel.from_pretrained(args.model_name_or_path)
         trainer = SequentialRecommendationTrainer(model, training_args, processing_class=tokenizer)

@@ -11,7 +11,9 @@ are free. States are of one model: `step.onnx` names it in its metadata, as `mod
 
 Of a model with `use_timestamps` both programs also take `timestamps`, of shape (batch, length), and
 `request_timestamps`, of shape (batch,), in Unix seconds as float64: when the items came, and for which moment to
-recommend, or -1. The state then holds `last_timestamps` as well, -1 for a new user.
+recommend, or -1. The state then holds `last_timestamps` as well, -1 for a new user. Of a model with `event_features`
+both take `event_features`, of shape (batch, length, features), float32: the categories and standardised numbers of
+`event_columns` in `tokenizer_config.json`, in alphabetical order.
 
 Each program is run by ONNX Runtime on histories of several lengths before the command ends, and must give PyTorch's
 logits to 1e-5, and its states to 1e-5 of their largest value.
@@ -42,7 +44,7 @@ except ImportError as error:
 
 
 # Inputs whose second axis is the length of the histories.
-HISTORIES = ("input_ids", "attention_mask", "timestamps")
+HISTORIES = ("input_ids", "attention_mask", "timestamps", "event_features")
 
 
 class History(nn.Module):
@@ -72,8 +74,8 @@ class Step(nn.Module):
 
 
 def make_inputs(model: nn.Module, batch_size: int, length: int, with_state: bool) -> dict[str, Tensor]:
-    """Random histories, the first with padding where it is long enough, with times for a model that reads them, and
-    states of users who have read some."""
+    """Random histories, the first with padding where it is long enough, with times and event features for a
+    model that reads them, and states of users who have read some."""
     config = model.config
     generator = torch.Generator().manual_seed(length)
     num_before = 9
@@ -90,6 +92,11 @@ def make_inputs(model: nn.Module, batch_size: int, length: int, with_state: bool
         seconds = 1.7e9 + pauses.cumsum(dim=1)
         inputs |= {"timestamps": seconds[:, num_before:-1], "request_timestamps": seconds[:, -1]}
         before["timestamps"] = seconds[:, :num_before]
+    if config.event_features:
+        sizes = torch.tensor([*config.event_features.values()])
+        draws = torch.rand(batch_size, num_before + length, len(sizes), generator=generator)
+        features = torch.where(sizes > 0, (draws * (sizes + 1)).floor(), draws)
+        inputs["event_features"], before["event_features"] = features[:, num_before:], features[:, :num_before]
     if with_state:
         with torch.no_grad():
             inputs |= model(**before, use_cache=True).cache.tensors

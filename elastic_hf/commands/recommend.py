@@ -4,11 +4,13 @@
     elastic-hf recommend --model_name_or_path outputs/shop --input_file shop.csv --output_file recommended.parquet
 
 A history is given as item ids or titles, oldest first; for a model that reads times, `--timestamps` say when each
-came, in Unix seconds, and `--now` for which moment to recommend. The recommendations for a file are a Parquet file
+came, in Unix seconds, and `--now` for which moment to recommend; for a model that reads features of events,
+`--event_features '{"rating": [5, 3]}'` holds their values. The recommendations for a file are a Parquet file
 with one row for each user and place: `user_id`, `rank` (from 1), `item_id` and `score` (larger is better, comparable
 for one user only).
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +41,10 @@ class RecommendationArguments(ColumnArguments):
     now: float | None = field(
         default=None, metadata={"help": "For which moment to recommend, in Unix seconds; by default the present one."}
     )
+    event_features: str | None = field(
+        default=None,
+        metadata={"help": 'Features of the events, for a model that reads them: JSON such as {"rating": [5, 3]}.'},
+    )
     input_file: str | None = field(default=None, metadata={"help": "File or folder of interactions instead."})
     output_file: str | None = field(default=None, metadata={"help": "Parquet file of the recommendations for a file."})
     top_k: int = field(default=10, metadata={"help": "Number of items for each history."})
@@ -62,8 +68,9 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("set history or input_file, one of them")
     if (args.input_file is None) != (args.output_file is None):
         raise ValueError("input_file and output_file belong together, found one of them")
-    if args.history is None and args.timestamps is not None:
-        raise ValueError("timestamps belong to a history, those of an input_file stand in it")
+    for name in ("timestamps", "event_features"):
+        if args.history is None and getattr(args, name) is not None:
+            raise ValueError(f"{name} belong to a history, those of an input_file stand in it")
     if args.output_file is not None:
         make_folder(Path(args.output_file).parent, "the folder of output_file")
     recommend = pipeline(
@@ -81,16 +88,30 @@ def main(argv: Sequence[str]) -> None:
     if args.history is None:
         recommend_for_file(recommend, args)
         return
-    history = args.history
+    history = {**read_event_features(args.event_features), "history": args.history}
     if uses_timestamps:
-        history = {"history": history, "timestamps": args.timestamps, "now": args.now}
+        history |= {"timestamps": args.timestamps, "now": args.now}
     for rank, item in enumerate(recommend(history), start=1):
         print(f"{rank:4}  {item['item']}  {item['title'] or ''}".rstrip())
 
 
+def read_event_features(text: str | None) -> dict[str, list]:
+    """Return the lists of values that the command line gives as JSON."""
+    try:
+        features = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"event_features must be JSON, found {text!r}: {error}") from error
+    if not isinstance(features, dict):
+        raise ValueError(f"event_features must be a JSON object of lists, found {text!r}")
+    return features
+
+
 def recommend_for_file(recommend: SequentialRecommendationPipeline, args: RecommendationArguments) -> None:
     """Write the recommendations for all users of the input file, or leave an older output file as it was."""
-    users = load_histories(args.input_file, **args.reading, k_core=0, split="none").histories["train"]
+    config = recommend.model.config
+    event_columns = [*config.event_features]
+    loaded = load_histories(args.input_file, **args.reading, event_columns=event_columns, k_core=0, split="none")
+    users = loaded.histories["train"]
     schema = pa.schema(
         {
             "user_id": users.features.arrow_schema.field("user_id").type,
@@ -101,13 +122,11 @@ def recommend_for_file(recommend: SequentialRecommendationPipeline, args: Recomm
     )
     with written_whole(Path(args.output_file)) as stream, pq.ParquetWriter(stream, schema) as writer:
         for batch in users.iter(args.batch_size):
-            histories = batch["item_ids"]
-            if recommend.model.config.use_timestamps:
-                timestamps = batch.get("timestamps") or [None] * len(histories)
-                histories = [
-                    {"history": items, "timestamps": times, "now": args.now}
-                    for items, times in zip(histories, timestamps, strict=True)
-                ]
+            columns = {"history": batch["item_ids"], **{name: batch[name] for name in event_columns}}
+            if config.use_timestamps:
+                columns["timestamps"] = batch.get("timestamps") or [None] * len(batch["item_ids"])
+                columns["now"] = [args.now] * len(batch["item_ids"])
+            histories = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             recommended = recommend(histories, batch_size=len(batch["user_id"]))
             writer.write_table(pa.Table.from_pylist([*rows_of(batch["user_id"], recommended)], schema))
     print(f"{args.output_file}: {args.top_k:,} items for each of {len(users):,} users")

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import TrainingArguments, set_seed
+from transformers import AutoConfig, TrainingArguments, set_seed
 
 from ..data.histories import Histories, load_histories
 from ..models.configuration_recommender import RecommenderConfig
@@ -34,8 +34,20 @@ def set_up_process(training_args: TrainingArguments) -> None:
     set_seed(training_args.seed)
 
 
-def read_histories(data_args: DataArguments, training_args: TrainingArguments) -> Histories:
-    """Return the histories of all splits, the items and the counts."""
+def read_histories(
+    data_args: DataArguments, training_args: TrainingArguments, model_name_or_path: str | None = None
+) -> Histories:
+    """Return the histories of all splits, the items and the counts; with the event columns that a trained model reads,
+    where there is one."""
+    event_columns = sorted(data_args.event_columns or [])
+    if model_name_or_path is not None:
+        read = [*AutoConfig.from_pretrained(model_name_or_path).event_features]
+        if event_columns not in ([], read):
+            raise ValueError(
+                f"event_columns must be those of {model_name_or_path}, {', '.join(read) or None}, found "
+                f"{', '.join(event_columns)}"
+            )
+        event_columns = read
     if data_args.split == "none":
         raise ValueError("split must be 'leave_one_out' or 'temporal', which hold out something to evaluate on")
     with training_args.main_process_first(local=False, desc="loading the interactions"):
@@ -44,6 +56,7 @@ def read_histories(data_args: DataArguments, training_args: TrainingArguments) -
             **data_args.reading,
             data_dir=data_args.data_dir,
             title_column=data_args.title_column,
+            event_columns=event_columns,
             items_file=data_args.items_file,
             dataset_config_name=data_args.dataset_config_name,
             dataset_split=data_args.dataset_split,
@@ -57,13 +70,16 @@ def read_histories(data_args: DataArguments, training_args: TrainingArguments) -
     return loaded
 
 
-def make_tokenizer(model_name_or_path: str | None, data_args: DataArguments, items: Dataset) -> ElasticItemTokenizer:
-    """Return the tokenizer of the catalogue, or that of the trained model, which must know the catalogue.
+def make_tokenizer(
+    model_name_or_path: str | None, data_args: DataArguments, items: Dataset, events: Dataset
+) -> ElasticItemTokenizer:
+    """Return the tokenizer of the catalogue and the training `events`, or that of the trained model, which must know
+    the catalogue.
 
     Its `model_max_length` is the number of items that the model sees.
     """
     if model_name_or_path is None:
-        return ElasticItemTokenizer.from_items(items, model_max_length=data_args.max_length or DEFAULT_MAX_LENGTH)
+        return ElasticItemTokenizer.from_items(items, data_args.max_length or DEFAULT_MAX_LENGTH, events)
     tokenizer = ElasticItemTokenizer.from_pretrained(model_name_or_path)
     token_ids = np.array(tokenizer.convert_tokens_to_ids(items["item_id"][:]))
     num_unknown = int((token_ids == tokenizer.unk_token_id).sum())
@@ -88,7 +104,8 @@ def tokenize(
 
 def describe_protocol(data_args: DataArguments, config: RecommenderConfig) -> str:
     """Return how the results say that the data were split and the catalogue ranked, and what the model was told."""
-    return data_args.protocol + (", target times given" if config.use_timestamps else "")
+    events = f", events with {' and '.join(config.event_features)}" if config.event_features else ""
+    return data_args.protocol + (", target times given" if config.use_timestamps else "") + events
 
 
 def settings_of(config: RecommenderConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -33,6 +34,7 @@ from ..data.collator import SequentialRecommendationCollator
 from ..data.windows import split_into_windows
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
+from ..models.modeling_recommender import unsharded
 from ..plots import figures_of
 from ..registry import MODELS
 from ..results import RESULTS_FILE, SUFFIXES, RunResults, describe_machine, git_commit, written_whole
@@ -71,10 +73,11 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
-    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-<variant>]`."""
+    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-with-<event columns>][-<variant>]`."""
     parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
     timed = "timed" if model_args.use_timestamps else None
-    parts += [part for part in (data_args.regime, timed, training_args.variant) if part is not None]
+    events = "-".join(["with", *sorted(data_args.event_columns)]) if data_args.event_columns else None
+    parts += [part for part in (data_args.regime, timed, events, training_args.variant) if part is not None]
     return "-".join(parts)
 
 
@@ -131,6 +134,7 @@ def make_config(
     else:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     config.use_timestamps = config.use_timestamps or model_args.use_timestamps
+    config.event_features = tokenizer.event_features
     try:
         overrides = model_args.config_overrides or ""
         if is_new and "exclude_seen" not in overrides:
@@ -186,6 +190,7 @@ def make_trainer(
         max_length=tokenizer.model_max_length,
         objective=model.config.training_objective,
         use_timestamps=model.config.use_timestamps,
+        event_features=[*model.config.event_features],
         mask_probability=training_args.mask_probability,
     )
     patience = training_args.early_stopping_patience
@@ -209,6 +214,8 @@ def describe_run(
     launcher = "elastic-hf train"
     if args.world_size > 1:
         launcher = f"torchrun --nproc_per_node {args.world_size} -m elastic_hf train"
+    if trainer.is_fsdp_enabled and args.fsdp is None:
+        argv = [*argv, "--fsdp"]
     return RunResults(
         model_type=config.model_type,
         seed=args.seed,
@@ -269,9 +276,10 @@ def save_model(trainer: SequentialRecommendationTrainer) -> None:
 def describe_experts(model: PreTrainedModel, results: RunResults) -> None:
     """Add the half-lives of the experts, (num_attention_heads, num_interest_experts), in items and in seconds."""
     experts = model.model.experts
-    results.expert_half_lives = experts.half_lives.detach().cpu().numpy().round(2).tolist()
-    if experts.half_lives_seconds is not None:
-        results.expert_half_lives_seconds = experts.half_lives_seconds.detach().cpu().numpy().round(2).tolist()
+    with unsharded(model), torch.no_grad():
+        results.expert_half_lives = experts.half_lives.cpu().numpy().round(2).tolist()
+        if experts.half_lives_seconds is not None:
+            results.expert_half_lives_seconds = experts.half_lives_seconds.cpu().numpy().round(2).tolist()
 
 
 def derived_files(
@@ -340,12 +348,12 @@ def run(
         logger.info(f"Resuming from {checkpoint}")
 
     # 1. Interactions -> histories -> token ids
-    histories, items, counts = read_histories(data_args, training_args)
-    tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items)
+    histories, items, counts = read_histories(data_args, training_args, model_args.model_name_or_path)
+    tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items, histories["train"])
     splits = tokenize(tokenizer, histories, data_args, training_args)
     train_dataset = splits["train"]
     if training_args.split_into_windows:
-        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length)
+        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length, [*tokenizer.event_columns])
 
     # 2. Model and trainer
     config = make_config(model_args, tokenizer, counts)

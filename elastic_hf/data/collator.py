@@ -32,6 +32,10 @@ class SequentialRecommendationCollator:
     `request_timestamps`: in training when each label came, in evaluation when the target came, the row's
     `target_timestamp`, or -1, with `know_request=False`: a time that the model is not told.
 
+    With `event_features` a row holds a column of each of these names, as many values as items, as the tokenizer makes
+    them, and a batch `event_features`, of shape `(batch_size, length, num_features)`, 0 at padding: those of the items
+    that are read, and of no label or target.
+
     The random objectives draw from PyTorch's global generator, once per batch. [`SequentialRecommendationTrainer`]
     seeds it by the epoch and the rows of the batch, so that a resumed run goes on with the same draws.
 
@@ -43,11 +47,13 @@ class SequentialRecommendationCollator:
         mask_probability (`float`, *optional*, defaults to 0.2): Share of masked items, in (0, 1].
         use_timestamps (`bool`, *optional*, defaults to `False`): Whether the model reads times; `"next_item"` only.
         know_request (`bool`, *optional*, defaults to `True`): Whether an evaluation tells when the target came.
+        event_features (`Sequence[str]`, *optional*): Those of the model's configuration, in its order; `"next_item"`
+            only.
 
     Raises:
         `ValueError`: for an unknown objective, a `max_length` below 1, a `mask_probability` outside (0, 1], a training
-        history of fewer than two items, an empty evaluation history, timestamps that are missing or not as many as
-        the items, or a batch that mixes both kinds of rows.
+        history of fewer than two items, an empty evaluation history, timestamps or event features that are missing
+        or not as many as the items, or a batch that mixes both kinds of rows.
     """
 
     pad_token_id: int
@@ -57,6 +63,7 @@ class SequentialRecommendationCollator:
     mask_probability: float = 0.2
     use_timestamps: bool = False
     know_request: bool = True
+    event_features: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -67,6 +74,8 @@ class SequentialRecommendationCollator:
             raise ValueError(f"mask_probability must be in (0, 1], found {self.mask_probability}")
         if self.use_timestamps and self.objective != "next_item":
             raise ValueError(f"use_timestamps needs objective='next_item', found {self.objective!r}")
+        if self.event_features and self.objective != "next_item":
+            raise ValueError(f"event_features needs objective='next_item', found {self.objective!r}")
 
     def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor]:
         num_targets = sum("target" in feature for feature in features)
@@ -74,35 +83,30 @@ class SequentialRecommendationCollator:
             raise ValueError(f"all rows of a batch or none must have a target, found {num_targets} of {len(features)}")
         histories = [np.asarray(feature["input_ids"]) for feature in features]
         shortest = min(len(history) for history in histories)
-        timestamps = self._timestamps(features, histories) if self.use_timestamps else None
+        timestamps = _aligned(features, histories, "timestamps") if self.use_timestamps else None
+        events = [_aligned(features, histories, name) for name in self.event_features]
         if num_targets:
             if shortest < 1:
                 raise ValueError("an evaluation history must have at least 1 item, found an empty one")
             batch = self._evaluation_batch(histories, [feature["target"] for feature in features])
             if timestamps is not None:
                 batch |= self._evaluation_times(timestamps, features)
-            return batch
+            return batch | self._event_features(events, slice(-self.max_length, None))
         if shortest < 2:
             raise ValueError(f"a training history must have at least 2 items, found one of {shortest}")
         batch = getattr(self, f"_{self.objective}_batch")(histories)
         if timestamps is not None:
             batch |= self._next_item_times(timestamps)
-        return batch
+        return batch | self._event_features(events, slice(-self.max_length - 1, -1))
 
     @staticmethod
-    def _timestamps(features: Sequence[dict], histories: list[np.ndarray]) -> list[np.ndarray]:
-        """Return the timestamps of each history, checked for their number."""
-        timestamps = []
-        for row, (feature, history) in enumerate(zip(features, histories, strict=True)):
-            if "timestamps" not in feature:
-                raise ValueError(f"with use_timestamps a row must have timestamps, found {', '.join(feature)}")
-            timestamps.append(np.asarray(feature["timestamps"]))
-            if len(timestamps[-1]) != len(history):
-                raise ValueError(
-                    f"timestamps must be as many as the items of a history, {len(history)} in row {row}, "
-                    f"found {len(timestamps[-1])}"
-                )
-        return timestamps
+    def _event_features(events: list[list[np.ndarray]], read: slice) -> dict[str, torch.Tensor]:
+        """Return the features of the items that are read of each history, if there are any: a column of histories for
+        each feature -> (B, L, F)."""
+        if not events:
+            return {}
+        columns = [pad_left([values[read] for values in histories], 0)[0] for histories in events]
+        return {"event_features": torch.from_numpy(np.stack(columns, axis=-1, dtype=np.float32))}
 
     def _next_item_times(self, timestamps: list[np.ndarray]) -> dict[str, torch.Tensor]:
         """Return when the inputs of training rows and their labels came."""
@@ -174,6 +178,22 @@ class SequentialRecommendationCollator:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         return np.random.default_rng([int(torch.randint(2**62, ())), rank])
+
+
+def _aligned(features: Sequence[dict], histories: list[np.ndarray], name: str) -> list[np.ndarray]:
+    """Return a column of values of the items of each history, checked for their number."""
+    columns = []
+    for row, (feature, history) in enumerate(zip(features, histories, strict=True)):
+        if name not in feature:
+            asked = "use_timestamps" if name == "timestamps" else "event_features"
+            raise ValueError(f"with {asked} a row must have {name}, found {', '.join(feature)}")
+        columns.append(np.asarray(feature[name]))
+        if len(columns[-1]) != len(history):
+            raise ValueError(
+                f"{name} must be as many as the items of a history, {len(history)} in row {row}, "
+                f"found {len(columns[-1])}"
+            )
+    return columns
 
 
 def pad_left(rows: list[np.ndarray], padding: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Which columns of a source hold its users, items, timestamps and titles."""
+"""Which columns of a source hold its users, items, timestamps and titles, and what else its events carry."""
 
 import logging
 import re
@@ -23,6 +23,10 @@ COMMON_NAMES = {
     "createdat",
     "title": "title name itemtitle itemname movietitle producttitle productname",
 }
+# What an event column is called where it stands beside the roles.
+EVENT_PREFIX = "event: "
+# Columns of histories, which are therefore no names of event columns.
+RESERVED_NAMES = ("user_id", "item_ids", "input_ids", "timestamps", "target", "target_timestamp", "history", "now")
 # Columns that tell interactions apart, which a history of items does not.
 WEIGHT_NAMES = set(
     "rating ratings rate stars star score overall action actiontype event eventtype eventname behavior behaviour "
@@ -43,9 +47,15 @@ class Columns(NamedTuple):
     item: str | None = None
     timestamp: str | None = None
     title: str | None = None
+    events: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The columns that the source has of the first four, by their role."""
+        return {role: name for role, name in zip(DEFAULT_NAMES, self, strict=False) if name is not None}
 
     def wanted(self) -> list[str]:
-        return list(dict.fromkeys(name for name in self if name is not None))
+        return list(dict.fromkeys([*self.roles.values(), *self.events]))
 
 
 @dataclass
@@ -56,10 +66,12 @@ class ColumnRequest:
     Attributes:
         names (`dict[str, str]`): Those whose names the caller gives, by their role.
         roles (`tuple[str]`): Those that a source must have; without `timestamp` its rows come in time order.
+        events (`tuple[str]`): Those of features of events.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     roles: tuple[str, ...] = ("user", "item", "timestamp")
+    events: tuple[str, ...] = ()
 
     def find(
         self, found: Sequence[str], source: str | Path, keys: Sequence[str] = (), is_first_line: bool = False
@@ -88,7 +100,7 @@ class ColumnRequest:
                         f"{source}: column {DEFAULT_NAMES[role]!r} is missing, found {shorten([*found, *keys])}{hint}"
                     )
                 names[role] = name
-        columns = Columns(**names)
+        columns = Columns(**names, events=self.events)
         check_columns([*found, *(key for key in keys if key not in found)], columns.wanted(), source)
         if columns.user == columns.item:
             raise ValueError(f"{source}: users and items must be two columns, found {columns.user!r} for both")
@@ -107,8 +119,8 @@ class ColumnRequest:
         """Log the columns that were recognised by a common name, and those that would tell interactions apart."""
         recognised = [
             f"{name!r} as {role}"
-            for role, name in columns._asdict().items()
-            if name is not None and role not in self.names and name != DEFAULT_NAMES[role]
+            for role, name in columns.roles.items()
+            if role not in self.names and name != DEFAULT_NAMES[role]
         ]
         if recognised:
             logger.warning(f"{source}: reading {', '.join(recognised)}")

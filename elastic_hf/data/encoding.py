@@ -1,4 +1,5 @@
-"""From a column of ids to dense codes, so that every later step is a NumPy operation on integers."""
+"""From a column of ids to dense codes, so that every later step is a NumPy operation on integers; and event columns,
+each in one piece and one type."""
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,32 @@ def encode_ids(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     ranks = np.empty(len(ids), np.int32)
     ranks[order.to_numpy()] = np.arange(len(ids), dtype=np.int32)
     return ids.take(order), ranks[codes]
+
+
+def encode_events(column: pa.ChunkedArray) -> pa.Array:
+    """Return an event column in one piece: text as the integers, numbers or booleans that it all stands for, if it
+    does, and what there are few of as a dictionary."""
+    if column.type == TEXT_ID:
+        encoded = join_dictionaries(column)
+        types = (pa.int64(), pa.float64(), pa.bool_(), pa.string())
+        values = next(cast for type_ in types if (cast := cast_if_all(encoded.dictionary, type_)) is not None)
+        return pa.DictionaryArray.from_arrays(encoded.indices, values)
+    if pa.types.is_large_string(column.type):
+        return join_dictionaries(column.cast(pa.string()).dictionary_encode())
+    return pa.concat_arrays(column.chunks)
+
+
+def decode_events(values: pa.Array) -> pa.Array:
+    """Return what is left of an event column without a dictionary."""
+    return values.dictionary.take(values.indices) if pa.types.is_dictionary(values.type) else values
+
+
+def cast_if_all(text: pa.Array, type_: pa.DataType) -> pa.Array | None:
+    """Return strings as values of a type, if each of them is one."""
+    try:
+        return text.cast(type_)
+    except pa.ArrowInvalid:
+        return None
 
 
 def join_dictionaries(column: pa.ChunkedArray) -> pa.DictionaryArray:

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value
 
 from .cache import move_to_content_name, temporary_folder
-from .columns import ColumnRequest
-from .encoding import encode_ids
+from .columns import RESERVED_NAMES, ColumnRequest
+from .encoding import decode_events, encode_ids
 from .interactions import (
     MIN_INTERACTIONS,
     Interactions,
@@ -53,8 +53,9 @@ class Histories(NamedTuple):
     Attributes:
         histories (`DatasetDict`):
             Splits `train`, `validation` and `test`, memory-mapped, one row per user: `user_id`, `item_ids` (oldest
-            first), `timestamps` (Unix seconds, as long as `item_ids`; only where the source has time) and, in
-            `validation` and `test`, `target`: the item to predict after `item_ids`, and its `target_timestamp`.
+            first), `timestamps` (Unix seconds, as long as `item_ids`; only where the source has time), the event
+            columns asked for (as long as `item_ids`, too) and, in `validation` and `test`, `target`: the item to
+            predict after `item_ids`, and its `target_timestamp`.
         items (`Dataset`):
             One row per item, sorted by `item_id`: `item_id`, `title` (null where unknown) and `count` (interactions to
             train on, also those of users who are left out of `train`).
@@ -80,6 +81,7 @@ def load_histories(
     item_column: str | None = None,
     timestamp_column: str | None = None,
     title_column: str | None = None,
+    event_columns: Sequence[str] = (),
     column_names: Sequence[str] | None = None,
     in_time_order: bool = False,
     items_file: str | os.PathLike | None = None,
@@ -101,7 +103,8 @@ def load_histories(
     2. A user's rows are ordered by time; rows with equal timestamps, and all rows of a source without time, keep the
        order in which the source has them.
     3. Rows equal in user, item and timestamp are one interaction: the first is kept, the others are counted in
-       `counts["num_duplicates"]` and reported as a warning. A source without time keeps its repeats.
+       `counts["num_duplicates"]` and reported as a warning, whatever their event columns hold. A source without time
+       keeps its repeats.
     4. Users with fewer than `k_core` or three interactions (one, where nothing is held out) and items with fewer than
        `k_core` are removed, again and again until none is left, and counted in `counts["num_filtered_users"]` and
        `counts["num_filtered"]`.
@@ -137,6 +140,10 @@ def load_histories(
             name no zone, and integers where no row has a fraction of a second.
         title_column (`str`, *optional*):
             Column of the source with the items' titles; an item's first title counts.
+        event_columns (`Sequence[str]`, *optional*):
+            Columns of the source with what else is known of each interaction, such as a rating or an action: strings,
+            booleans, integers or finite numbers, null where nothing is known. In text files they are integers, numbers
+            or booleans if all of a column are written as such.
         column_names (`Sequence[str]`, *optional*):
             All columns of text files that have no header.
         in_time_order (`bool`, *optional*, defaults to `False`):
@@ -179,10 +186,17 @@ def load_histories(
         raise ValueError("title_column and items_file both give titles: set only one of them")
     if isinstance(column_names, str):
         raise ValueError(f"column_names must be a list of all columns, found {column_names!r}")
+    if isinstance(event_columns, str) or len({*event_columns}) < len(event_columns):
+        raise ValueError(f"event_columns must be a list of distinct columns, found {event_columns!r}")
+    reserved = [name for name in event_columns if name in RESERVED_NAMES]
+    if reserved:
+        raise ValueError(f"event_columns must not be called {', '.join(RESERVED_NAMES)}, found {reserved[0]!r}")
     if cache_dir is None:
         cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / "elastic_hf"
     cache_dir = Path(cache_dir)
-    request = _request_columns(user_column, item_column, timestamp_column, title_column, in_time_order)
+    request = _request_columns(
+        user_column, item_column, timestamp_column, title_column, tuple(event_columns), in_time_order
+    )
 
     table, titles = read_source(source, request, column_names, data_dir, dataset_config_name, dataset_split, cache_dir)
     if items_file is not None:
@@ -268,7 +282,12 @@ def _check_arguments(
 
 
 def _request_columns(
-    user: str | None, item: str | None, timestamp: str | None, title: str | None, in_time_order: bool
+    user: str | None,
+    item: str | None,
+    timestamp: str | None,
+    title: str | None,
+    events: tuple[str, ...],
+    in_time_order: bool,
 ) -> ColumnRequest:
     if in_time_order and timestamp is not None:
         raise ValueError(
@@ -276,7 +295,7 @@ def _request_columns(
         )
     names = {"user": user, "item": item, "timestamp": timestamp, "title": title}
     names = {role: name for role, name in names.items() if name is not None}
-    return ColumnRequest(names, ("user", "item") if in_time_order else ("user", "item", "timestamp"))
+    return ColumnRequest(names, ("user", "item") if in_time_order else ("user", "item", "timestamp"), events)
 
 
 def _write_splits(
@@ -290,6 +309,8 @@ def _write_splits(
         if interactions.timestamps is not None:
             is_integer = interactions.timestamps.dtype == np.int64
             features["timestamps"] = List(Value("int64" if is_integer else "float64"))
+        for column, values in interactions.events.items():
+            features[column] = List(Value(str(decode_events(values[:0]).type)))
         if name != "train":
             features["target"] = item_type
             if "timestamps" in features:
@@ -314,6 +335,8 @@ def _history_batches(
         }
         if interactions.timestamps is not None:
             batch["timestamps"] = pa.ListArray.from_arrays(offsets, pa.array(interactions.timestamps[indices]))
+        for name, values in interactions.events.items():
+            batch[name] = pa.ListArray.from_arrays(offsets, decode_events(values.take(pa.array(indices))))
         if with_target:
             targets = starts[batch_rows] + lengths
             batch["target"] = item_ids.take(pa.array(items[targets]))

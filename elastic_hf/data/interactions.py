@@ -1,12 +1,13 @@
 """Rows as codes: sorted by user and time, without duplicates and without users and items that have too few of them."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from .encoding import drop_unused, encode_ids
+from .columns import EVENT_PREFIX
+from .encoding import drop_unused, encode_events, encode_ids
 
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class Interactions:
         user_ids, item_ids (`pyarrow.Array`): The distinct ids, sorted.
         users, items (`np.ndarray` of shape `(num_rows,)`): The index of each row's user and item among them.
         timestamps (`np.ndarray` of shape `(num_rows,)`, *optional*): Unix seconds.
+        events (`dict[str, pyarrow.Array]`): The values of each event column, `num_rows` of them.
     """
 
     user_ids: pa.Array
@@ -31,6 +33,7 @@ class Interactions:
     users: np.ndarray
     items: np.ndarray
     timestamps: np.ndarray | None
+    events: dict[str, pa.Array] = field(default_factory=dict)
 
     def keep(self, rows: np.ndarray) -> None:
         """Keep some rows, given by their indices or by a mask, in that order."""
@@ -38,14 +41,23 @@ class Interactions:
         self.items = self.items[rows]
         if self.timestamps is not None:
             self.timestamps = self.timestamps[rows]
+        if self.events:
+            indices = pa.array(np.flatnonzero(rows) if rows.dtype == bool else rows)
+            self.events = {name: values.take(indices) for name, values in self.events.items()}
 
 
 def encode_rows(table: pa.Table) -> Interactions:
-    """Return the rows of a table with the columns `user`, `item` and, where there is time, `timestamp`."""
+    """Return the rows of a table with the columns `user`, `item` and, where there is time, `timestamp`, and those of
+    events."""
     user_ids, users = encode_ids(table["user"])
     item_ids, items = encode_ids(table["item"])
     timestamps = table["timestamp"].to_numpy() if "timestamp" in table.column_names else None
-    return Interactions(user_ids, item_ids, users, items, timestamps)
+    events = {
+        name.removeprefix(EVENT_PREFIX): encode_events(table[name])
+        for name in table.column_names
+        if name.startswith(EVENT_PREFIX)
+    }
+    return Interactions(user_ids, item_ids, users, items, timestamps, events)
 
 
 def warn_of_milliseconds(interactions: Interactions) -> None:

@@ -18,7 +18,7 @@ from .files import open_bytes, open_text
 logger = logging.getLogger(__name__)
 
 NUM_SAMPLED_LINES = 1_000  # they tell which columns there are, and of which types
-ARROW_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+ARROW_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
 
 
 class JsonReader:
@@ -103,7 +103,9 @@ def _kind(value: Any) -> str | None:
     """Return what a JSON value is, None if a column of interactions cannot hold it."""
     if isinstance(value, str):
         return "a string" if value.isprintable() or _is_utf_8(value) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return "a boolean"
+    if not isinstance(value, int | float):
         return None
     return "a number" if isinstance(value, float) or -(2**63) <= value < 2**63 else None
 

@@ -1,4 +1,4 @@
-"""From files to checked Arrow tables with the columns `user`, `item`, `timestamp` and `title`."""
+"""From files to checked Arrow tables with the columns `user`, `item`, `timestamp`, `title` and those of events."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from .columns import ColumnRequest, Columns, check_columns
+from .columns import EVENT_PREFIX, ColumnRequest, Columns, check_columns
 from .encoding import TEXT_ID
 from .files import ENDINGS, JSON_SUFFIXES, TEXT_SUFFIXES, kind_of
 from .json_reader import JsonReader
@@ -111,13 +111,16 @@ def read_files(
 def _concatenate(tables: dict[Path, pa.Table]) -> pa.Table:
     first_path, first = next(iter(tables.items()))
     for path, table in tables.items():
-        for name in ("user", "item", "title"):
-            if name in table.column_names and table[name].type != first[name].type:
+        for name in table.column_names:
+            types = {table[name].type, first[name].type}
+            # Numbers may be integers and floats, and all values of an event column missing.
+            if len(types - {pa.null()}) > 1 and types != {pa.int64(), pa.float64()}:
+                column = name.removeprefix(EVENT_PREFIX)
                 raise ValueError(
-                    f"{path}: column {name!r} must have the type it has in {first_path}, {first[name].type}, found "
+                    f"{path}: column {column!r} must have the type it has in {first_path}, {first[name].type}, found "
                     f"{table[name].type}"
                 )
-    return pa.concat_tables(tables.values(), promote_options="permissive")  # timestamps may be integers and floats
+    return pa.concat_tables(tables.values(), promote_options="permissive")
 
 
 def _hive_keys(path: Path) -> dict[str, str | None]:

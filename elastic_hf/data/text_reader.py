@@ -147,7 +147,7 @@ class TextReader:
         return self._read_blocks(columns, block_size, use_threads=False)  # only this counts rows
 
     def _read_blocks(self, columns: Columns, block_size: int, use_threads: bool) -> pa.Table:
-        ids = [name for name in (columns.user, columns.item, columns.title) if name is not None]
+        ids = [name for name in (columns.user, columns.item, columns.title, *columns.events) if name is not None]
         with open_bytes(self.path) as file:
             return pa.csv.read_csv(
                 file,

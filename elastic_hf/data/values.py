@@ -1,4 +1,4 @@
-"""From the values of columns, as people write them, to ids and Unix seconds."""
+"""From the values of columns, as people write them, to ids, Unix seconds and features of events."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .columns import Columns
-from .encoding import TEXT_ID, join_dictionaries
+from .columns import EVENT_PREFIX, Columns
+from .encoding import TEXT_ID, cast_if_all, join_dictionaries
 
 
 LARGEST_EXACT_FLOAT = 2.0**53
@@ -21,7 +21,8 @@ TIME_ZONE = r"[T ].*(Z|[+-]\d{2}(:?\d{2})?)$"
 
 def check_rows(table: pa.Table, columns: Columns, source: str | Path, position: Callable[[int], str]) -> pa.Table:
     """
-    Check the rows of a source and rename its columns to `user`, `item`, `timestamp` and `title`.
+    Check the rows of a source and rename its columns to `user`, `item`, `timestamp` and `title`; the names of event
+    columns get a prefix.
 
     Args:
         table (`pyarrow.Table`): The source's columns, of any type.
@@ -31,17 +32,18 @@ def check_rows(table: pa.Table, columns: Columns, source: str | Path, position: 
 
     Returns:
         `pyarrow.Table`: ids as int64, strings or `TEXT_ID`, timestamps as int64 or float64, titles as strings or
-        `TEXT_ID`.
+        `TEXT_ID`, event columns as bool, int64, float64, strings or `TEXT_ID`.
 
     Raises:
         ValueError: if a value is missing or is not what its column holds; the message names the row.
     """
     checked = {}
-    for role, name in columns._asdict().items():
-        if name is not None:
-            column = _Column(table[name], name, source, position)
-            convert = {"timestamp": column.to_seconds, "title": column.to_titles}.get(role, column.to_ids)
-            checked[role] = convert()
+    for role, name in columns.roles.items():
+        column = _Column(table[name], name, source, position)
+        convert = {"timestamp": column.to_seconds, "title": column.to_titles}.get(role, column.to_ids)
+        checked[role] = convert()
+    for name in columns.events:
+        checked[EVENT_PREFIX + name] = _Column(table[name], name, source, position).to_events()
     return pa.table(checked)
 
 
@@ -73,6 +75,26 @@ class _Column:
         if not (pa.types.is_large_string(values.type) or pa.types.is_integer(values.type)):
             raise self._wrong_type("strings")
         return values.cast(pa.large_string())
+
+    def to_events(self) -> pa.ChunkedArray:
+        """Return categories or finite numbers, null where there is none; what text stands for is not decided here."""
+        if self.values.type == TEXT_ID:
+            encoded = join_dictionaries(self.values)
+            if (numbers := cast_if_all(encoded.dictionary, pa.float64())) is not None:
+                self._reject(_not_finite(numbers.take(encoded.indices)), "a finite number")
+            return self.values
+        values = self._decode()
+        if pa.types.is_decimal(values.type):
+            values = values.cast(pa.float64())
+        if pa.types.is_floating(values.type):
+            self._reject(_not_finite(values), "a finite number")
+        elif pa.types.is_integer(values.type):
+            values = self._cast(values, pa.int64(), "an integer of at most 64 bits")
+        elif not (
+            pa.types.is_large_string(values.type) or pa.types.is_boolean(values.type) or pa.types.is_null(values.type)
+        ):
+            raise self._wrong_type("strings, booleans, integers or numbers")
+        return values
 
     def to_seconds(self) -> pa.ChunkedArray:
         """Return Unix seconds as int64, or as float64 where the values are floats or have fractions of a second."""
@@ -171,6 +193,10 @@ class _Column:
 
     def _wrong_type(self, expected: str) -> ValueError:
         return ValueError(f"{self.source}: column {self.name!r} must hold {expected}, found type {self.values.type}")
+
+
+def _not_finite(numbers: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    return pc.fill_null(pc.invert(pc.is_finite(numbers)), False)
 
 
 def _take_from_dictionary(column: pa.DictionaryArray) -> pa.Array:

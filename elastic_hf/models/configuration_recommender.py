@@ -1,7 +1,7 @@
 """What every recommender here is configured by: the catalogue, the head and the training."""
 
 import math
-from dataclasses import fields
+from dataclasses import field, fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -10,6 +10,8 @@ from transformers.activations import ACT2FN
 
 TRAINING_OBJECTIVES = ("next_item", "masked_item", "prefix")
 TRAINING_LOSSES = ("full_softmax", "sampled_softmax", "gbce", "bce")
+# What else a history of the pipeline holds, beside the features of its events.
+HISTORY_KEYS = ("history", "timestamps", "now")
 
 
 @strict
@@ -48,6 +50,9 @@ class RecommenderConfig(PreTrainedConfig):
         request_dropout (`float`, defaults to 0.3):
             With `use_timestamps`: the share of training histories whose requests have no time, so that the model can
             do without.
+        event_features (`dict[str, int]`, defaults to none):
+            What events carry beside their items and times, in alphabetical order, by models that can read it: the
+            number of categories of each event column, or 0 for a column of numbers.
         num_special_tokens (`int`, defaults to 3):
             The first token ids, which are no items: padding, unknown, mask.
         pad_token_id (`int`, defaults to 0):
@@ -59,6 +64,7 @@ class RecommenderConfig(PreTrainedConfig):
     """
 
     supports_timestamps = False
+    supports_event_features = False
     keys_to_ignore_at_inference = ["hidden_states", "attentions", "user_embeddings", "cache"]
 
     vocab_size: int = 1000
@@ -73,6 +79,7 @@ class RecommenderConfig(PreTrainedConfig):
     gbce_calibration: float | int = 0.75
     use_timestamps: bool = False
     request_dropout: float | int = 0.3
+    event_features: dict[str, int] = field(default_factory=dict)
     num_special_tokens: int = 3
     pad_token_id: int = 0
     mask_token_id: int = 2
@@ -82,6 +89,7 @@ class RecommenderConfig(PreTrainedConfig):
         if not __name__.startswith("transformers_modules"):
             # The pipeline of this package is registered: without it Transformers would ask to trust the repository's.
             kwargs.pop("custom_pipelines", None)
+        self.event_features = dict(sorted(self.event_features.items()))  # as config.json is sorted
         super().__post_init__(**kwargs)
 
     @property
@@ -91,10 +99,10 @@ class RecommenderConfig(PreTrainedConfig):
 
     def validate_numbers(self):
         """Numbers are finite and not negative."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for known in fields(self):
+            value = getattr(self, known.name)
             if isinstance(value, float) and not 0 <= value < math.inf:
-                raise ValueError(f"{field.name} must be a finite number of at least 0, found {value}")
+                raise ValueError(f"{known.name} must be a finite number of at least 0, found {value}")
 
     def validate_tokens(self):
         """Special tokens come first and leave room for items."""
@@ -142,6 +150,21 @@ class RecommenderConfig(PreTrainedConfig):
             raise ValueError(f"use_timestamps must be False for {self.model_type}, which reads no times, found True")
         if self.training_objective != "next_item":
             raise ValueError(f"use_timestamps needs training_objective='next_item', found {self.training_objective!r}")
+
+    def validate_event_features(self):
+        """Only some models read features of events, and only where each position predicts the next event."""
+        for name, size in self.event_features.items():
+            if name in HISTORY_KEYS:
+                raise ValueError(f"event_features must not be called {', '.join(HISTORY_KEYS)}, found {name!r}")
+            if size < 0:
+                raise ValueError(f"event_features[{name!r}] must be a number of categories, or 0, found {size}")
+        if not self.event_features:
+            return
+        names = ", ".join(self.event_features)
+        if not self.supports_event_features:
+            raise ValueError(f"event_features must be empty for {self.model_type}, which reads none, found {names}")
+        if self.training_objective != "next_item":
+            raise ValueError(f"event_features needs training_objective='next_item', found {self.training_objective!r}")
 
     def _validate_at_least(self, smallest: int, *names: str):
         for name in names:

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
+from .event_features import given_event_features, read_event_features
 from .event_time import given_times, read_times
 from .limits import MAX_POSITIONS, limit
-from .modeling_recommender import evaluating, validate_histories
+from .modeling_recommender import evaluating, sharded_modules, validate_histories
 
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def explain(
     top_k: int = 10,
     timestamps: Tensor | None = None,
     request_timestamps: Tensor | None = None,
+    event_features: Tensor | None = None,
 ) -> ElasticExplanation:
     """Show which experts took each interaction, how far back they look, and which items carried the recommendations.
 
@@ -66,20 +68,31 @@ def explain(
         input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `recommend`.
         attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `recommend`.
         top_k (`int`, defaults to 10): how many recommendations are explained.
-        timestamps, request_timestamps (`torch.Tensor`, *optional*): as in `recommend`.
+        timestamps, request_timestamps, event_features (`torch.Tensor`, *optional*): as in `recommend`.
 
     Returns:
         [`ElasticExplanation`]
 
     Raises:
-        ValueError: if a history holds a special token, such as an unknown item, and as `recommend`.
+        ValueError: if a history holds a special token, such as an unknown item, if FSDP2 shards the model, and as
+            `recommend`.
     """
+    if sharded_modules(model):
+        raise ValueError(
+            "model must be whole to be explained, found one that FSDP2 shards: load it from where it was saved"
+        )
     attention_mask = validate_histories(input_ids, attention_mask, model.config)
     timestamps, request_timestamps = given_times(
         model, timestamps, request_timestamps, len(input_ids), input_ids.device
     )
+    event_features = given_event_features(event_features, input_ids.device)
     recommended = model.recommend(
-        input_ids, attention_mask, top_k, timestamps=timestamps, request_timestamps=request_timestamps
+        input_ids,
+        attention_mask,
+        top_k,
+        timestamps=timestamps,
+        request_timestamps=request_timestamps,
+        event_features=event_features,
     )
     is_special = attention_mask & (input_ids < model.config.num_special_tokens)
     if is_special.any():
@@ -93,9 +106,10 @@ def explain(
     with evaluating(model):
         times = read_times(base, timestamps, request_timestamps, attention_mask, last_position_only=True)
         events = base.to_events(attention_mask, None, *times[:1])
-        embeddings = base.embed(input_ids, *events)
+        events |= read_event_features(base, event_features, attention_mask)
+        embeddings = base.embed(input_ids, **events)
         stream = base.to_stream(embeddings, attention_mask)[0]
-        sigmoids, log_forget = base.experts(stream, *events[1:])
+        sigmoids, log_forget = base.experts(stream, events.get("pauses"))
         interests = base.project(pool_history(stream, sigmoids, log_forget, attention_mask))
         hidden_states, last, bias = base.to_readers(base.scale(embeddings[:, -1:]), stream[:, -1:], *times)
         for layer, (key, value) in zip(base.layers, interests, strict=True):
@@ -103,7 +117,9 @@ def explain(
             logits = query.to(key.dtype) @ key.mT / math.sqrt(key.shape[-1])  # (B, H, 1, E)
             shares.append(sum(bias, logits).softmax(dim=-1))
             hidden_states = layer(hidden_states, last, attention_mask[:, -1:], dispatch, key, value, *bias)
-    without = _scores_without(model, recommended.token_ids, input_ids, attention_mask, timestamps, request_timestamps)
+    given = {"input_ids": input_ids, "timestamps": timestamps, "event_features": event_features}
+    given = {name: values for name, values in given.items() if values is not None}
+    without = _scores_without(model, recommended.token_ids, attention_mask, request_timestamps, given)
     assignments = to_exponent(sigmoids, sigmoids.new_zeros(())).unflatten(-1, (num_heads, -1)).softmax(dim=-1)
     weights = final_weights(sigmoids, log_forget) * attention_mask[:, None]  # (B, M, L)
     weights = (weights / weights.sum(dim=-1, keepdim=True)).unflatten(1, (num_heads, -1))  # (B, H, E, L)
@@ -120,26 +136,26 @@ def explain(
 def _scores_without(
     model: "ElasticForSequentialRecommendation",
     token_ids: Tensor,
-    input_ids: Tensor,
     attention_mask: Tensor,
-    timestamps: Tensor | None,
     request_timestamps: Tensor | None,
+    given: dict[str, Tensor],
 ) -> Tensor:
-    """The scores of `token_ids`, (B, K), after each history without each of its items in turn: (B, K, L)."""
-    batch_size, length = input_ids.shape
+    """The scores of `token_ids`, (B, K), after each history without each of its items in turn: (B, K, L).
+
+    What is given of a history has the shape (B, L) or (B, L, F).
+    """
+    batch_size, length = attention_mask.shape
     weight = model.get_output_embeddings().weight[token_ids]  # (B, K, D)
-    positions = torch.arange(length, device=input_ids.device)
+    positions = torch.arange(length, device=token_ids.device)
     scores = []
-    for left_out in positions.split(max(1, limit(MAX_POSITIONS, input_ids.device) // input_ids.numel())):
+    for left_out in positions.split(max(1, limit(MAX_POSITIONS, token_ids.device) // attention_mask.numel())):
         # What came before the item moves up by one, and leaves padding at the front.
-        order = positions - (positions <= left_out[:, None]).long()
-        is_there = (order >= 0) & attention_mask[:, order.clamp(min=0)]  # (B, number left out, L)
-        times = {}
-        if timestamps is not None:
-            times["timestamps"] = timestamps[:, order.clamp(min=0)].flatten(0, 1)
-            times["request_timestamps"] = request_timestamps.repeat_interleave(len(left_out))
-        shortened = input_ids[:, order.clamp(min=0)].flatten(0, 1)
-        users = model.get_user_embeddings(shortened, is_there.flatten(0, 1), **times)
+        order = positions - (positions <= left_out[:, None]).long()  # (number left out, L)
+        is_there = (order >= 0) & attention_mask[:, order.clamp(min=0)]
+        shortened = {name: values[:, order.clamp(min=0)].flatten(0, 1) for name, values in given.items()}
+        if request_timestamps is not None:
+            shortened["request_timestamps"] = request_timestamps.repeat_interleave(len(left_out))
+        users = model.get_user_embeddings(attention_mask=is_there.flatten(0, 1), **shortened)
         dtype = torch.promote_types(users.dtype, torch.float32)
         scores.append(weight.to(dtype) @ users.unflatten(0, (batch_size, -1)).to(dtype).mT)
     return torch.cat(scores, dim=-1)

@@ -2,7 +2,8 @@
 
 The vocabulary is a WordLevel `tokenizer.json`, so that plain `AutoTokenizer.from_pretrained` gives the same token ids
 where this package is not installed. `items.parquet` lies beside it and keeps what a vocabulary of strings cannot: the
-original type of the item ids, the titles, and how often the items occur in the training histories.
+original type of the item ids, the titles, and how often the items occur in the training histories. What is known of
+event columns, such as their categories, stands in `tokenizer_config.json`.
 
 Token ids: `[PAD]` 0, `[UNK]` 1, `[MASK]` 2, then the items from 3 on, in the order they were given.
 """
@@ -20,6 +21,8 @@ from tokenizers.models import WordLevel
 from transformers import TokenizersBackend
 from transformers.utils import to_py_obj
 
+from .event_columns import encode_event_column, encode_event_lists, learn_event_column
+
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[MASK]")
 PAD_TOKEN, UNK_TOKEN, MASK_TOKEN = SPECIAL_TOKENS
@@ -29,6 +32,8 @@ ITEMS_FILE = "items.parquet"
 HISTORIES_PER_BATCH = 10_000
 # Columns of histories that stay as they are.
 UNCHANGED = ("timestamps", "target_timestamp")
+# Columns of histories that are not those of features of events.
+NO_FEATURES = ("user_id", "item_ids", "target", *UNCHANGED)
 
 
 class ElasticItemTokenizer(TokenizersBackend):
@@ -52,7 +57,7 @@ class ElasticItemTokenizer(TokenizersBackend):
     _items: pa.Table | None = None
 
     @classmethod
-    def from_items(cls, items: Any, model_max_length: int) -> "ElasticItemTokenizer":
+    def from_items(cls, items: Any, model_max_length: int, events: Any = None) -> "ElasticItemTokenizer":
         """Builds the tokenizer of a catalogue.
 
         Args:
@@ -61,14 +66,20 @@ class ElasticItemTokenizer(TokenizersBackend):
                 `title` (strings, null where unknown) and `count` (integers, the interactions in the training
                 histories), such as the `items` of [`load_histories`]; or the item ids alone.
             model_max_length (`int`): Longest history, in items, that `truncation=True` keeps.
+            events (`datasets.Dataset`, *optional*):
+                The training histories, such as those of [`load_histories`] with `event_columns`: their further columns
+                of lists are features of events. Their categories, or the mean and the standard deviation of their
+                numbers, are learned here and nowhere else.
 
         Raises:
             ValueError: If an item id is null, empty, given twice or contains a special token, if the ids are neither
-                integers nor strings, if there are none, or if a count is no integer of at least 0.
+                integers nor strings, if there are none, or if a count is no integer of at least 0; or if an event
+                column holds no lists of strings, booleans or finite numbers.
         """
         if isinstance(model_max_length, bool) or not isinstance(model_max_length, Integral) or model_max_length < 1:
             raise ValueError(f"model_max_length must be an integer of at least 1, found {model_max_length!r}")
         table = _as_item_table(items)
+        event_columns = {} if events is None else _learn_event_columns(events)
         vocabulary = [*SPECIAL_TOKENS, *table["item_id"].cast(pa.string()).to_pylist()]
         # No pre-tokenizer: an item id with spaces stays whole.
         backend = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNK_TOKEN))
@@ -81,6 +92,7 @@ class ElasticItemTokenizer(TokenizersBackend):
             truncation_side="left",
             model_max_length=int(model_max_length),
             model_input_names=["input_ids", "attention_mask"],
+            **({"event_columns": event_columns} if event_columns else {}),
         )
         tokenizer._items = table
         return tokenizer
@@ -122,6 +134,42 @@ class ElasticItemTokenizer(TokenizersBackend):
             vocabulary = sorted(self.get_vocab().items(), key=lambda token_and_id: token_and_id[1])
             self._items = _as_item_table([token for token, _ in vocabulary[NUM_SPECIAL_TOKENS:]])
         return self._items
+
+    @property
+    def event_columns(self) -> dict[str, dict[str, Any]]:
+        """`dict`: of each event column, in alphabetical order, the `categories`, of which the first has number 1, or
+        the `mean` and the `deviation` of the numbers."""
+        return dict(sorted(self.init_kwargs.get("event_columns", {}).items()))
+
+    @property
+    def event_features(self) -> dict[str, int]:
+        """`dict`: the `event_features` of the configuration of a model that reads them."""
+        return {name: len(known.get("categories", ())) for name, known in self.event_columns.items()}
+
+    def encode_events(self, columns: Any) -> np.ndarray:
+        """What a model reads as the features of the events of one history.
+
+        Args:
+            columns (`dict`): A list of values for each event column, None where there is none.
+
+        Returns:
+            `np.ndarray` of shape `(num_events, num_features)`: Categories, 0 where a value is none of the training
+            events, and standardised numbers, 0 where there is none, in the order of `event_columns`.
+
+        Raises:
+            ValueError: If a column is missing, or holds values of another kind than in the training events.
+        """
+        encoded = []
+        for name, known in self.event_columns.items():
+            if name not in columns:
+                raise ValueError(f"event column {name!r} must be given, found {', '.join(map(repr, columns)) or None}")
+            values = columns[name]
+            try:
+                array = pa.array(values.tolist() if hasattr(values, "tolist") else values)
+            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"event column {name!r} must hold values of one kind, found {values!r}") from error
+            encoded.append(encode_event_column(name, array, known).to_numpy())
+        return np.stack(encoded, axis=1)
 
     def __call__(self, text: Any = None, *args, **kwargs):
         return super().__call__(None if text is None else _as_strings(text), *args, **kwargs)
@@ -179,16 +227,24 @@ class ElasticItemTokenizer(TokenizersBackend):
         Returns:
             `datasets.DatasetDict` or `datasets.IterableDatasetDict`: The same splits with `user_id` (where there is
             one), `input_ids` (`List(int32)`, the whole history, untruncated) and `target` (int32 token id, in
-            evaluation splits), and `timestamps` and `target_timestamp` as they are.
+            evaluation splits), the event columns as [`encode_events`] makes numbers of them (`List(float32)`), and
+            `timestamps` and `target_timestamp` as they are.
 
         Raises:
-            ValueError: If a split is empty, does not name its columns or has no `item_ids`, if `num_proc` is given
-                for a stream, and as [`encode_histories`].
+            ValueError: If a split is empty, does not name its columns, has no `item_ids` or lacks an event column, if
+                `num_proc` is given for a stream, if an event column is not as long as `item_ids` or holds values of
+                another kind than in the training events, and as [`encode_histories`].
         """
         tokenized = type(histories)()
         for name, split in histories.items():
             if "item_ids" not in (split.column_names or ()):
                 raise ValueError(f"split {name!r} must have the column 'item_ids', found {split.column_names}")
+            missing = [column for column in self.event_columns if column not in split.column_names]
+            if missing:
+                raise ValueError(
+                    f"split {name!r} must have the event columns {', '.join(self.event_columns)}, found no "
+                    f"{', '.join(missing)}"
+                )
             is_stream = not hasattr(split, "__len__")
             # `Dataset.map` would hand an empty split back with its old columns.
             if not is_stream and len(split) == 0:
@@ -207,11 +263,13 @@ class ElasticItemTokenizer(TokenizersBackend):
             for column in UNCHANGED:
                 if column in split.column_names:
                     types[column] = split.features.arrow_schema.field(column).type
+            types |= dict.fromkeys(self.event_columns, pa.list_(pa.float32()))
             tokenized[name] = (
                 split.with_format("arrow")
                 .map(
                     _tokenize_batch,
-                    fn_kwargs={"item_ids": self.items["item_id"]},
+                    fn_kwargs={"item_ids": self.items["item_id"], "event_columns": self.event_columns},
+                    with_indices=True,
                     batched=True,
                     batch_size=HISTORIES_PER_BATCH,
                     remove_columns=[column for column in split.column_names if column not in types],
@@ -353,11 +411,27 @@ def _encode_lists(lists: pa.Array | pa.ChunkedArray, item_ids: pa.ChunkedArray) 
     return pa.ListArray.from_arrays(offsets, _encode(lists.flatten(), item_ids))
 
 
-def _tokenize_batch(table: pa.Table, item_ids: pa.ChunkedArray) -> pa.Table:
+def _learn_event_columns(events: Any) -> dict[str, dict[str, Any]]:
+    """What is known of the columns of lists of training histories."""
+    learned = {}
+    for name in sorted({*events.column_names} - {*NO_FEATURES}):
+        lists = events.select_columns(name).with_format("arrow")[:][name]
+        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+            raise ValueError(f"event column {name!r} must hold lists, found type {lists.type}")
+        learned[name] = learn_event_column(name, pc.list_flatten(lists))
+    return learned
+
+
+def _tokenize_batch(
+    table: pa.Table, rows: list[int], item_ids: pa.ChunkedArray, event_columns: dict[str, dict[str, Any]]
+) -> pa.Table:
     columns = {"input_ids": _encode_lists(table["item_ids"], item_ids)}
     if "user_id" in table.column_names:
         columns = {"user_id": table["user_id"], **columns}
     if "target" in table.column_names:
         columns["target"] = _encode(table["target"].combine_chunks(), item_ids)
     columns |= {column: table[column] for column in UNCHANGED if column in table.column_names}
+    for name, known in event_columns.items():
+        num_items = columns["input_ids"].value_lengths()
+        columns[name] = encode_event_lists(name, table[name].combine_chunks(), known, num_items, rows[0])
     return pa.table(columns)

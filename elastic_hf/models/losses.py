@@ -89,16 +89,19 @@ def full_softmax_loss(
 
 def _trainable_weights(lm_head: nn.Module) -> list[Tensor]:
     """The trainable parameters, and the tensors that a wrapper (such as FSDP) has put in their place."""
+    must = "lm_head must hold its trainable weights whole, on its device, to train with the full softmax"
+    if hasattr(lm_head, "unshard"):
+        raise ValueError(
+            f"{must}, found a {type(lm_head).__name__}, which FSDP2 gathers for each call: shard it with the model"
+        )
     weights = {}
     for module in lm_head.modules():
         for weight in (*module.parameters(recurse=False), *vars(module).values()):
             if not isinstance(weight, Tensor) or not weight.requires_grad:
                 continue
-            if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
-                raise ValueError(
-                    "lm_head must hold its trainable weights whole, on its device, to train with the full softmax, "
-                    f"found a {type(weight).__name__} on {weight.device}"
-                )
+            if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.numel() == 0:
+                shape = tuple(weight.shape)
+                raise ValueError(f"{must}, found a {type(weight).__name__} of shape {shape} on {weight.device}")
             weights[id(weight)] = weight
     return list(weights.values())
 

@@ -9,7 +9,8 @@
     user embedding = norm(h_t)
 
 With `use_timestamps`, e_j also holds the pause before the event and its time of day, week and year; an expert forgets
-in the pauses, too; and h_t, the first query and the logits of all experts hold the same of the request.
+in the pauses, too; and h_t, the first query and the logits of all experts hold the same of the request. With
+`event_features`, e_j holds those of the event as well.
 
 Serving compresses a history once and runs the layers at its last position alone: depth, the feed-forward block and
 the memory cost nothing per item of the history.
@@ -47,6 +48,7 @@ from .dispatcher_attention import (
     read_chunks,
     to_exponent,
 )
+from .event_features import EventFeatures, read_event_features
 from .event_time import pauses_before, read_times
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
@@ -55,6 +57,7 @@ from .modeling_recommender import (
     SequentialRecommenderMixin,
     evaluating,
     leave_out_special_tokens,
+    unsharded,
     validate_histories,
     validate_outputs,
 )
@@ -252,6 +255,7 @@ class ElasticModel(ElasticPreTrainedModel):
         self.stream = ElasticStream(config)
         self.experts = ElasticInterestExperts(config)
         self.time = ElasticTime(config) if config.use_timestamps else None
+        self.event_features = EventFeatures(config) if config.event_features else None
         # Of each head, for all layers: the projections of what its experts hold, or of the items.
         head_size = config.hidden_size // config.num_attention_heads
         self.key_value = nn.ModuleList(
@@ -273,6 +277,7 @@ class ElasticModel(ElasticPreTrainedModel):
         use_cache: bool = False,
         timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
+        event_features: Tensor | None = None,
         **kwargs,
     ) -> ElasticModelOutput:
         r"""
@@ -293,6 +298,9 @@ class ElasticModel(ElasticPreTrainedModel):
             request_timestamps (`torch.Tensor` of the same type, *optional*):
                 When what comes next is asked for, after each position or, with `last_position_only`, of shape
                 `(batch_size,)`; -1, as without it, is a time that is not known.
+            event_features (`torch.FloatTensor`, `(batch_size, history_length, num_features)`, *optional*):
+                With `event_features` in the configuration: categories, from 0 on, and standardised numbers, in the
+                order of the names there, as the tokenizer makes them.
         """
         attention_mask = validate_histories(input_ids, attention_mask, self.config)
         validate_outputs(self, kwargs)
@@ -303,14 +311,15 @@ class ElasticModel(ElasticPreTrainedModel):
         last_timestamps = None if cache is None else cache.last_timestamps
         times = read_times(self, timestamps, request_timestamps, attention_mask, last_position_only, last_timestamps)
         events = self.to_events(attention_mask, last_timestamps, *times[:1])
+        events |= read_event_features(self, event_features, attention_mask)
         if last_position_only:
             hidden_states, stream, *states = self.compress(input_ids, attention_mask, cache, events)
             read, interests = dispatch, self.project(states[0])
         else:
-            embeddings = self.embed(input_ids, *events)
+            embeddings = self.embed(input_ids, **events)
             stream, _ = self.to_stream(embeddings, attention_mask)
             hidden_states = self.scale(embeddings)
-            read, interests = read_chunks, self.chunk(stream, attention_mask, *events[1:])
+            read, interests = read_chunks, self.chunk(stream, attention_mask, events.get("pauses"))
         hidden_states, stream, bias = self.to_readers(hidden_states, stream, *times)
         readers = attention_mask[:, -hidden_states.shape[1] :]
         for layer, of_layer in zip(self.layers, interests, strict=True):
@@ -321,17 +330,26 @@ class ElasticModel(ElasticPreTrainedModel):
 
     def to_events(
         self, attention_mask: Tensor, last_timestamps: Tensor | None = None, timestamps: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
+    ) -> dict[str, Tensor]:
         """Return when the items came and how many seconds after the ones before, (B, L) both; nothing without them."""
         if timestamps is None:
-            return ()
-        return timestamps, pauses_before(timestamps, attention_mask, last_timestamps)
+            return {}
+        return {"timestamps": timestamps, "pauses": pauses_before(timestamps, attention_mask, last_timestamps)}
 
-    def embed(self, input_ids: Tensor, timestamps: Tensor | None = None, pauses: Tensor | None = None) -> Tensor:
-        """Return the embeddings of the items and of their times: (B, L) each -> (B, L, D)."""
+    def embed(
+        self,
+        input_ids: Tensor,
+        timestamps: Tensor | None = None,
+        pauses: Tensor | None = None,
+        event_features: Tensor | None = None,
+    ) -> Tensor:
+        """Return the embeddings of the items and of what is known of their events: (B, L) each and features,
+        (B, L, F), -> (B, L, D)."""
         embeddings = self.embed_tokens(input_ids)
         if pauses is not None:
             embeddings = embeddings + self.time.of_events(timestamps, pauses)
+        if event_features is not None:
+            embeddings = embeddings + self.event_features(event_features)
         return self.dropout(embeddings)
 
     def scale(self, embeddings: Tensor) -> Tensor:
@@ -383,10 +401,10 @@ class ElasticModel(ElasticPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        cache: ElasticCache | None = None,
-        events: tuple[Tensor, ...] = (),
+        cache: ElasticCache | None,
+        events: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read histories, or the items after a `cache`, with what [`to_events`] says of their times.
+        """Read histories, or the items after a `cache`, with what [`embed`] takes of their `events`.
 
         Returns what the reader starts from, and the stream, at the last position, (B, 1, D), the recurrent state,
         (B, M, D + 1), and the convolution's, (B, kernel_size - 1, D).
@@ -404,7 +422,7 @@ class ElasticModel(ElasticPreTrainedModel):
                 input_ids[some],
                 attention_mask[some],
                 None if cache is None else cache.select(some),
-                tuple(x[some] for x in events),
+                {name: x[some] for name, x in events.items()},
                 max(MIN_ITEMS, num_positions // len(some)),
             )
             for some in rows
@@ -416,23 +434,24 @@ class ElasticModel(ElasticPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         cache: ElasticCache | None,
-        events: tuple[Tensor, ...],
+        events: dict[str, Tensor],
         num_items: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[`compress`] as a whole, or in pieces of `num_items`."""
         state = conv_state = None
         if cache is not None:
             state, conv_state = cache.recurrent_state, cache.conv_state
-        pieces = [(input_ids, attention_mask, *events)]
+        pieces = [(input_ids, attention_mask, *events.values())]
         if num_items is not None:
             pieces = zip(*(x.split(num_items, dim=1) for x in pieces[0]), strict=True)
-        for ids, mask, *of_piece in pieces:
-            embeddings = self.embed(ids, *of_piece)
+        for ids, mask, *values in pieces:
+            of_piece = dict(zip(events, values, strict=True))
+            embeddings = self.embed(ids, **of_piece)
             stream, conv_state = self.to_stream(embeddings, mask, conv_state)
             last = self.scale(embeddings[:, -1:]), stream[:, -1:]
             del embeddings  # the largest tensors are gone before the next ones come
             with torch.autocast(stream.device.type, enabled=False):
-                state = pool_history(stream, *self.experts(stream, *of_piece[1:]), mask, state)
+                state = pool_history(stream, *self.experts(stream, of_piece.get("pauses")), mask, state)
         return *last, state, conv_state
 
     def project(self, state: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -465,8 +484,10 @@ class ElasticModel(ElasticPreTrainedModel):
     @torch._dynamo.assume_constant_result
     def digest(self) -> str:
         """Return a digest of the weights behind a state: those of the embeddings, the stream and the experts, and of
-        the times of events."""
+        the times and features of events."""
         of_events = () if self.time is None else (self.time.pause, self.time.phases)
+        if self.event_features is not None:
+            of_events = (*of_events, self.event_features)
         return digest_weights(self, (self.embed_tokens, self.stream, self.experts, *of_events))
 
 
@@ -506,9 +527,10 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         top_k: int = 10,
         timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
+        event_features: Tensor | None = None,
     ) -> ElasticExplanation:
         """Explain recommendations, see [`~explanation_elastic.explain`]."""
-        return explain(self, input_ids, attention_mask, top_k, timestamps, request_timestamps)
+        return explain(self, input_ids, attention_mask, top_k, timestamps, request_timestamps, event_features)
 
     @torch.no_grad()
     def get_retrieved_slots(
@@ -517,13 +539,14 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         attention_mask: Tensor | None = None,
         timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
+        event_features: Tensor | None = None,
     ) -> Tensor:
         """Return the slots of the interest memory that answer for each history.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `forward`.
             attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `forward`.
-            timestamps, request_timestamps (`torch.Tensor`, *optional*): as in `forward`.
+            timestamps, request_timestamps, event_features (`torch.Tensor`, *optional*): as in `forward`.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, num_memory_heads, memory_top_k)`: best first, from 0 to
@@ -536,12 +559,13 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         if last.retrieval is None:
             raise ValueError("num_memory_subkeys must be at least 1 for a model that retrieves slots, found 0")
         mask = validate_histories(input_ids, attention_mask, self.config)
-        input_ids, mask, timestamps = leave_out_special_tokens(
-            input_ids, mask, self.config.num_special_tokens, timestamps
+        input_ids, mask, timestamps, event_features = leave_out_special_tokens(
+            input_ids, mask, self.config, timestamps, event_features
         )
-        with evaluating(self):
+        with evaluating(self), unsharded(self):
             times = read_times(self.model, timestamps, request_timestamps, mask, last_position_only=True)
             events = self.model.to_events(mask, None, *times[:1])
+            events |= read_event_features(self.model, event_features, mask)
             hidden_states, stream, state, _ = self.model.compress(input_ids, mask, None, events)
             *interests, of_last = self.model.project(state)
             hidden_states, stream, bias = self.model.to_readers(hidden_states, stream, *times)

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .catalogue import CatalogueAnswer, CatalogueQuery, item_embeddings, search_catalogue, validate_query
 from .configuration_recommender import RecommenderConfig
+from .event_features import check_shape, given_event_features
 from .event_time import given_times
 from .losses import SeenItems, bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
 
@@ -169,29 +170,38 @@ def validate_outputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def leave_out_special_tokens(
-    input_ids: Tensor, attention_mask: Tensor, num_special_tokens: int, timestamps: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    config: RecommenderConfig,
+    timestamps: Tensor | None = None,
+    event_features: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Leave out what is no item of a history, such as unknown items: nothing was learned of them.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`).
         attention_mask (`torch.BoolTensor` of shape `(batch_size, history_length)`): `True` for all but padding.
-        num_special_tokens (`int`): the first token ids.
+        config ([`RecommenderConfig`]): says how many token ids are special, and which features events have.
         timestamps (`torch.Tensor` of shape `(batch_size, history_length)`, *optional*): of the items.
+        event_features (`torch.Tensor` of shape `(batch_size, history_length, num_features)`, *optional*): of their
+            events.
 
     Returns:
-        The histories of items alone, in their order, padded on the left, their mask and their timestamps, all of the
-        same shape.
+        The histories of items alone, in their order, padded on the left, their mask, timestamps and event features,
+        all of the same shape as before.
     """
-    is_item = attention_mask & (input_ids >= num_special_tokens)
+    is_item = attention_mask & (input_ids >= config.num_special_tokens)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or input_ids.is_meta or is_item.equal(attention_mask):
-        return input_ids, attention_mask, timestamps
+        return input_ids, attention_mask, timestamps, event_features
     logger.warning_once("input_ids hold special tokens, such as unknown items, among the items: they are left out")
     order = is_item.int().argsort(dim=1, stable=True)
     if timestamps is not None:
         validate_shape("timestamps", timestamps, input_ids)
         timestamps = timestamps.gather(1, order)
-    return input_ids.gather(1, order), is_item.gather(1, order), timestamps
+    check_shape(event_features, input_ids.shape, config)
+    if event_features is not None:
+        event_features = event_features.take_along_dim(order[..., None], dim=1)
+    return input_ids.gather(1, order), is_item.gather(1, order), timestamps, event_features
 
 
 def as_token_ids(name: str, token_ids: Any, device: torch.device) -> Tensor:
@@ -241,6 +251,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             else:
                 for module in trained:
                     module.training = True
+
+
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that FSDP2 shards, by what it adds to them: some builds of PyTorch come without it."""
+    return [module for module in model.modules() if hasattr(module, "unshard")]
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Give each process all weights of a model that FSDP2 shards, for what reads them other than by `forward`."""
+    sharded = sharded_modules(model)
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 class SequentialRecommenderMixin:
@@ -311,6 +339,7 @@ class SequentialRecommenderMixin:
         query: CatalogueQuery | None = None,
         timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
+        event_features: Tensor | None = None,
         **kwargs,
     ) -> SequentialRecommendationOutput:
         r"""
@@ -338,6 +367,10 @@ class SequentialRecommenderMixin:
             request_timestamps (`torch.LongTensor` or `torch.DoubleTensor`, *optional*):
                 When the next item comes or is asked for: of shape `(batch_size, history_length)` with `labels`, and
                 else `(batch_size,)`. -1, as without it, is a time that is not known.
+            event_features (`torch.FloatTensor`, `(batch_size, history_length, num_features)`, *optional*):
+                What the events carry beside their items and times, as the tokenizer makes it of event columns, for a
+                model with `event_features`, and for no other: categories, 0 where unknown, and standardised numbers,
+                in the order of the configuration.
         """
         config = self.config
         if (cache is not None or use_cache) and not self.supports_cache:
@@ -347,6 +380,8 @@ class SequentialRecommenderMixin:
         mask = validate_histories(input_ids, attention_mask, config)
         if config.use_timestamps or timestamps is not None or request_timestamps is not None:
             kwargs |= {"timestamps": timestamps, "request_timestamps": request_timestamps}
+        if config.event_features or event_features is not None:
+            kwargs["event_features"] = event_features
         if labels is not None:
             validate_shape("labels", labels, input_ids)
             outputs = self.model(input_ids, mask, return_dict=True, **kwargs)
@@ -360,9 +395,13 @@ class SequentialRecommenderMixin:
         if query is not None:
             validate_query(query, len(input_ids), config)
         given = mask
-        input_ids, mask, timestamps = leave_out_special_tokens(input_ids, mask, config.num_special_tokens, timestamps)
+        input_ids, mask, timestamps, event_features = leave_out_special_tokens(
+            input_ids, mask, config, timestamps, event_features
+        )
         if timestamps is not None:
             kwargs["timestamps"] = timestamps
+        if event_features is not None:
+            kwargs["event_features"] = event_features
         if cache is not None and mask is not given and (given[:, -1] & ~mask[:, -1]).any():
             row = int((given[:, -1] & ~mask[:, -1]).nonzero()[0])
             raise ValueError(
@@ -457,13 +496,14 @@ class SequentialRecommenderMixin:
         attention_mask: Tensor | None = None,
         timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
+        event_features: Tensor | None = None,
     ) -> Tensor:
         """Return what the histories say about the next item, without scoring the catalogue, in evaluation mode.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, history_length)`): as in `forward`.
             attention_mask (`torch.LongTensor` of shape `(batch_size, history_length)`, *optional*): as in `forward`.
-            timestamps, request_timestamps (`torch.Tensor`, *optional*): as in `forward`.
+            timestamps, request_timestamps, event_features (`torch.Tensor`, *optional*): as in `forward`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, hidden_size)`.
@@ -478,6 +518,7 @@ class SequentialRecommenderMixin:
                 query=CatalogueQuery(),
                 timestamps=timestamps,
                 request_timestamps=request_timestamps,
+                event_features=event_features,
                 return_dict=True,
             ).user_embeddings
 
@@ -493,6 +534,7 @@ class SequentialRecommenderMixin:
         seen_ids: Tensor | None = None,
         timestamps: Tensor | None = None,
         request_timestamps: Tensor | None = None,
+        event_features: Tensor | None = None,
     ) -> Recommendations:
         """Recommend the items most likely to come next, in evaluation mode.
 
@@ -518,6 +560,8 @@ class SequentialRecommenderMixin:
                 When the items came, in Unix seconds, for a model with `use_timestamps`, and for no other.
             request_timestamps (`torch.LongTensor` or `torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
                 For which moment to recommend; -1 is no particular one. Defaults to now.
+            event_features (`torch.FloatTensor`, `(batch_size, history_length, num_features)`, *optional*):
+                As in `forward`.
 
         Returns:
             [`Recommendations`]: `token_ids` and `scores`, each of shape `(batch_size, top_k)`, best first. Scores are
@@ -553,7 +597,8 @@ class SequentialRecommenderMixin:
         if exclude_seen is None:
             exclude_seen = config.exclude_seen
         timestamps, request_timestamps = given_times(self, timestamps, request_timestamps, len(input_ids), device)
-        times = {"timestamps": timestamps, "request_timestamps": request_timestamps}
+        events = {"timestamps": timestamps, "request_timestamps": request_timestamps}
+        events["event_features"] = given_event_features(event_features, device)
         query = CatalogueQuery(top_k, seen_ids, candidate_ids, exclude_seen=exclude_seen)
         validate_query(query, len(input_ids), config)
         num_candidates = config.vocab_size - config.num_special_tokens
@@ -564,12 +609,12 @@ class SequentialRecommenderMixin:
 
         if index is None:
             with evaluating(self):
-                output = self(input_ids, mask, query=query, **times, return_dict=True)
+                output = self(input_ids, mask, query=query, **events, return_dict=True)
             token_ids, scores = output.token_ids, output.scores
         else:
             index.validate_model(self)
             left_out = seen_ids if exclude_seen else None
-            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask, **times), top_k, left_out)
+            scores, token_ids = index.search(self.get_user_embeddings(input_ids, mask, **events), top_k, left_out)
         if bool(scores.isnan().any()):
             raise ValueError("the model's scores contain NaN: its weights or its input are broken")
         if bool((token_ids < 0).any()):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
+from .configuration_recommender import HISTORY_KEYS
 from .item_tokenizer import NUM_SPECIAL_TOKENS, ElasticItemTokenizer
 from .request import check_request
 
@@ -32,10 +33,12 @@ class SequentialRecommendationPipeline(Pipeline):
 
     A history is a list of item ids (integers or strings) or titles, oldest first, bare or as `{"history": [...]}`. For
     a model with `use_timestamps` it is `{"history": [...], "timestamps": [...], "now": ...}`: when each item came, in
-    Unix seconds, and for which moment to recommend, by default the present one. The pipeline takes one history, a list
-    of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch dataset of histories it returns an
-    iterator, as every pipeline does. A flat list is one history, an empty list an empty one. A title stands for its
-    item where no item id equals it.
+    Unix seconds, and for which moment to recommend, by default the present one. For a model with `event_features` it
+    also holds a list for each of them, such as `"rating": [5, 3, None]`: the values of that event column, as many as
+    items, `None` where nothing is known, as which a category that was not trained on counts, too. The pipeline takes
+    one history, a list of them, or a column of a `datasets.Dataset`; for a generator or a PyTorch dataset of histories
+    it returns an iterator, as every pipeline does. A flat list is one history, an empty list an empty one. A title
+    stands for its item where no item id equals it.
 
     The model reads the most recent `model_max_length` items of the tokenizer, as it does in the evaluation of
     [`SequentialRecommendationTrainer`]; older ones are still seen, and left out of the recommendations where
@@ -92,6 +95,11 @@ class SequentialRecommendationPipeline(Pipeline):
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError(
                 f"tokenizer must have the model's {model.config.vocab_size} tokens, found {len(tokenizer)}"
+            )
+        if tokenizer.event_features != model.config.event_features:
+            raise ValueError(
+                f"tokenizer must have the model's event_features, {model.config.event_features}, found "
+                f"{tokenizer.event_features}"
             )
         super().__init__(model=model.eval(), tokenizer=tokenizer, **kwargs)
 
@@ -151,20 +159,22 @@ class SequentialRecommendationPipeline(Pipeline):
         """The number of a history (`None` for a single one) and the history -> its token ids, (1, L)."""
         number, history = numbered_history
         name = "the history" if number is None else f"history {number}"
-        uses_timestamps, times = self.model.config.use_timestamps, {}
+        config, given = self.model.config, {}
         if isinstance(history, dict):
-            keys = ["history", *(["timestamps", "now"] if uses_timestamps else [])]
+            keys = [*(HISTORY_KEYS if config.use_timestamps else HISTORY_KEYS[:1]), *config.event_features]
             if "history" not in history or not {*history} <= {*keys}:
                 raise ValueError(
                     f"{name} must be a list, or a dictionary with {' and '.join(map(repr, keys))} alone, found the "
                     f"keys {list(history)} (of a dataset, give one column: dataset['item_ids'])"
                 )
-            history, times = history["history"], history
+            history, given = history["history"], history
         tokens = self._token_ids(history, name, unknown)
         token_ids = [token_id for token_id in tokens if token_id is not None]
         inputs = {"input_ids": torch.tensor([token_ids or [self.tokenizer.pad_token_id]])}
-        if uses_timestamps:
-            inputs |= self._times(tokens, times, name)
+        if config.use_timestamps:
+            inputs |= self._times(tokens, given, name)
+        if config.event_features:
+            inputs["event_features"] = self._event_features(tokens, given, name)
         if not token_ids and fallback == "error":
             raise ValueError(
                 f"{name} must have at least one item that the model knows, found none (fallback='popularity' "
@@ -197,17 +207,20 @@ class SequentialRecommendationPipeline(Pipeline):
         has_items = (input_ids[:, -1] != self.tokenizer.pad_token_id).cpu()  # (B,)
         if has_items.any():
             whole = input_ids[has_items]
-            times = {}
-            if "timestamps" in model_inputs:
-                times["timestamps"] = model_inputs["timestamps"][has_items, -self.tokenizer.model_max_length :]
-                times["request_timestamps"] = model_inputs["now"][has_items]
+            events = {
+                name: model_inputs[name][has_items, -self.tokenizer.model_max_length :]
+                for name in ("timestamps", "event_features")
+                if name in model_inputs
+            }
+            if "now" in model_inputs:
+                events["request_timestamps"] = model_inputs["now"][has_items]
             recommended = self.model.recommend(
                 whole[:, -self.tokenizer.model_max_length :],
                 top_k=top_k,
                 exclude_seen=exclude_seen,
                 candidate_ids=candidates,
                 seen_ids=whole,
-                **times,
+                **events,
             )
             token_ids[has_items], scores[has_items] = recommended.token_ids.cpu(), recommended.scores.cpu().double()
         if not has_items.all():
@@ -265,6 +278,26 @@ class SequentialRecommendationPipeline(Pipeline):
             "timestamps": torch.tensor([known or [0.0]], dtype=torch.double),
             "now": torch.tensor([now], dtype=torch.double),
         }
+
+    def _event_features(self, tokens: list[int | None], given: dict, name: str) -> Tensor:
+        """The features of the events of a history whose items are known, (1, L, F)."""
+        columns = {}
+        for column in self.model.config.event_features:
+            values = given.get(column)
+            if hasattr(values, "tolist"):
+                values = values.tolist()
+            if not isinstance(values, list | tuple) or len(values) != len(tokens):
+                found = f"{len(values)}" if isinstance(values, list | tuple) else repr(values)
+                raise ValueError(
+                    f"{name} must have as many values of {column!r} as items, {len(tokens)}, found {found}"
+                )
+            columns[column] = values
+        try:
+            encoded = torch.from_numpy(self.tokenizer.encode_events(columns))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        known = encoded[[token_id is not None for token_id in tokens]]
+        return (known if len(known) else torch.zeros(1, len(columns)))[None]
 
     def _token_ids(self, items: Any, name: str, unknown: str) -> list[int | None]:
         """Token ids of item ids and titles, None where there is none; `name` is what the errors and the warning call

@@ -4,8 +4,9 @@ A request for recommendations as JSON, and its answer: what an Inference Endpoin
     {"inputs": ["sku 17", "sku 4"], "parameters": {"top_k": 5, "fallback": "popularity"}}
 
 `inputs` is a history of item ids or titles, oldest first, bare or as `{"history": [...]}`, or a list of histories. For
-a model that reads times a history is `{"history": [...], "timestamps": [...], "now": ...}`, in Unix seconds. The
-answer is a list of `item`, `title` and `score`, best first, or a list of such lists. `parameters` are those of
+a model that reads times a history is `{"history": [...], "timestamps": [...], "now": ...}`, in Unix seconds; for one
+that reads features of events it holds a list for each of them, too, such as `"rating": [5, null]`. The answer is a
+list of `item`, `title` and `score`, best first, or a list of such lists. `parameters` are those of
 `SequentialRecommendationPipeline`: `top_k`, `exclude_seen`, `candidates`, `unknown` and `fallback`. Whether items of
 the history are recommended is the model's own setting, unless `exclude_seen` is given.
 

@@ -79,13 +79,16 @@ class Recommender:
         store ([`SQLiteStore`] or [`RedisStore`]): where the states are.
 
     Raises:
-        ValueError: if the model keeps no states.
+        ValueError: if the model keeps no states, or reads features of events.
     """
 
     def __init__(self, pipeline: SequentialRecommendationPipeline, store: SQLiteStore | RedisStore) -> None:
         self.model = pipeline.model
         if not self.model.supports_cache:
             raise ValueError(f"model must keep states of users, found {type(self.model).__name__}, which keeps none")
+        if self.model.config.event_features:
+            found = ", ".join(self.model.config.event_features)
+            raise ValueError(f"model must read no features of events, which this service does not keep, found {found}")
         self.pipeline = pipeline
         self.store = store
         self.uses_timestamps = self.model.config.use_timestamps

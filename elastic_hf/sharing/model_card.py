@@ -218,6 +218,7 @@ def make_model_card(
         revision=revision,
         example=example or results.example,
         as_code=partial(json.dumps, ensure_ascii=False),
+        as_python=repr,
         results=results,
         data_source=data_source,
         benchmark=benchmark,

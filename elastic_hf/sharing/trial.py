@@ -53,7 +53,7 @@ def load_pipeline(folder: str | Path) -> SequentialRecommendationPipeline:
     with _refusing(folder / "model.safetensors", "a model that recommends"):
         pipeline = SequentialRecommendationPipeline(model, tokenizer, device="cpu")
         history = tokenizer.items["item_id"][:TRIAL_ITEMS].to_pylist()
-        (best,) = pipeline(with_times(pipeline, history), top_k=1, exclude_seen=False)
+        (best,) = pipeline(with_events(pipeline, history), top_k=1, exclude_seen=False)
     if not math.isfinite(best["score"]):
         raise ValueError(f"{folder / 'model.safetensors'} must give finite scores, found {best['score']}")
     return pipeline
@@ -78,16 +78,19 @@ def recommend_example(pipeline: SequentialRecommendationPipeline) -> dict[str, l
         items = items.sort_by([("count", "descending")])
     rows = items[:num_items].to_pylist()
     history = [row["title"] if row["title"] and names[row["title"]] == 1 else row["item_id"] for row in rows]
-    history = with_times(pipeline, history)
+    history = with_events(pipeline, history)
     return {"history": history, "recommended": pipeline(history, top_k=min(EXAMPLE_ITEMS, len(items) - num_items))}
 
 
-def with_times(pipeline: SequentialRecommendationPipeline, history: list) -> list | dict:
-    """Return a history as the pipeline takes it: with timestamps, an hour apart, for a model that reads them."""
-    if not pipeline.model.config.use_timestamps:
-        return history
-    *timestamps, now = range(0, 3600 * (len(history) + 1), 3600)
-    return {"history": history, "timestamps": timestamps, "now": now}
+def with_events(pipeline: SequentialRecommendationPipeline, history: list) -> list | dict:
+    """Return a history as the pipeline takes it: for a model that reads them, with timestamps, an hour apart, and with
+    features of events, the last category or the mean."""
+    events = {}
+    if pipeline.model.config.use_timestamps:
+        *events["timestamps"], events["now"] = range(0, 3600 * (len(history) + 1), 3600)
+    for name, known in pipeline.tokenizer.event_columns.items():
+        events[name] = [known["categories"][-1] if "categories" in known else known["mean"]] * len(history)
+    return {"history": history, **events} if events else history
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -28,6 +28,7 @@ from .checkpoints import (
     write_record,
 )
 from .output_folder import lock_output_dir
+from .sharding import is_sharded, load_optimizer, load_weights
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class ResumableTrainer(Trainer):
     - A checkpoint is whole or absent, also when the process is killed or the disk is full: it is written aside and
       then renamed, and renamed before it is removed.
     - A run that is resumed, within an epoch or after it, ends with the weights, the loss and the seconds of the whole
-      run, and what its callbacks count, such as early stopping, goes on.
+      run, and what its callbacks count, such as early stopping, goes on. It may be resumed with FSDP2, or without.
     - Two trainings cannot share an `output_dir`.
     - A training stops with an error at the first loss or weight that is not finite.
 
@@ -127,6 +128,26 @@ class ResumableTrainer(Trainer):
             if isinstance(callback, ExportableState) and isinstance(saved, dict):
                 for name, value in saved["attributes"].items():
                     setattr(callback, name, value)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_sharded(resume_from_checkpoint) == self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if is_sharded(best) == self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or is_sharded(checkpoint) == self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            load_optimizer(self.model, self.optimizer, checkpoint)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _count_from_first_step(self) -> None:
         self._start_time, self.seconds_before = time.time(), 0.0

@@ -1,6 +1,7 @@
 """The rows of a dataset that can be trained on and evaluated, as far as its type lets them be looked at beforehand."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -38,23 +39,21 @@ def leave_out_short_histories(train_dataset: Any) -> Any:
     return train_dataset.select(long_enough)
 
 
-def check_timestamps(dataset: Any, field: str, with_targets: bool) -> None:
-    """Check that the rows of a model that reads times have them.
+def check_columns(dataset: Any, field: str, columns: Sequence[str], setting: str) -> None:
+    """Check that rows have the columns that a `setting` of the model asks for.
 
     Raises:
         ValueError: If a column is missing; the message names the `field`.
     """
     if isinstance(dataset, dict):
         for name, rows in dataset.items():
-            check_timestamps(rows, f"{field}[{name!r}]", with_targets)
+            check_columns(rows, f"{field}[{name!r}]", columns, setting)
     if not isinstance(dataset, datasets.Dataset):
         return
-    wanted = {"timestamps", "target_timestamp"} if with_targets else {"timestamps"}
-    if not wanted <= {*dataset.column_names}:
-        columns = "columns timestamps and target_timestamp" if with_targets else "column timestamps"
+    if not {*columns} <= {*dataset.column_names}:
+        wanted = f"column{'s' if len(columns) > 1 else ''} {' and '.join(columns)}"
         raise ValueError(
-            f"{field} must have the {columns} for a model with use_timestamps=True, "
-            f"found {', '.join(dataset.column_names)}"
+            f"{field} must have the {wanted} for a model with {setting}, found {', '.join(dataset.column_names)}"
         )
 
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import EvalPrediction, get_scheduler
-from transformers.trainer_utils import HubStrategy, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, IntervalStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from ..data.collator import SequentialRecommendationCollator
@@ -28,13 +29,14 @@ from .batches import LengthGroupedEpochSampler
 from .metrics import ranking_metrics
 from .progress import EvaluationLines, ProgressBar
 from .resumable_trainer import ResumableTrainer
-from .rows import check_evaluation_rows, check_timestamps, history_lengths, leave_out_short_histories
+from .rows import check_columns, check_evaluation_rows, history_lengths, leave_out_short_histories
+from .sharding import check_sharding, sharded_as_one
 
 
 logger = logging.getLogger(__name__)
 
 # What a model reads of an evaluation batch.
-READ = ("input_ids", "attention_mask", "timestamps", "request_timestamps")
+READ = ("input_ids", "attention_mask", "timestamps", "request_timestamps", "event_features")
 
 
 class SequentialRecommendationTrainer(ResumableTrainer):
@@ -54,6 +56,7 @@ class SequentialRecommendationTrainer(ResumableTrainer):
       says. `metric_for_best_model` is to be `"ndcg@10"` or, where they are kept, `"ndcg@10_seen_kept"`.
     - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees.
     - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
+    - With FSDP2, embeddings and head are sharded with the whole model, and not in a group of their own.
     - Weight decay applies to the weights of linear layers and to embeddings, those of the items above all: not to
       norms, biases, interest experts and slots of the interest memory.
     - The model card states what was trained and measured, and nothing else.
@@ -67,8 +70,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
 
     Raises:
         `ValueError`: without a `data_collator`, if `model` (or `model_init`) or `processing_class` is missing; if
-            an argument cannot be honoured (see [`check_arguments`]); if no training history has two items; if an
-            evaluation row has no history or no `target`.
+            an argument cannot be honoured (see [`check_arguments`] and [`check_sharding`]); if no training history has
+            two items; if an evaluation row has no history or no `target`.
     """
 
     def __init__(self, model=None, args=None, data_collator=None, **kwargs) -> None:
@@ -84,10 +87,16 @@ class SequentialRecommendationTrainer(ResumableTrainer):
             raise ValueError("without a data_collator both model (or model_init) and processing_class must be given")
         kwargs.setdefault("compute_metrics", self._compute_ranking_metrics)
         super().__init__(model, args, data_collator, **kwargs)
+        check_sharding(self.args, self.accelerator)
         config = self.model.config
         if tokenizer is not None and len(tokenizer) != config.vocab_size:
             raise ValueError(
                 f"vocab_size of the model must be that of the tokenizer, {len(tokenizer)}, found {config.vocab_size}"
+            )
+        known = config.event_features if tokenizer is None else getattr(tokenizer, "event_features", {})
+        if known != config.event_features:
+            raise ValueError(
+                f"event_features of the model must be those of the tokenizer, {known}, found {config.event_features}"
             )
         if data_collator is None:
             self.data_collator = SequentialRecommendationCollator(
@@ -96,10 +105,14 @@ class SequentialRecommendationTrainer(ResumableTrainer):
                 max_length=tokenizer.model_max_length,
                 objective=config.training_objective,
                 use_timestamps=config.use_timestamps,
+                event_features=[*config.event_features],
             )
         if config.use_timestamps:
-            check_timestamps(train_dataset, "train_dataset", with_targets=False)
-            check_timestamps(eval_dataset, "eval_dataset", with_targets=True)
+            setting = "use_timestamps=True"
+            check_columns(train_dataset, "train_dataset", ["timestamps"], setting)
+            check_columns(eval_dataset, "eval_dataset", ["timestamps", "target_timestamp"], setting)
+        for dataset, field in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
+            check_columns(dataset, field, [*config.event_features], f"event_features={config.event_features}")
         self.callback_handler.callbacks.pop()  # the stock one, added last, prints all metrics of an evaluation
         if not self.args.disable_tqdm:
             self.add_callback(ProgressBar)
@@ -111,7 +124,7 @@ class SequentialRecommendationTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = {*self._signature_columns, "target"}
+        columns = {*self._signature_columns, "target", *self.model.config.event_features}
         if self.model.config.use_timestamps:
             columns.add("target_timestamp")
         else:
@@ -164,7 +177,14 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         # in DistributedDataParallel: every process would silently train a model of its own.
         if self.model_wrapped is self.model and not self.is_fsdp_enabled:
             self.model._is_accelerate_prepared = False
-        return super()._prepare_for_training(*args, **kwargs)
+        with sharded_as_one(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+            # Accelerate shards a model together with its optimizer: before there is one, each process has it whole.
+            self.accelerator._models.append(self.model.to(self.args.device))
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [

@@ -49,9 +49,11 @@ def runs(pattern: str = "*.json") -> list[RunResults]:
     return [RunResults.from_dict(results, name) for name, results in files if "main_row" in results]
 
 
-def main_rows(pattern: str = "*.json", with_times: bool = False) -> list[RunResults]:
-    """The runs of the main rows, of models that read times or of those that do not."""
-    return [run for run in runs(pattern) if run.main_row and run.config.get("use_timestamps", False) == with_times]
+def main_rows(pattern: str = "*.json", with_times: bool = False, with_events: bool = False) -> list[RunResults]:
+    """The runs of the main rows, of models that read times, or features of events, or of those that do not."""
+    wanted = (with_times, with_events)
+    read = ("use_timestamps", "event_features")
+    return [run for run in runs(pattern) if run.main_row and tuple(bool(run.config.get(it)) for it in read) == wanted]
 
 
 # What figures are under unless a table says otherwise.
@@ -155,6 +157,27 @@ def times() -> str:
         rows.append([dataset, model, *map(mean_and_deviation, values), f"{told / without - 1:+.1%}", seeds])
     header = ["dataset", "model", "without times", "with times, not told the target's", "told the target's"]
     return table([*header, "told against without", "seeds"], rows) if rows else NOT_MEASURED
+
+
+def events() -> str:
+    """Models that read features of events, beside the same models without them."""
+    without, with_them = {}, {}
+    for run in main_rows():
+        without.setdefault((run.dataset, run.model_type, run.max_length, run.protocol), []).append(ndcg_of(run))
+    for run in main_rows(with_events=True):
+        names = " and ".join(run.config["event_features"])
+        protocol = run.protocol.removesuffix(f", events with {names}")
+        setting = (run.dataset, run.model_type, run.max_length, protocol)
+        with_them.setdefault((*setting, names), []).append(ndcg_of(run))
+    rows = []
+    for (*setting, names), values in sorted(with_them.items()):
+        if plain := without.get(tuple(setting)):
+            seeds = " and ".join(dict.fromkeys(str(len(of_model)) for of_model in (plain, values)))
+            change = f"{statistics.mean(values) / statistics.mean(plain) - 1:+.1%}"
+            row = [*setting[:2], names, mean_and_deviation(plain), mean_and_deviation(values), change, seeds]
+            rows.append(row)
+    header = ["dataset", "model", "event features", "without", "with", "with against without", "seeds"]
+    return table(header, rows) if rows else NOT_MEASURED
 
 
 def differences() -> str:
@@ -447,6 +470,23 @@ def catalogue() -> str:
     return table(header, rows) if rows else NOT_MEASURED
 
 
+def distributed() -> str:
+    """The memory of each process that trains a large catalogue, and of ten million items by the slope."""
+    measured, rows = benchmark("distributed")["rows"], []
+    for first, last in zip(measured[::2], measured[1::2], strict=True):
+        line = [first["model"], {"adamw": "AdamW", "adafactor": "Adafactor"}[first["optimizer"]]]
+        for name in ("weights_bytes", "optimizer_bytes", "peak_bytes"):
+            of_an_item = (last[name] - first[name]) / (last["num_items"] - first["num_items"])
+            millions = last[name] + of_an_item * (10_000_000 - last["num_items"])
+            line += [f"{last[name] / 1e9:.2f}", f"{millions / 1e9:.2f}"]
+        rows.append(line)
+    if not rows:
+        return NOT_MEASURED
+    sizes = [f"{last['num_items']:,} items", "10,000,000"]
+    header = [f"{name}, {size}" for name in ("weights", "optimizer", "peak") for size in sizes]
+    return table(["model", "optimizer", *header], rows)
+
+
 def hardware(variant: str = "") -> str:
     """Where the benchmarks ran."""
     rows = []
@@ -461,6 +501,7 @@ def hardware(variant: str = "") -> str:
         "memory-bank",
         "catalogue",
         "service",
+        "distributed",
     ):
         results = benchmark(subject, variant)
         if "hardware" in results:
@@ -743,6 +784,7 @@ TABLES = {
         accuracy,
         differences,
         times,
+        events,
         published,
         variants,
         memory,
@@ -767,6 +809,7 @@ TABLES = {
         profile,
         memory_bank,
         catalogue,
+        distributed,
         hardware,
         ratios,
         claims,

@@ -7,6 +7,7 @@ python examples/benchmarks/run_benchmark.py profile      # which operators the t
 python examples/benchmarks/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
 python examples/benchmarks/run_benchmark.py catalogue    # training and recommending with up to a million items
 python examples/benchmarks/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
+python examples/benchmarks/run_benchmark.py distributed  # memory of a large catalogue in each of two processes
 python examples/benchmarks/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
 python examples/benchmarks/run_benchmark.py quantization # exported programs with weights in int8
 python examples/benchmarks/run_benchmark.py data         # 20 million interactions from a file to split histories
@@ -169,9 +170,16 @@ def peak_bytes(step) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return peak_bytes_of_processor(step)
+
+
+def peak_bytes_of_processor(function) -> int:
+    """Return the most memory that one call holds beyond what was there before it, on the processor."""
+    import torch
+
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
+        function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events))
@@ -454,6 +462,77 @@ def benchmark_catalogue(args: argparse.Namespace) -> None:
     report(args.output, results)
 
 
+# How each process holds the model, and what trains it. Transformers' Adafactor trains no sharded one.
+HOLDINGS = (("whole", "adamw"), ("whole", "adafactor"), ("sharded", "adamw"))
+
+
+def measure_process(
+    rank: int,
+    file: str,
+    num_processes: int,
+    num_items: int,
+    held_as: str,
+    optimizer: str,
+    length: int,
+    batch_size: int,
+) -> dict:
+    """Return what one of several processes holds after a training step, and at most from the start, in bytes."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import Adafactor
+
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=num_processes)
+    input_ids = torch.randint(3, num_items + 3, (batch_size, length), generator=torch.Generator().manual_seed(rank))
+    held = {}
+
+    def train():
+        model = make_model("elastic", length, num_items, training_loss="sampled_softmax").cpu()
+        if held_as == "sharded":
+            mesh = init_device_mesh("cpu", (num_processes,))
+            for module in (*model.model.layers, model):
+                fully_shard(module, mesh=mesh)
+        else:
+            model = DistributedDataParallel(model)
+        parameters = list(model.parameters())
+        if optimizer == "adafactor":  # as --optim adafactor
+            steps = Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
+        else:
+            steps = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+        for _ in range(2):
+            model(input_ids, labels=input_ids.roll(-1, dims=1)).loss.backward()
+            steps.step()
+            steps.zero_grad()
+        states = [value for state in steps.state.values() for value in state.values() if torch.is_tensor(value)]
+        for name, tensors in (("weights_bytes", model.parameters()), ("optimizer_bytes", states)):
+            held[name] = sum((x.to_local() if hasattr(x, "to_local") else x).nbytes for x in tensors)
+
+    peak = peak_bytes_of_processor(train)
+    torch.distributed.destroy_process_group()
+    return {**held, "peak_bytes": peak}
+
+
+def benchmark_distributed(args: argparse.Namespace) -> None:
+    """Measure the memory of each of several processes that train a large catalogue, whole and sharded."""
+    on = {"device": "cpu", "hardware": processor(), "num_processes": args.num_processes}
+    results = {**setting(args), **on, "length": args.length, "batch_size": args.batch_size, "rows": []}
+    for (held_as, optimizer), num_items in itertools.product(HOLDINGS, args.num_items):
+        row = {"model": held_as, "optimizer": optimizer, "num_items": num_items}
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(args.num_processes, multiprocessing.get_context("spawn")) as executor,
+        ):
+            shared = (f"{folder}/processes", args.num_processes, num_items, held_as, optimizer)
+            shared += (args.length, args.batch_size)
+            measured = [executor.submit(measure_process, rank, *shared) for rank in range(args.num_processes)]
+            measured = [process.result() for process in measured]
+        row |= {name: max(process[name] for process in measured) for name in measured[0]}
+        print(json.dumps(row))
+        results["rows"].append(row)
+    report(args.output, results)
+
+
 def benchmark_streaming(args: argparse.Namespace) -> None:
     """Measure one more item and the ten best recommendations, after histories of several lengths."""
     import torch
@@ -700,6 +779,16 @@ BENCHMARKS = {
             "warmup": 2,
         },
     ),
+    "distributed": (
+        benchmark_distributed,
+        "memory of a large catalogue in each of several processes, whole and sharded",
+        {
+            "num_items": [1_000_000, 2_000_000],
+            "num_processes": 2,
+            "length": 50,
+            "batch_size": 8,
+        },
+    ),
     "onnx": (
         benchmark_onnx,
         "ONNX Runtime beside PyTorch",
@@ -773,7 +862,7 @@ def main() -> None:
 
     args = parser.parse_args()
     if args.output is None:
-        on = "cpu" if args.subject in ("data", "tokenizer") else device()
+        on = "cpu" if args.subject in ("data", "tokenizer", "distributed") else device()
         args.output = output_file(args.subject, on, args.dtype)
     args.run(args)
 

@@ -37,19 +37,20 @@ class TitledModel:
             `load_histories` reads.
 
     Raises:
-        ValueError: if the model is no ELASTIC or reads times, or if `titles_file` names none of its items.
+        ValueError: if the model is no ELASTIC or reads times or features of events, or if `titles_file` names none of its items.
     """
 
     def __init__(self, model_name_or_path: str, titles_file: str | None = None) -> None:
         self.model = AutoModel.from_pretrained(model_name_or_path).eval()
-        if not hasattr(self.model, "explain") or self.model.config.use_timestamps:
+        config = self.model.config
+        if not hasattr(self.model, "explain") or config.use_timestamps or config.event_features:
             raise ValueError(
-                "model_name_or_path must be an ELASTIC model that reads no times, found model_type="
-                f"{self.model.config.model_type!r}, use_timestamps={self.model.config.use_timestamps}"
+                "model_name_or_path must be an ELASTIC model that reads items alone, found model_type="
+                f"{config.model_type!r}, use_timestamps={config.use_timestamps}, event_features={config.event_features}"
             )
         self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
         items = self.tokenizer.items
-        token_ids = range(self.model.config.num_special_tokens, len(self.tokenizer))
+        token_ids = range(config.num_special_tokens, len(self.tokenizer))
         titles = (
             read_titles_file(titles_file, items) if titles_file else self.tokenizer.convert_ids_to_titles(token_ids)
         )

@@ -222,6 +222,16 @@ def test_hidden_states_are_returned(model_type, settings, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
+@every_model
+def test_weights_may_be_bfloat16(model_type, settings):
+    model = make_model(model_type, settings).eval()
+    input_ids = torch.tensor([[3, 9, 4, 6], [0, 7, 8, 5]])
+    with torch.no_grad():
+        expected = model.get_user_embeddings(input_ids)
+        found = model.to(torch.bfloat16).get_user_embeddings(input_ids)
+    torch.testing.assert_close(found.float(), expected.float(), atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", ["sasrec", "bert4rec"])
 def test_every_position_has_a_key_that_it_attends_to(model_type, attention):

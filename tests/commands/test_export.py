@@ -10,14 +10,14 @@ import torch
 
 from elastic_hf import ElasticCache, ElasticItemTokenizer
 from elastic_hf.commands import export
-from factories import NUM_TOKENS, elastic_model
+from factories import EVENT_FEATURES, NUM_TOKENS, elastic_model, event_features
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "timed"])
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "timed and featured"])
 def exported(request, tmp_path_factory):
     """A model, and the folder of its programs, which the command has compared with PyTorch."""
     folder = tmp_path_factory.mktemp("onnx")
-    model = elastic_model(use_timestamps=request.param)
+    model = elastic_model(use_timestamps=request.param, event_features=EVENT_FEATURES if request.param else {})
     model.save_pretrained(folder / "model")
     tokenizer = ElasticItemTokenizer.from_items([f"item {i}" for i in range(NUM_TOKENS - 3)], model_max_length=50)
     tokenizer.save_pretrained(folder / "model")
@@ -41,23 +41,24 @@ def test_steps_are_the_whole_history(exported):
     """A user's items one at a time from the empty state, and all of them at once."""
     model, folder = exported
     history = torch.randint(3, NUM_TOKENS, (1, 7), generator=torch.Generator().manual_seed(0))
-    times = {}
+    events = {}
     if model.config.use_timestamps:
         timestamps = torch.tensor([[10, 10, 4000, 1e5, 1e8, 1.7e9, 1.7e9 + 0.5]], dtype=torch.double)
-        times = {"timestamps": timestamps, "request_timestamps": timestamps[:, -1] + 86_400}
+        events = {"timestamps": timestamps, "request_timestamps": timestamps[:, -1] + 86_400}
+        events["event_features"] = event_features(batch_size=1, padding=0)
     step = onnxruntime.InferenceSession(folder / "step.onnx")
     cache = ElasticCache.empty(model, 1)
     assert step.get_modelmeta().custom_metadata_map["model_digest"] == cache.model_digest == model.model.digest()
     state = {name: tensor.numpy() for name, tensor in cache.tensors.items()}
-    given = {"input_ids": history, "attention_mask": torch.ones_like(history), **times}
+    given = {"input_ids": history, "attention_mask": torch.ones_like(history), **events}
     assert {value.name for value in step.get_inputs()} == given.keys() | state.keys()
     assert [value.name for value in step.get_outputs()] == ["logits", *(f"next_{name}" for name in state)]
     for i in range(7):
-        new = {name: (value[:, i : i + 1] if value.ndim == 2 else value).numpy() for name, value in given.items()}
+        new = {name: (value[:, i : i + 1] if value.ndim > 1 else value).numpy() for name, value in given.items()}
         logits, *values = step.run(None, new | state)
         state = dict(zip(state, values, strict=True))
     with torch.no_grad():
-        expected = model(history, use_cache=True, **times)
+        expected = model(history, use_cache=True, **events)
     np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
     for name, tensor in expected.cache.tensors.items():
         np.testing.assert_allclose(state[name], tensor, rtol=1e-4, atol=1e-4)

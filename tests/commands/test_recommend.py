@@ -1,6 +1,9 @@
+import json
+
 import numpy as np
 import polars as pl
 import pytest
+from datasets import Dataset
 from transformers import pipeline
 
 from elastic_hf import ElasticItemTokenizer
@@ -121,6 +124,61 @@ def test_all_users_of_a_file_with_times(timed, tmp_path):
         recommend.main([*arguments, "--in_time_order", "True"])
 
 
+@pytest.fixture(scope="module")
+def featured(folder, tmp_path_factory):
+    """A folder with a model that reads features of events."""
+    path = tmp_path_factory.mktemp("featured")
+    events = Dataset.from_dict({"action": [["buy", "view"]], "price": [[1.5, 2.5]]})
+    tokenizer = ElasticItemTokenizer.from_items(ElasticItemTokenizer.from_pretrained(folder).items, 11, events)
+    tokenizer.save_pretrained(path)
+    elastic_model(event_features=tokenizer.event_features).save_pretrained(path)
+    return str(path)
+
+
+def test_one_history_with_features_of_events(featured, capsys):
+    arguments = ["--model_name_or_path", featured, "--top_k", "26", "--history", "3", "Product 5"]
+    pipe = pipeline("sequential-recommendation", model=featured, top_k=26)
+    printed = []
+    for features in ({"action": ["buy", None], "price": [2, 3.5]}, {"action": ["view", "?"], "price": [None, None]}):
+        recommend.main([*arguments, "--event_features", json.dumps(features)])
+        expected = pipe({"history": [3, 5], **features})
+        printed.append([line.split()[1] for line in capsys.readouterr().out.splitlines()])
+        assert printed[-1] == [str(item["item"]) for item in expected]
+    assert printed[0] != printed[1]
+    for text, message in (
+        ("buy", "event_features must be JSON, found 'buy'"),
+        ("[5]", "event_features must be a JSON object of lists, found"),
+        ('{"action": ["buy"]}', "as many values of 'action' as items, 2, found 1"),
+        ('{"action": ["buy", "buy"], "price": [1, NaN]}', "event column 'price' must hold finite numbers, found nan"),
+        (
+            '{"action": ["buy", "buy"], "cost": [1, 2]}',
+            "with 'history' and 'action' and 'price' alone, found the keys",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recommend.main([*arguments, "--event_features", text])
+
+
+def test_all_users_of_a_file_with_features_of_events(featured, tmp_path):
+    rows = [
+        (user, item, item, ["buy", "view", None][item % 3], item / 4) for user in (1, 4, 9) for item in range(user)
+    ]
+    table = pl.DataFrame(rows, schema=["user", "item", "time", "action", "price"], orient="row")
+    table.write_csv(tmp_path / "shop.csv")
+    arguments = ["--model_name_or_path", featured, "--input_file", str(tmp_path / "shop.csv"), "--top_k", "3"]
+    arguments += ["--output_file", str(tmp_path / "out.parquet"), "--cache_dir", str(tmp_path / "cache")]
+    recommend.main([*arguments, "--batch_size", "2"])
+    found = pl.read_parquet(tmp_path / "out.parquet")
+    pipe = pipeline("sequential-recommendation", model=featured, top_k=3)
+    for user in (1, 4, 9):
+        columns = table.filter(pl.col("user") == user).to_dict(as_series=False)
+        expected = pipe({"history": columns["item"], "action": columns["action"], "price": columns["price"]})
+        assert found.filter(pl.col("user_id") == user)["item_id"].to_list() == [item["item"] for item in expected]
+    table.drop("price").write_csv(tmp_path / "shop.csv")
+    with pytest.raises(ValueError, match="column 'price' is missing, found"):
+        recommend.main(arguments)
+
+
 @pytest.mark.parametrize("arguments", [["--timestamps", "1", "2"], ["--now", "5"]])
 def test_times_for_a_model_without_are_refused(folder, arguments):
     with pytest.raises(ValueError, match="timestamps and now must be left out for a model that reads no times"):
@@ -137,6 +195,10 @@ def test_times_for_a_model_without_are_refused(folder, arguments):
         (
             ["--input_file", "shop.csv", "--output_file", "out.parquet", "--timestamps", "1"],
             "timestamps belong to a history",
+        ),
+        (
+            ["--input_file", "shop.csv", "--output_file", "out.parquet", "--event_features", "{}"],
+            "event_features belong to a history",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
-from elastic_hf import plots
+from elastic_hf import ElasticItemTokenizer, plots
 from elastic_hf.baselines import HSTUConfig
 from elastic_hf.commands import evaluate, train
 from elastic_hf.commands.arguments import (
@@ -30,6 +30,7 @@ from elastic_hf.commands.steps import describe_protocol
 from elastic_hf.sharing.model_card import render_model_card
 from elastic_hf.sharing.privacy import without_personal_data
 from faults import PAGE, read_state, state_after_full_disk, states_after_kills, write_state
+from launcher import RECIPES, TORCHRUN, accelerate_launch, launch
 
 
 ROOT = Path(elastic_hf.__file__).parents[1]
@@ -47,7 +48,9 @@ def shop(tmp_path_factory):
     users = np.repeat(np.arange(NUM_USERS), lengths)
     steps = np.concatenate([np.arange(length) for length in lengths])
     items = (starts[users] + 7 * steps) % NUM_ITEMS
-    pl.DataFrame({"customer": users, "product": items, "when": 1_700_000_000 + steps}).write_csv(folder / "shop.csv")
+    columns = {"customer": users, "product": items, "when": 1_700_000_000 + steps}
+    columns |= {"stars": 1 + items % 5, "paid": [None if item % 3 == 0 else item / 4 for item in items.tolist()]}
+    pl.DataFrame(columns).write_csv(folder / "shop.csv")
     catalogue = np.arange(NUM_ITEMS)
     pl.DataFrame({"item_id": catalogue, "title": [f"Product no. {i}" for i in catalogue]}).write_csv(
         folder / "titles.csv"
@@ -76,7 +79,8 @@ def arguments_for(shop, output_dir, **changes):
 
 
 def command_line(arguments):
-    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    values = {name: value if isinstance(value, list) else [value] for name, value in arguments.items()}
+    return [part for name in values for part in (f"--{name}", *map(str, values[name]))]
 
 
 def run(argv):
@@ -288,6 +292,59 @@ def test_evaluate_gives_the_metrics_of_a_run_with_times(shop, timed, tmp_path):
     assert found["protocol"] == results["protocol"]
 
 
+@pytest.fixture(scope="module")
+def featured(shop, tmp_path_factory):
+    """The output folder, the results and the standard output of a run of a model that reads features of events."""
+    output_dir = tmp_path_factory.mktemp("featured") / "shop-featured"
+    changes = {"event_columns": ["stars", "paid"], "split_into_windows": True, "max_length": 5}
+    output = run(command_line(arguments_for(shop, output_dir, **changes)))
+    return output_dir, json.loads((output_dir / "all_results.json").read_text()), output
+
+
+def test_a_run_with_features_of_events(shop, featured, tmp_path):
+    output_dir, results, _ = featured
+    assert results["protocol"] == "leave_one_out, full ranking, events with paid and stars"
+    assert results["config"]["event_features"] == {"paid": 0, "stars": 5}
+    assert AutoModel.from_pretrained(output_dir).config.event_features == {"paid": 0, "stars": 5}
+    columns = ElasticItemTokenizer.from_pretrained(output_dir).event_columns
+    assert columns["stars"] == {"categories": [1, 2, 3, 4, 5]} and columns["paid"].keys() == {"mean", "deviation"}
+    arguments = arguments_for(shop, None, model_name_or_path=output_dir, output_file=tmp_path / "metrics.json")
+    unread = ("output_dir", "config_overrides", "num_train_epochs", "per_device_train_batch_size", "max_length")
+    arguments = {name: value for name, value in arguments.items() if name not in unread}
+    evaluate.main(command_line(arguments))
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = {name for name in results if "@" in name}
+    assert {name: found[name] for name in metrics} == {name: results[name] for name in metrics}
+    assert found["protocol"] == results["protocol"]
+    with pytest.raises(ValueError, match="event_columns must be those of .*, paid, stars, found stars"):
+        evaluate.main(command_line({**arguments, "event_columns": ["stars"]}))
+
+
+def test_the_card_of_a_model_that_reads_features_of_events_runs(featured, capsys):
+    output_dir, results, _ = featured
+    card = (output_dir / "README.md").read_text()
+    assert "The model reads, with each item of a history, paid and stars of its event" in card
+    ((snippet, printed),) = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", card, flags=re.DOTALL)
+    assert '"stars": [5, 5, 5],' in snippet
+    capsys.readouterr()
+    exec(snippet, {})
+    assert capsys.readouterr().out == printed and printed.count("Product no. ") == 3
+
+
+def test_runs_of_models_that_read_features_of_events_are_named():
+    data_args = DataArguments(train_file="data/beauty.txt", event_columns=["rating", "action"])
+    training_args = SeqRecTrainingArguments(variant="wide", use_cpu=True)
+    name = train.make_run_name(ModelArguments("sasrec"), data_args, training_args)
+    assert name == "beauty-sasrec-42-with-action-rating-wide"
+
+
+def test_models_that_read_no_features_of_events_refuse_them(shop, tmp_path):
+    arguments = arguments_for(shop, tmp_path / "run", model_type="gru4rec", event_columns=["stars"])
+    arguments["config_overrides"] = "hidden_size=16"
+    with pytest.raises(ValueError, match="event_features must be empty for gru4rec, which reads none, found stars"):
+        run(command_line(arguments))
+
+
 def test_a_source_without_times_is_refused_for_a_model_that_reads_them(shop, tmp_path):
     (tmp_path / "lines.txt").write_text("".join(f"{user} {item}\n" for user in range(9) for item in range(5)))
     arguments = arguments_for(shop, tmp_path / "run", train_file=str(tmp_path / "lines.txt"), use_timestamps=True)
@@ -485,7 +542,9 @@ def test_bfloat16_without_instructions_for_it_is_said(shop, tmp_path, monkeypatc
     assert sum("bf16" in record.message for record in caplog.records) == num_warnings
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("accelerate-*"))), ids=lambda path: path.stem
+)
 def test_a_recipe_names_its_dataset_and_a_model_that_exists(recipe):
     parser = HfArgumentParser((ModelArguments, DataArguments, SeqRecTrainingArguments))
     arguments = read_arguments([str(recipe), "--seed", "7", "--bf16", "false"])
@@ -526,24 +585,24 @@ def test_a_baseline(shop, finished, tmp_path, monkeypatch, model_type, overrides
     assert results.get("memory_slots") == (36 if model_type == "elastic_paper" else None)
 
 
-def test_two_processes(shop, finished, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run(
-        [
-            *launcher,
-            *MODULE,
-            *command_line(arguments_for(shop, tmp_path / "two", num_train_epochs=1, split_into_windows=True)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=1_800,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr
+@pytest.mark.parametrize(
+    ("launcher", "module"),
+    [
+        (TORCHRUN, MODULE),
+        (accelerate_launch("ddp"), MODULE),
+        (accelerate_launch("fsdp2"), ("-m", "launcher")),
+    ],
+    ids=["torchrun", "accelerate", "FSDP2"],
+)
+def test_two_processes(shop, finished, tmp_path, launcher, module):
+    arguments = arguments_for(shop, tmp_path / "two", num_train_epochs=1, split_into_windows=True)
+    output = launch(launcher, *module, *command_line(arguments))
     results = json.loads((tmp_path / "two" / "all_results.json").read_text())
     assert results["split_into_windows"] is True
     assert results["num_processes"] == 2 and results["command"].startswith("torchrun --nproc_per_node 2")
-    assert process.stdout.count("Recommended:") == 1
+    assert results["command"].endswith(" --fsdp") == (module != MODULE)
+    assert output.count("Recommended:") == 1
+    assert results["expert_half_lives"] and results["memory_slots"] == 36
     # The data and the baseline do not depend on the number of processes.
     popularity = [key for key in results if key.startswith("popularity_")]
     assert {key: results[key] for key in popularity} == {key: finished[1][key] for key in popularity}

@@ -197,5 +197,47 @@ def test_times_are_for_the_next_item_alone(objective):
         collator(objective, use_timestamps=True)
 
 
+# Features of events
+
+RATINGS, PRICES = [[1.0, 2, 3, 4, 5, 0, 7], [6.0, 7, 8]], [[0.5, -1, 0, 0, 2, 3, 4], [9.0, -9, 1]]
+
+
+@pytest.mark.parametrize("as_row", [list, np.array, torch.tensor])
+def test_batches_hold_the_features_of_what_is_read_and_of_nothing_after(as_row):
+    columns = {"rating": [*map(as_row, RATINGS)], "price": [*map(as_row, PRICES)]}
+    read = collator(event_features=["price", "rating"])
+    batch = read(rows(LONG, SHORT, **columns))
+    prices, ratings = batch["event_features"].unbind(dim=-1)
+    assert batch["event_features"].dtype == torch.float32 and batch["event_features"].is_contiguous()
+    assert ratings.tolist() == [[2, 3, 4, 5, 0], [0, 0, 0, 6, 7]]
+    assert prices.tolist() == [[-1, 0, 0, 2, 3], [0, 0, 0, 9, -9]]
+    evaluated = read(rows(LONG, SHORT, target=[30, 31], **columns))
+    prices, ratings = evaluated["event_features"].unbind(dim=-1)
+    assert ratings.tolist() == [[3, 4, 5, 0, 7], [0, 0, 6, 7, 8]]
+    assert prices.tolist() == [[0, 0, 2, 3, 4], [0, 0, 9, -9, 1]]
+    assert "event_features" not in collator()(rows(LONG, SHORT, **columns))
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (rows(LONG, SHORT), "with event_features a row must have rating, found input_ids"),
+        (
+            rows(LONG, SHORT, rating=[RATINGS[0], RATINGS[1][:2]]),
+            "rating must be as many as the items of a history, 3 in row 1, found 2",
+        ),
+    ],
+)
+def test_bad_features_of_events_are_named(features, message):
+    with pytest.raises(ValueError, match=message):
+        collator(event_features=["rating"])(features)
+
+
+@pytest.mark.parametrize("objective", ["masked_item", "prefix"])
+def test_features_of_events_are_for_the_next_item_alone(objective):
+    with pytest.raises(ValueError, match=f"event_features needs objective='next_item', found '{objective}'"):
+        collator(objective, event_features=["rating"])
+
+
 def test_the_objectives_are_those_of_the_models():
     assert OBJECTIVES == TRAINING_OBJECTIVES

@@ -3,7 +3,9 @@ import os
 import random
 from collections import Counter, defaultdict
 
+import polars as pl
 import pytest
+from datasets import Dataset, List, Value
 
 from elastic_hf.data import histories as module
 from interactions import ROWS, frame, split_rows, write
@@ -430,3 +432,109 @@ def test_counts_of_the_real_files(load):
     assert [ml_100k.counts[name] for name in names] == [943, 1_682, 100_000, 0, 0]
     beauty = load(f"{DATA}/amazon/beauty.txt")
     assert [beauty.counts[name] for name in names] == [40_226, 54_542, 353_962, 0, 0]
+
+
+# Event columns
+
+EVENTS = {
+    "rating": [5, 3, None, 4, 5, 1, 2, 3, 4, None],
+    "action": ["buy", "view", None, "to cart", "buy", "view", "buy", "é", "buy", "view"],
+    "ok": [True, False, None, True, True, False, True, False, True, True],
+    "price": [1.5, 2.0, 3.0, None, 1e-3, 7.0, 2.25, 8.0, 9.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("source", [".csv", ".tsv", ".parquet", ".jsonl", "polars", "arrow", "datasets"])
+def test_event_columns_go_with_their_interactions(tmp_path, load, source):
+    """Sorted by time, split and read back from every kind of source."""
+    table = frame().with_columns(**{name: pl.Series(values, strict=False) for name, values in EVENTS.items()})
+    if source.startswith("."):
+        table.write_parquet(tmp_path / "rows.parquet")
+        read = write(tmp_path / f"rows{source}", table)
+    else:
+        read = {"polars": table, "arrow": table.to_arrow(), "datasets": Dataset(table.to_arrow())}[source]
+    result = load(read, event_columns=["price", "rating", "action", "ok"], k_core=0)
+    types = {"price": "float64", "rating": "int64", "action": "string", "ok": "bool"}
+    for name, type_ in types.items():
+        assert result.histories["train"].features[name] == List(Value(type_))
+    rows = table.sort("user_id", "timestamp", maintain_order=True).rows_by_key("user_id", named=True, unique=False)
+    for split, held_out in (("train", 2), ("validation", 2), ("test", 1)):
+        for row in result.histories[split]:
+            expected = rows[row["user_id"]][:-held_out]
+            assert row["item_ids"] == [event["item_id"] for event in expected]
+            for name in EVENTS:
+                assert row[name] == [event[name] for event in expected]
+    assert "rating" not in load(read).histories["train"].column_names
+
+
+def test_of_equal_rows_the_first_one_s_event_columns_are_kept(tmp_path, load):
+    rows = [(1, item, item) for item in (10, 20, 30, 40)] + [(1, 20, 20), (2, 10, 1)]
+    table = frame(rows).with_columns(rating=pl.Series([1, 2, 3, 4, 5, 6]))
+    result = load(write(tmp_path / "rows.csv", table), event_columns=["rating"], split="none")
+    assert result.counts["num_duplicates"] == 1
+    assert result.histories["train"]["rating"][:] == [[1, 2, 3, 4], [6]]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (["5", "03", "-1"], [5, 3, -1]),
+        (["5", "3.5", "1e2"], [5.0, 3.5, 100.0]),
+        (["true", "False", "true"], [True, False, True]),
+        (["5", "n/a", "3"], ["5", "n/a", "3"]),
+        (["", "4", ""], [None, 4, None]),
+    ],
+)
+def test_what_text_stands_for_is_decided_when_all_of_it_is_known(tmp_path, load, written, expected):
+    lines = [f"1,{item},{item},{rating}" for item, rating in enumerate(written)]
+    (tmp_path / "rows.csv").write_text("\n".join(["user_id,item_id,timestamp,rating", *lines, ""]))
+    assert (
+        load(tmp_path / "rows.csv", event_columns=["rating"], split="none").histories["train"]["rating"][0] == expected
+    )
+
+
+def test_files_may_differ_in_the_numbers_of_an_event_column(tmp_path, load):
+    table = frame(ROWS[:5]).with_columns(rating=pl.Series([1, 2, 3, 4, 5]))
+    paths = [write(tmp_path / "a.parquet", table)]
+    other = frame(ROWS[5:])
+    for i, ratings in enumerate(([0.5] * 5, [None] * 5)):
+        path = write(tmp_path / f"b{i}.parquet", other.with_columns(rating=pl.Series(ratings)))
+        found = load([*paths, path], event_columns=["rating"], split="none").histories["train"]["rating"][:]
+        values = [value for row in found for value in row]
+        assert sorted(value for value in values if value is not None) == sorted(
+            [*range(1, 6), *([0.5] * 5 * (i == 0))]
+        )
+    path = write(tmp_path / "c.parquet", other.with_columns(rating=pl.Series(["a"] * 5)))
+    with pytest.raises(ValueError, match=r"c.parquet: column 'rating' must have the type it has in .*, int64, found"):
+        load([*paths, path], event_columns=["rating"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("rating", "event_columns must be a list of distinct columns, found 'rating'"),
+        (["rating", "rating"], "event_columns must be a list of distinct columns, found"),
+        (["target"], "event_columns must not be called user_id, .*, found 'target'"),
+        (["now"], "event_columns must not be called user_id, .*, found 'now'"),
+        (["stars"], r"rows.csv: column 'stars' is missing, found \['user_id', 'item_id', 'timestamp', 'rating'\]"),
+    ],
+)
+def test_event_columns_that_cannot_be_are_named(tmp_path, load, columns, message):
+    path = write(tmp_path / "rows.csv", frame().with_columns(rating=1))
+    with pytest.raises(ValueError, match=message):
+        load(path, event_columns=columns)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("suffix", "place"), [(".csv", "line 6"), (".parquet", "row 5"), ("", "row 5")])
+def test_event_columns_of_numbers_are_finite(tmp_path, load, suffix, place, value):
+    table = frame().with_columns(price=pl.Series([1.5, 2, 3, 4, value, 6, 7, 8, 9, 10]))
+    source = write(tmp_path / f"rows{suffix}", table) if suffix else table
+    with pytest.raises(ValueError, match=f"{place}: price is .*, expected a finite number"):
+        load(source, event_columns=["price"])
+
+
+def test_dates_are_no_event_column(load):
+    table = frame().with_columns(day=pl.date(2026, 1, 1))
+    with pytest.raises(ValueError, match="column 'day' must hold strings, booleans, integers or numbers, found type"):
+        load(table, event_columns=["day"])

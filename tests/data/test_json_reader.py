@@ -99,7 +99,7 @@ def test_a_type_that_changes_after_many_lines(tmp_path, load):
             [ROWS[0], {**ROWS[1], "user_id": {"$oid": "5"}}],
             "line 2: user_id is {.*}, expected a 64-bit number or text",
         ),
-        ([{**ROWS[0], "item_id": True}], "line 1: item_id is True, expected a 64-bit number or text"),
+        ([ROWS[0], {**ROWS[1], "item_id": True}], "line 2: item_id is True, expected a string as on line 1"),
         ([{**ROWS[0], "item_id": 2**63}], "line 1: item_id is 9223372036854775808, expected a 64-bit number or text"),
         ([ROWS[0], {**ROWS[1], "timestamp": None}], "line 2: timestamp is None, expected a value"),
         ([ROWS[0], {"user_id": "a", "timestamp": 1}], "line 2: item_id is None, expected a value"),

@@ -30,13 +30,15 @@ def test_an_earlier_result_is_not_trusted(tmp_path):
     assert first.cache_files and split_into_windows(histories, max_length=5)["input_ids"][:] == expected
 
 
-def test_timestamps_are_cut_in_the_same_places():
+def test_timestamps_and_event_columns_are_cut_in_the_same_places():
     """Beside another list, which is repeated."""
     histories = [list(range(50, 59)), list(range(3, 26)), [99]]
     columns = {"input_ids": histories, "timestamps": [[item / 2 for item in items] for items in histories]}
+    columns["rating"] = [[-float(item) for item in items] for items in histories]
     dataset = Dataset.from_dict({"timestamps": columns["timestamps"], "tags": [[1], [2, 3], []], **columns})
-    windows = split_into_windows(dataset.select([2, 1]), max_length=5)
+    windows = split_into_windows(dataset.select([2, 1]), 5, ["rating"])
     assert windows.column_names == dataset.column_names and len(windows) == 6
     for row in windows:
         assert row["timestamps"] == [item / 2 for item in row["input_ids"]]
+        assert row["rating"] == [-item for item in row["input_ids"]]
         assert row["tags"] == ([] if row["input_ids"] == [99] else [2, 3])

@@ -229,5 +229,7 @@ def test_another_model_is_refused(tmp_path):
     from factories import elastic_model
 
     elastic_model(use_timestamps=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must be an ELASTIC model that reads no times, found model_type='elastic'"):
+    with pytest.raises(
+        ValueError, match="must be an ELASTIC model that reads items alone, found model_type='elastic'"
+    ):
         TitledModel(str(tmp_path))

@@ -7,10 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 
 import streaming
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
-from factories import NUM_TOKENS, elastic_model
+from factories import EVENT_FEATURES, NUM_TOKENS, elastic_model, event_features
 
 
 ROOT = Path(__file__).parents[2]
@@ -201,3 +202,48 @@ def test_a_known_event_of_another_model_is_refused(store):
     assert torch.equal(streaming.append(model, store, "ada", 3, 5, event_id="1"), first)
     with pytest.raises(ValueError, match="cache.model_digest must be that of this model"):
         streaming.append(other, store, "ada", 3, 5, event_id="1")
+
+
+def test_a_model_that_reads_features_of_events_is_told_them(store):
+    """Each answer is that of the whole history, from states of one size."""
+    model = elastic_model(event_features=EVENT_FEATURES)
+    features = event_features(padding=0)[0]
+    token_ids = [3, 8, 5, 9]
+    for i, token_id in enumerate(token_ids, start=1):
+        found = streaming.append(model, store, "ada", token_id, 5, event_features=features[i - 1])
+        expected = model.recommend([token_ids[:i]], event_features=features[None, :i], top_k=5)
+        assert torch.equal(found, expected.token_ids[0])
+    with pytest.raises(ValueError, match="event_features .* found None"):
+        streaming.append(model, store, "ada", 4, 5)
+
+
+def test_lines_for_a_model_that_reads_features_of_events(folder, tmp_path):
+    events = Dataset.from_dict({"action": [["buy", "view"]], "rating": [[4, 5]]})
+    tokenizer = ElasticItemTokenizer.from_items(ElasticItemTokenizer.from_pretrained(folder).items, 50, events)
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"vocab_size": NUM_ITEMS + 3, "event_features": tokenizer.event_features}
+    model = elastic_model(use_timestamps=True, **sizes)
+    model.save_pretrained(tmp_path)
+    lines = [
+        ("ada", "sku 1", "17.5", "buy", "5"),
+        ("ada", "sku 1", "18", "buy"),
+        ("ada", "sku 1", "18", "buy", "five"),
+    ]
+    result = serve(tmp_path, tmp_path / "users.sqlite", [*lines, ("ada", "sku 3", "18", "", "4")])
+    first, second = result.stdout.splitlines()
+    expected = model.recommend(
+        [[4, 6]],
+        timestamps=[[17.5, 18]],
+        request_timestamps=[18],
+        event_features=tokenizer.encode_events({"action": ["buy", None], "rating": [5, 4]})[None],
+        top_k=4,
+    )
+    assert second.split("\t") == ["ada", *tokenizer.convert_ids_to_titles(expected.token_ids[0])]
+    reports = [line for line in result.stderr.splitlines() if line.startswith("line ")]
+    assert [report.partition(" found")[0] for report in reports] == [
+        "line 2: a line must be a user, an item, Unix seconds, action, rating with tabs between them,",
+        "line 3: event column 'rating' must hold integers,",
+    ]
+    known = [("ada", "sku 3", "18", "", "4", "1"), ("ada", "sku 3", "18", "", "4", "1")]
+    again = serve(tmp_path, tmp_path / "others.sqlite", known, "--event_ids").stdout.splitlines()
+    assert len(again) == 2 and again[0] == again[1]

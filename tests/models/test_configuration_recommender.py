@@ -45,6 +45,13 @@ def test_a_file_with_a_broken_number_is_refused(tmp_path):
         ({"training_objective": "last"}, "training_objective must be one of .* found 'last'"),
         ({"request_dropout": 2}, "request_dropout must be between 0 and 1, found 2"),
         ({"use_timestamps": True}, "use_timestamps must be False for sasrec, which reads no times, found True"),
+        ({"event_features": {"now": 3}}, "event_features must not be called history, timestamps, now, found 'now'"),
+        (
+            {"event_features": {"rating": -1}},
+            r"event_features\['rating'\] must be a number of categories, or 0, found -1",
+        ),
+        ({"event_features": {"rating": "5"}}, "event_features"),
+        ({"event_features": ["rating"]}, "event_features"),
         ({"exclude_seen": None}, "exclude_seen"),
         ({"mask_seen_in_loss": "no"}, "mask_seen_in_loss"),
     ],
@@ -85,3 +92,19 @@ def test_some_models_read_times_and_only_where_each_position_predicts_the_next_e
         assert config_class(use_timestamps=True).use_timestamps
         with pytest.raises(StrictDataclassError, match="use_timestamps needs training_objective='next_item'"):
             config_class(use_timestamps=True, training_objective="prefix")
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_some_models_read_features_of_events(model_type, tmp_path):
+    config_class = MODELS[model_type].config_class
+    assert config_class().event_features == {}
+    assert config_class.supports_event_features == (model_type in ("elastic", "hstu", "sasrec"))
+    if not config_class.supports_event_features:
+        message = f"event_features must be empty for {model_type}, which reads none, found price, rating"
+        with pytest.raises(StrictDataclassError, match=message):
+            config_class(event_features={"rating": 5, "price": 0})
+        return
+    config_class(event_features={"rating": 5, "price": 0}).save_pretrained(tmp_path)
+    assert [*config_class.from_pretrained(tmp_path).event_features.items()] == [("price", 0), ("rating", 5)]
+    with pytest.raises(StrictDataclassError, match="event_features needs training_objective='next_item'"):
+        config_class(event_features={"rating": 5}, training_objective="prefix")

@@ -41,11 +41,11 @@ def test_item_weights_are_those_of_the_values_that_the_last_position_reads(use_t
     base = model.model
     mask = batch["attention_mask"].bool()
     with torch.no_grad():
-        events = ()
+        events = {}
         if use_timestamps:
             timestamps = batch["timestamps"].nan_to_num()
-            events = timestamps, pauses_before(timestamps, mask)
-        embeddings = base.embed(batch["input_ids"], *events)
+            events = {"timestamps": timestamps, "pauses": pauses_before(timestamps, mask)}
+        embeddings = base.embed(batch["input_ids"], **events)
         stream, _ = base.to_stream(embeddings, mask)
         value_weight = torch.stack([head.weight.view(2, 2, 8, 24)[:, 1] for head in base.key_value])  # (H, N, K, D)
         values = torch.einsum("bld,hnkd->bnhlk", stream, value_weight)

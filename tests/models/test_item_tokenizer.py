@@ -430,3 +430,93 @@ print(json.dumps([type(tokenizer).__name__, batch["input_ids"], batch["attention
         expected["attention_mask"],
         "[PAD] 日本 語",
     ]
+
+
+# Event columns
+
+
+@pytest.fixture(scope="module")
+def events():
+    """Training and test histories with event columns."""
+    train = Dataset.from_dict(
+        {
+            "user_id": [1, 2],
+            "item_ids": [[50, 7, -3], [7, 0]],
+            "rating": [[5, 3, None], [1, 5]],
+            "price": [[1.0, 2.0, 3.0], [6.0, None]],
+            "action": [["view", "add to cart", "view"], ["buy", "view"]],
+        }
+    )
+    test = Dataset.from_dict(
+        {
+            "user_id": [2],
+            "item_ids": [[7, 0, 0]],
+            "rating": [[1, 5, 4]],
+            "price": [[6.0, None, 9.0]],
+            "action": [["buy", "view", "return"]],
+            "target": [50],
+        }
+    )
+    return DatasetDict(train=train, test=test)
+
+
+def test_event_columns_are_learned_from_training_events_alone(events, tmp_path):
+    tokenizer = ElasticItemTokenizer.from_items(INTEGER_IDS, 4, events["train"])
+    deviation = np.std([1, 2, 3, 6])
+    expected = {
+        "action": {"categories": ["add to cart", "buy", "view"]},
+        "price": {"mean": 3.0, "deviation": pytest.approx(deviation)},
+        "rating": {"categories": [1, 3, 5]},
+    }
+    assert tokenizer.event_columns == expected and [*tokenizer.event_columns] == [*expected]
+    assert tokenizer.event_features == {"action": 3, "price": 0, "rating": 3}
+    tokenizer.save_pretrained(tmp_path)
+    loaded = pickle.loads(pickle.dumps(ElasticItemTokenizer.from_pretrained(tmp_path)))
+    assert loaded.event_columns == tokenizer.event_columns
+    tokenized = loaded.tokenize_histories(events)
+    for split in tokenized.values():
+        for name in expected:
+            assert split.features[name] == List(Value("float32"))
+    (row,) = tokenized["test"].to_list()
+    assert row["action"] == [2, 3, 0] and row["rating"] == [1, 3, 0]
+    np.testing.assert_allclose(row["price"], [3 / deviation, 0, 6 / deviation], rtol=1e-6)
+    assert tokenized["train"]["rating"][:] == [[3, 2, 0], [1, 3]]
+    found = loaded.encode_events({name: events["test"][0][name] for name in ("rating", "action", "price")})
+    np.testing.assert_allclose(found, np.stack([row[name] for name in expected], axis=1))
+    streamed = IterableDatasetDict(train=events["train"].to_iterable_dataset())
+    assert [*loaded.tokenize_histories(streamed)["train"]] == tokenized["train"].to_list()
+
+
+def test_a_tokenizer_without_event_columns_leaves_them_alone(events, integer_tokenizer):
+    assert integer_tokenizer.event_columns == integer_tokenizer.event_features == {}
+    tokenized = integer_tokenizer.tokenize_histories(events)
+    assert tokenized["train"].column_names == ["user_id", "input_ids"]
+    plain = ElasticItemTokenizer.from_items(INTEGER_IDS, 4, events["train"].select_columns(["user_id", "item_ids"]))
+    assert "event_columns" not in plain.init_kwargs
+
+
+def test_bad_event_columns_are_named(events):
+    tokenizer = ElasticItemTokenizer.from_items(INTEGER_IDS, 4, events["train"])
+    with pytest.raises(
+        ValueError, match="split 'test' must have the event columns action, price, rating, found no pri"
+    ):
+        tokenizer.tokenize_histories(DatasetDict(test=events["test"].remove_columns("price")))
+    rows = [*events["train"].to_list(), {**events["train"][1], "rating": [1]}]
+    with pytest.raises(ValueError, match="'rating' must have as many values as items, 2 in row 2, found 1"):
+        tokenizer.tokenize_histories(DatasetDict(train=Dataset.from_list(rows)))
+    rows[2]["rating"] = [1.0, 2.5]
+    with pytest.raises(ValueError, match="'rating' must hold integers, found other values: .*2.5.* in row 2"):
+        tokenizer.tokenize_histories(DatasetDict(train=Dataset.from_list(rows)))
+    with pytest.raises(ValueError, match="event column 'age' must hold lists, found type int64"):
+        ElasticItemTokenizer.from_items(INTEGER_IDS, 4, events["train"].add_column("age", [30, 40]))
+    columns = {"action": ["buy"], "price": [1], "rating": [5]}
+    for changes, message in (
+        ({"rating": None}, "event column 'rating' must hold values of one kind, found None"),
+        ({"rating": [5, "a"]}, r"event column 'rating' must hold values of one kind, found \[5, 'a'\]"),
+        ({"rating": [2**70]}, "event column 'rating' must hold values of one kind, found"),
+        ({"price": [True]}, "event column 'price' must hold numbers, found type bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.encode_events({**columns, **changes})
+    with pytest.raises(ValueError, match="event column 'price' must be given, found 'action', 'rating'"):
+        tokenizer.encode_events({"action": ["buy"], "rating": [5]})

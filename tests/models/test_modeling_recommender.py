@@ -1,19 +1,15 @@
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import BatchEncoding
 
-import elastic_hf
 import reference
 from adapters import LowRankAdapter
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel, ItemIndex
@@ -32,6 +28,7 @@ from elastic_hf.models.modeling_recommender import (
     leave_out_special_tokens,
     validate_histories,
 )
+from launcher import TORCHRUN, launch
 
 
 VOCAB_SIZE = 23  # 20 items
@@ -311,15 +308,22 @@ def test_special_tokens_are_left_out():
     input_ids = torch.tensor([[1, 5, 2, 6], [3, 4, 5, 6], [8, 0, 3, 1]])
     attention_mask = torch.tensor([[True, True, True, True], [False, True, True, True], [False, True, True, True]])
     timestamps = 10 * input_ids + torch.arange(4)
-    ids, mask, seconds = leave_out_special_tokens(input_ids, attention_mask, 3, timestamps)
+    features = torch.stack([timestamps, -timestamps], dim=-1).float()
+    config = ElasticConfig(event_features={"price": 0, "weight": 0})
+    ids, mask, *of_items = leave_out_special_tokens(input_ids, attention_mask, config, timestamps, features)
     assert [row[of_row].tolist() for row, of_row in zip(ids, mask, strict=True)] == [[5, 6], [4, 5, 6], [3]]
-    assert [row[of_row].tolist() for row, of_row in zip(seconds, mask, strict=True)] == [[51, 63], [41, 52, 63], [32]]
+    expected = [[51, 63], [41, 52, 63], [32]]
+    for values in (of_items[0], of_items[1][..., 0], -of_items[1][..., 1]):
+        assert [row[of_row].tolist() for row, of_row in zip(values, mask, strict=True)] == expected
     assert (mask.int().diff(dim=1) >= 0).all()
-    assert leave_out_special_tokens(input_ids, attention_mask, 3)[2] is None
+    plain = ElasticConfig()
+    assert leave_out_special_tokens(input_ids, attention_mask, plain)[2:] == (None, None)
     with pytest.raises(ValueError, match=r"timestamps must have the shape of input_ids \(3, 4\), found \(3, 3\)"):
-        leave_out_special_tokens(input_ids, attention_mask, 3, timestamps[:, 1:])
+        leave_out_special_tokens(input_ids, attention_mask, plain, timestamps[:, 1:])
+    with pytest.raises(ValueError, match=r"event_features \(price, weight\) must be a floating tensor of shape"):
+        leave_out_special_tokens(input_ids, attention_mask, config, timestamps, features[:, 1:])
     items = torch.tensor([[0, 3], [4, 5]])
-    ids, mask, seconds = leave_out_special_tokens(items, items != 0, 3, 10 * items)
+    ids, mask, seconds, _ = leave_out_special_tokens(items, items != 0, plain, 10 * items)
     assert ids is items and torch.equal(seconds, 10 * items)
 
 
@@ -548,7 +552,6 @@ def shard_and_recommend():
     """One of two processes: what a sharded model answers must be what it answered before."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
@@ -580,18 +583,26 @@ def shard_and_recommend():
         assert torch.equal(model.recommend(input_ids, top_k=3).token_ids, expected.token_ids)
         with pytest.raises(ValueError, match="lm_head must hold its trainable weights whole"):
             model(input_ids, labels=labels)
+    check_slots(mesh, input_ids)
     dist.destroy_process_group()
 
 
+def check_slots(mesh, input_ids):
+    """What reads layers other than by their forward gathers them, each time."""
+    model = make_model("elastic")
+    slots = model.get_retrieved_slots(input_ids)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    model.recommend(input_ids, top_k=3)
+    for _ in range(2):
+        assert torch.equal(model.get_retrieved_slots(input_ids), slots)
+        assert not any(type(weight) is torch.nn.Parameter for weight in model.parameters())
+    with pytest.raises(ValueError, match="model must be whole to be explained"):
+        model.explain(input_ids)
+
+
 def test_a_sharded_model_recommends_the_same():
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    folders = [str(Path(elastic_hf.__file__).parents[1]), str(Path(reference.__file__).parent)]
-    subprocess.run(
-        [*launcher, __file__],
-        check=True,
-        timeout=1_800,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
-    )
+    launch(TORCHRUN, __file__)
 
 
 # Evaluation mode

@@ -383,6 +383,103 @@ def test_a_model_that_reads_times_needs_them(timed):
         timed(HISTORIES[0])
 
 
+# ---- features of events
+
+
+RATED = [[5, 3, None], [9], [1, 2, 3, 4, 5, 1, 2], [5, 4, 3, 2, 1], [None, None]]
+ACTIONS = [["buy", "view", "buy"], ["return"], [*["view"] * 6, "buy"], [*["buy"] * 5], [None, "view"]]
+
+
+@pytest.fixture(scope="module")
+def rated_tokenizer():
+    events = Dataset.from_dict({"rating": [[1, 2, 3, 4, 5]], "action": [["buy", "view"]]})
+    items = pa.table({"item_id": ITEM_IDS, "title": TITLES, "count": COUNTS})
+    return ElasticItemTokenizer.from_items(items, WINDOW, events)
+
+
+@pytest.fixture(scope="module")
+def rated(rated_tokenizer):
+    model = make_model(rated_tokenizer, event_features=rated_tokenizer.event_features).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return pipeline("sequential-recommendation", model=model, tokenizer=rated_tokenizer, device="cpu", top_k=4)
+
+
+def with_ratings(i, **changes):
+    return {"history": HISTORIES[i], "rating": RATED[i], "action": ACTIONS[i], **changes}
+
+
+def expected_with_ratings(pipe, history, rating, action):
+    """As [`expected_for`], from one history with the categories of its events, counted by hand."""
+    token_ids = [3 + ITEM_IDS.index(item) for item in history]
+    codes = [
+        [{"buy": 1, "view": 2}.get(action, 0), rating if rating in range(1, 6) else 0]
+        for action, rating in zip(action, rating, strict=True)
+    ]
+    with torch.no_grad():
+        features = torch.tensor([codes[-WINDOW:]], dtype=torch.float)
+        logits = pipe.model(torch.tensor([token_ids[-WINDOW:]]), event_features=features).logits[0]
+    scores = {item: logits[3 + ITEM_IDS.index(item)].item() for item in ITEM_IDS if item not in history}
+    best = sorted(scores, key=scores.get, reverse=True)[:4]
+    return [{"item": item, "title": TITLES[ITEM_IDS.index(item)], "score": scores[item]} for item in best]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_histories_with_features_of_events(rated, batch_size):
+    expected = [expected_with_ratings(rated, **with_ratings(i)) for i in range(5)]
+    assert_same(rated([with_ratings(i) for i in range(5)], batch_size=batch_size), expected)
+    assert_same([rated(with_ratings(3, rating=np.array(RATED[3])))], expected[3:4])
+    other = rated(with_ratings(0, rating=[1, 1, 1]))
+    assert [row["score"] for row in other] != pytest.approx([row["score"] for row in expected[0]], abs=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_ignored_items_take_their_features_along(rated, batch_size):
+    columns = {"rating": [5, 1, 4, 3, 1, 2, 1], "action": ["buy", "view", "buy", "buy", "view", "buy", "buy"]}
+    history = with_ratings(3, history=[17, 4, 17, 70, "Psycho", 9, 3], **columns)
+    empty = {"history": [], "rating": [], "action": []}
+    arguments = {"unknown": "ignore", "fallback": "popularity", "batch_size": batch_size}
+    found = rated([history, empty, with_ratings(1)], **arguments)
+    expected = [expected_with_ratings(rated, **with_ratings(i)) for i in (3, 1)]
+    assert_same([found[0], found[2]], expected)
+    assert [row["score"] for row in found[1]] == sorted(COUNTS, reverse=True)[:4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rating": [5, 3]}, "the history must have as many values of 'rating' as items, 3, found 2"),
+        ({"rating": None}, "the history must have as many values of 'rating' as items, 3, found None"),
+        ({"rating": 5}, "the history must have as many values of 'rating' as items, 3, found 5"),
+        ({"rating": [5, "five", 3]}, "the history: event column 'rating' must hold values of one kind, found"),
+        (
+            {"rating": ["a", "b", "c"]},
+            "the history: event column 'rating' must hold integers, found other values: .*parse",
+        ),
+        ({"rating": [5, 2.5, 3]}, "the history: event column 'rating' must hold integers, found other values: .*2.5"),
+        ({"rating": [5, float("nan"), 3]}, "the history: event column 'rating' must hold integers, .* nan"),
+        ({"action": [True, True, False]}, "the history: event column 'action' must hold strings, found type bool"),
+        ({"stars": [1, 2, 3]}, "with 'history' and 'action' and 'rating' alone, found the keys"),
+        ({"timestamps": [1, 2, 3]}, "with 'history' and 'action' and 'rating' alone, found the keys"),
+    ],
+)
+def test_bad_features_of_events_are_refused(rated, changes, message):
+    with pytest.raises(ValueError, match=message):
+        rated(with_ratings(0, **changes))
+    with pytest.raises(ValueError, match=message.replace("the history", "history 1")):
+        rated([with_ratings(1), with_ratings(0, **changes)])
+
+
+def test_a_model_that_reads_features_of_events_needs_them(rated, tokenizer):
+    with pytest.raises(ValueError, match="the history must have as many values of 'action' as items, 3, found None"):
+        rated(HISTORIES[0])
+    with pytest.raises(
+        ValueError, match="tokenizer must have the model's event_features, {'action': 2, 'rating': 5}, "
+    ):
+        SequentialRecommendationPipeline(rated.model, tokenizer)
+
+
 # ---- unknown items and titles
 
 

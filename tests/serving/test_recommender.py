@@ -5,6 +5,7 @@ import time
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 
 from elastic_hf import ElasticItemTokenizer, SequentialRecommendationPipeline
 from elastic_hf.serving import recommender as module
@@ -69,6 +70,15 @@ def test_recommends_what_the_whole_history_says(store, use_timestamps):
             history = {"history": items, "timestamps": times, "now": now} if use_timestamps else items
             assert_same(answer, recommender.pipeline(history, top_k=1 + row))
     assert stored_events(recommender, "user 0") == (len(histories["user 0"]),) * 2
+
+
+def test_a_model_that_reads_features_of_events_is_refused(sqlite):
+    events = Dataset.from_dict({"rating": [[4, 5]]})
+    items = [f"sku {i}" for i in range(NUM_ITEMS)]
+    tokenizer = ElasticItemTokenizer.from_items(items, 500, events)
+    model = elastic_model(event_features=tokenizer.event_features)
+    with pytest.raises(ValueError, match="model must read no features of events, which this service .*, found rating"):
+        Recommender(SequentialRecommendationPipeline(model, tokenizer, device="cpu"), sqlite)
 
 
 def test_one_pass_of_the_model_for_all_users(sqlite):

@@ -7,6 +7,7 @@ import shutil
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
 from elastic_hf.models import request as bounds
@@ -75,6 +76,21 @@ def test_seen_items_are_left_out_as_the_model_says(endpoint, monkeypatch):
         monkeypatch.setattr(endpoint.pipeline.model.config, "exclude_seen", exclude_seen)
         assert answer(top_k=10) == answer(top_k=10, exclude_seen=None) == answer(top_k=10, exclude_seen=exclude_seen)
     assert answer(top_k=12) == set("abcdefghijkl") and answer(top_k=10, exclude_seen=True) == set("cdefghijkl")
+
+
+def test_features_of_events_come_as_json(handler, repository, tmp_path):
+    events = Dataset.from_dict({"rating": [[1, 2, 3, 4, 5]], "action": [["buy", "view"]]})
+    tokenizer = ElasticItemTokenizer.from_items(ElasticItemTokenizer.from_pretrained(repository).items, 4, events)
+    config = ElasticConfig(vocab_size=15, num_memory_subkeys=5, event_features=tokenizer.event_features)
+    model = ElasticForSequentialRecommendation(config)
+    SequentialRecommendationPipeline(model, tokenizer, device="cpu").save_pretrained(tmp_path)
+    endpoint = handler.EndpointHandler(str(tmp_path))
+    history = {"history": ["a", "B"], "rating": [5, None], "action": ["buy", "?"]}
+    request = json.loads(json.dumps({"inputs": [history, history], "parameters": {"top_k": 3}}))
+    assert_same(endpoint(request), endpoint.pipeline([history, history], top_k=3))
+    request["inputs"][1]["rating"] = [5]
+    with pytest.raises(ValueError, match="history 1 must have as many values of 'rating' as items, 2, found 1"):
+        endpoint(request)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,14 @@ def test_a_card_says_what_a_model_that_reads_times_was_told():
     assert "told when" not in make_model_card("org/x", make_results()).text
 
 
+def test_a_card_names_the_features_of_events_that_a_model_reads():
+    text = make_model_card("org/x", make_results(config={"event_features": {"action": 3, "price": 0}})).text
+    assert "The model reads, with each item of a history, action and price of its event" in text
+    assert "nothing else about it is read but what its events carry, and" in text
+    plain = make_model_card("org/x", make_results()).text
+    assert "of its event" not in plain and "nothing else about it is read, and" in plain
+
+
 def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
     card = render_model_card(folder, "org/elastic-ml1m")
     check_metadata(card)
@@ -358,9 +366,12 @@ def test_the_example_has_titles_and_what_the_model_recommends():
     assert "```text" not in without.text and 'items["item_id"]' in python_of(without)
 
 
-def test_the_example_of_a_model_that_reads_times_can_be_pasted():
+@pytest.mark.parametrize(
+    "events", [{"timestamps": [0, 3600], "now": 7200}, {"rating": [5, None], "ok": [True, False], "tag": ['"', "é"]}]
+)
+def test_the_example_of_a_model_that_reads_more_than_items_can_be_pasted(events):
     recommended = [{"item": 7, "title": "Amélie", "score": 1.5}, {"item": "sku 8", "title": None, "score": 1.0}]
-    history = {"history": ['The "Heat"', 12], "timestamps": [0, 3600], "now": 7200}
+    history = {"history": ['The "Heat"', 12], **events}
     card = make_model_card("org/x", make_results(), example={"history": history, "recommended": recommended})
     check_metadata(card)
     asked = []

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from elastic_hf import ElasticItemTokenizer
@@ -227,3 +228,18 @@ def test_the_example_of_a_model_that_reads_times_has_them(folder):
     assert example["history"]["history"] == ["Product 0", "Product 1", "Product 2"]
     assert example["history"]["timestamps"] == [0, 3600, 7200] and example["history"]["now"] == 10_800
     assert example["recommended"] == pipeline(example["history"], top_k=3)
+
+
+def test_the_example_of_a_model_that_reads_features_of_events_has_them(folder):
+    events = Dataset.from_dict({"action": [["buy", "view"]], "price": [[1.5, 2.5]]})
+    items = ElasticItemTokenizer.from_pretrained(folder).items
+    tokenizer = ElasticItemTokenizer.from_items(items, 11, events)
+    tokenizer.save_pretrained(folder)
+    elastic_model(event_features=tokenizer.event_features).save_pretrained(folder)
+    pipeline = load_pipeline(folder)
+    example = recommend_example(pipeline)
+    assert {**example["history"], "history": None} == {"history": None, "action": ["view"] * 3, "price": [2.0] * 3}
+    assert example["recommended"] == pipeline(example["history"], top_k=3)
+    ElasticItemTokenizer.from_items(items, 11).save_pretrained(folder)
+    with pytest.raises(ValueError, match="tokenizer must have the model's event_features, {.*}, found {}"):
+        load_pipeline(folder)

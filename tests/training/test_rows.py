@@ -2,8 +2,8 @@ import pytest
 from datasets import Dataset
 
 from elastic_hf.training.rows import (
+    check_columns,
     check_evaluation_rows,
-    check_timestamps,
     history_lengths,
     leave_out_short_histories,
 )
@@ -50,17 +50,20 @@ def test_evaluation_rows_are_checked(tmp_path):
         make_trainer(tmp_path, options={}, histories=[*make_histories(20), [7, 8], [9]])
 
 
-def test_columns_of_times_are_checked():
+def test_columns_that_a_model_asks_for_are_checked():
     histories = make_histories(3)
     rows = with_times(evaluation_rows(histories), histories)
-    check_timestamps(rows, "eval_dataset", with_targets=True)
-    check_timestamps(with_times(train_rows(histories), histories), "train_dataset", with_targets=False)
-    check_timestamps({"a": rows, "b": None}, "eval_dataset", with_targets=True)
+    times = (["timestamps", "target_timestamp"], "use_timestamps=True")
+    check_columns(rows, "eval_dataset", *times)
+    check_columns({"a": rows, "b": None}, "eval_dataset", *times)
+    check_columns(rows, "eval_dataset", [], "nothing")
     wanted = "must have the columns timestamps and target_timestamp for a model with use_timestamps=True"
     found = "found input_ids, target, timestamps$"
     with pytest.raises(ValueError, match=f"^eval_dataset {wanted}, {found}"):
-        check_timestamps(rows.remove_columns("target_timestamp"), "eval_dataset", with_targets=True)
+        check_columns(rows.remove_columns("target_timestamp"), "eval_dataset", *times)
     with pytest.raises(ValueError, match=rf"^eval_dataset\['b'\] {wanted}, found input_ids, target$"):
-        check_timestamps({"a": rows, "b": evaluation_rows(histories)}, "eval_dataset", with_targets=True)
-    with pytest.raises(ValueError, match="^train_dataset must have the column timestamps for a model with .*, found "):
-        check_timestamps(train_rows(histories), "train_dataset", with_targets=False)
+        check_columns({"a": rows, "b": evaluation_rows(histories)}, "eval_dataset", *times)
+    with pytest.raises(
+        ValueError, match="^train_dataset must have the column rating for a model with a, found user_id"
+    ):
+        check_columns(train_rows(histories), "train_dataset", ["rating"], "a")

@@ -1,7 +1,5 @@
 import json
 import math
-import os
-import subprocess
 import sys
 import warnings
 import weakref
@@ -11,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-import elastic_hf
 from adapters import LowRankAdapter
 from elastic_hf.models import catalogue
 from elastic_hf.models.item_tokenizer import ElasticItemTokenizer
 from elastic_hf.training.trainer import SequentialRecommendationTrainer
+from launcher import TORCHRUN, launch
 from trainers import (
     MAX_LENGTH,
     NUM_ITEMS,
@@ -30,9 +29,6 @@ from trainers import (
     train_rows,
     with_times,
 )
-
-
-ROOT = Path(elastic_hf.__file__).parents[1]
 
 
 def test_training_learns_and_keeps_the_best_checkpoint(tmp_path):
@@ -332,6 +328,63 @@ def test_a_model_without_times_does_not_fetch_them(tmp_path):
     trainer.train()
 
 
+# Features of events
+
+
+@pytest.mark.parametrize("model_type", ["elastic", "hstu", "sasrec"])
+def test_a_model_that_reads_a_feature_of_each_event_predicts_what_depends_on_it(tmp_path, model_type):
+    """Items that go on by 11 after a like and by 7 after none; the last event's feature is read, too."""
+    generator = np.random.default_rng(0)
+    histories, likes = [], []
+    for _ in range(200):
+        liked = generator.random(generator.integers(9, 14)) < 0.5
+        steps = np.concatenate([[0], np.where(liked, 11, 7)[:-1]])
+        histories.append(((generator.integers(NUM_ITEMS) + steps.cumsum()) % NUM_ITEMS + 3).tolist())
+        likes.append((1.0 + liked).tolist())
+    sizes = {"intermediate_size": 24} if model_type == "elastic" else {"max_position_embeddings": MAX_LENGTH}
+    scores = {}
+    for event_features in ({}, {"liked": 2}):
+        config = {"event_features": event_features, "exclude_seen": False, "hidden_dropout": 0.0, **sizes}
+        model = make_model(model_type, **config)
+        trainer = make_trainer(
+            tmp_path / str(len(event_features)),
+            model,
+            histories=histories,
+            num_train_epochs=30,
+            eval_strategy="no",
+            save_strategy="no",
+            events={"liked": likes},
+        )
+        trainer.train()
+        scores[len(event_features)] = trainer.evaluate()["eval_hr@1_seen_kept"]
+    assert scores[1] > 0.9 > 0.7 > scores[0]
+
+
+def test_event_columns_are_checked_at_the_door(tmp_path):
+    histories = make_histories()
+    rows = train_rows(histories)
+    rated = rows.add_column("rating", [[1.0] * len(items) for items in rows["input_ids"]])
+    tokenizer = ElasticItemTokenizer.from_items(
+        range(NUM_ITEMS), MAX_LENGTH, Dataset.from_dict({"rating": [[1, 2, 3, 4, 5]]})
+    )
+    model = make_model(event_features=tokenizer.event_features)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    options = {"train_dataset": rated, "processing_class": tokenizer}
+    trainer = SequentialRecommendationTrainer(model, arguments, **options)
+    assert trainer.data_collator.event_features == ["rating"]
+    assert next(iter(trainer.get_train_dataloader()))["event_features"].shape[2] == 1
+    with pytest.raises(
+        ValueError, match="train_dataset must have the column rating for a model with event_features={'r"
+    ):
+        SequentialRecommendationTrainer(model, arguments, **{**options, "train_dataset": rows})
+    with pytest.raises(
+        ValueError, match="eval_dataset must have the column rating for a model with event_features={'ra"
+    ):
+        SequentialRecommendationTrainer(model, arguments, **options, eval_dataset=evaluation_rows(histories))
+    with pytest.raises(ValueError, match="event_features of the model must be those of the tokenizer, .*, found {}"):
+        SequentialRecommendationTrainer(make_model(), arguments, **options)
+
+
 def test_evaluation_rows_need_a_target(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="target"):
@@ -499,13 +552,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
     run_everything(tmp_path / "one", 1)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*launcher, __file__, str(tmp_path / "two"), "2"],
-        check=True,
-        timeout=1_800,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"},
-    )
+    launch(TORCHRUN, __file__, tmp_path / "two", 2)
     one, two = (json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two"))
     assert len(one["ranks"]) == NUM_USERS
     assert one["ranks"] == two["ranks"]

@@ -132,6 +132,23 @@ def test_models_with_times_stand_beside_the_same_without(results, tmp_path):
     assert row["told the target's"] == "0.3750 ± 0.1768" and row["told against without"] == "+50.0%"
 
 
+def test_models_with_features_of_events_stand_beside_the_same_without(results, tmp_path):
+    write_run(tmp_path, "ml-1m-elastic-42", 0.25)
+    accuracy = render_results.accuracy()
+    assert render_results.events() == "Not measured yet."
+    featured = {
+        "protocol": "leave_one_out, full ranking, events with rating",
+        "config": {"event_features": {"rating": 5}},
+    }
+    for seed, ndcg in ((42, 0.5), (43, 0.25)):
+        write_run(tmp_path, f"ml-1m-elastic-{seed}-with-rating", ndcg, seed=seed, **featured)
+    write_run(tmp_path, "ml-1m-sasrec-42-with-rating", 0.5, model_type="sasrec", **featured)
+    (row,) = rows_of(render_results.events())
+    assert row["event features"] == "rating" and row["without"] == "0.2500" and row["seeds"] == "1 and 2"
+    assert row["with"] == "0.3750 ± 0.1768" and row["with against without"] == "+50.0%"
+    assert render_results.accuracy() == accuracy
+
+
 def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path):
     write_run(tmp_path, "ml-1m-elastic-42", 0.25)
     places = {"dataset": "places", "config": {"exclude_seen": False, "mask_seen_in_loss": False}}

@@ -27,12 +27,13 @@ SMALL = {
     "quantization": ["--lengths", "5", "70", "--num_users", "9"],
     "memory-bank": ["--num_subkeys", "0", "8", "--length", "70"],
     "catalogue": ["--num_items", "40", "90", "--length", "7", "--batch_size", "3", "--num_users", "2"],
+    "distributed": ["--num_items", "3000", "--length", "7", "--batch_size", "2"],
 }
 
 
 def arguments(subject, output):
-    few = [] if subject in ("catalogue", "quantization") else ["--num_items", "40"]
-    if subject != "memory":
+    few = [] if subject in ("catalogue", "distributed", "quantization") else ["--num_items", "40"]
+    if subject not in ("memory", "distributed"):
         few += ["--repetitions", "1", "--warmup", "1"]
     return [subject, *SMALL[subject], *few, "--output", str(output)]
 
@@ -121,6 +122,18 @@ def test_quantized_programs_rank_the_test_items(tmp_path, monkeypatch):
     assert len({*gains}) > 2
     assert history["metrics"]["float32"]["ndcg@10"] == pytest.approx(sum(gains) / 9, abs=1e-3)
     assert history["metrics"]["int8"]["ndcg@10"] == pytest.approx(sum(gains) / 9, abs=0.1)
+
+
+def test_two_processes_hold_half_of_a_sharded_model_each(tmp_path, monkeypatch):
+    rows = measure("distributed", tmp_path / "distributed.json", monkeypatch)["rows"]
+    assert [(row["model"], row["optimizer"]) for row in rows] == list(run_benchmark.HOLDINGS)
+    whole, factored, sharded = rows
+    table = 3003 * 64 * 4
+    for name, tables in (("weights_bytes", 1), ("optimizer_bytes", 2)):
+        assert whole[name] > tables * table
+        assert sharded[name] == pytest.approx(whole[name] / 2, rel=0.01)
+    assert factored["optimizer_bytes"] < whole["optimizer_bytes"] / 20
+    assert all(row["peak_bytes"] > row["weights_bytes"] + row["optimizer_bytes"] for row in rows)
 
 
 @pytest.mark.parametrize("subject", ["inference", "training", "memory"])

@@ -1,0 +1,127 @@
+"""What events carry beside their items and times, such as ratings or actions: what a model adds to the items for it.
+
+    e_j += sum over the features of embedding[category of event j] or w * number of event j
+
+Category 0 stands for what was not trained on, or is missing, and its embedding is zero and stays so; numbers are
+standardised, and a missing one is 0, their mean. Both add nothing: such an event is read as its item alone. A feature
+describes its own event, and so informs what is predicted after that event, and nothing before.
+
+Axis letters: B batch, L history length, F features, D hidden size.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .configuration_recommender import RecommenderConfig
+
+
+class EventFeatures(nn.Module):
+    """An embedding for each feature of categories, a vector for each feature of numbers, and their sum."""
+
+    def __init__(self, config: RecommenderConfig):
+        super().__init__()
+        self.features = nn.ModuleList(
+            nn.Embedding(1 + size, config.hidden_size, padding_idx=0)
+            if size > 0
+            else nn.Linear(1, config.hidden_size, bias=False)
+            for size in config.event_features.values()
+        )
+
+    def forward(self, event_features: Tensor) -> Tensor:
+        """Return what is added to the items' embeddings: (B, L, F) -> (B, L, D)."""
+        added = [
+            feature(values[..., 0].long())
+            if isinstance(feature, nn.Embedding)
+            else feature(values.to(feature.weight.dtype))
+            for feature, values in zip(self.features, event_features.split(1, dim=-1), strict=True)
+        ]
+        return sum(added[1:], start=added[0])
+
+
+def given_event_features(event_features: Any, device: torch.device) -> Tensor | None:
+    """Return what a caller gives with histories, as a tensor for `forward`.
+
+    Args:
+        event_features (tensor, array or lists of shape `(B, L, F)`, *optional*).
+        device (`torch.device`): of the histories.
+
+    Raises:
+        ValueError: if they are no numbers, or lists of different lengths.
+    """
+    if event_features is None:
+        return None
+    try:
+        return torch.as_tensor(event_features, dtype=torch.float, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "event_features must be numbers in a tensor, an array or lists of one length (padded on the left), "
+            f"found a {type(event_features).__name__}: {error}"
+        ) from error
+
+
+def read_event_features(
+    model: PreTrainedModel, event_features: Tensor | None, attention_mask: Tensor
+) -> dict[str, Tensor]:
+    """Check the features of events that a base model is given, and return what it is to read of them.
+
+    What depends on the values is not checked while a program is traced.
+
+    Args:
+        model (`PreTrainedModel`): a base model.
+        event_features (`torch.FloatTensor` of shape `(B, L, F)`, *optional*):
+            Categories, from 0 on, and standardised numbers, in the order of the configuration's `event_features`.
+        attention_mask (`torch.BoolTensor` of shape `(B, L)`): `False` for padding, whose features are not read.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the `event_features`, zeros at padding; nothing of a model without.
+
+    Raises:
+        ValueError: if a model with event features gets none, or another model any, or if they are not as described.
+    """
+    config = model.config
+    check_shape(event_features, attention_mask.shape, config)
+    if event_features is None:
+        return {}
+    _check_values(event_features, attention_mask, config)
+    return {"event_features": torch.where(attention_mask[..., None], event_features, 0.0)}
+
+
+def check_shape(event_features: Tensor | None, shape: torch.Size, config: PreTrainedConfig) -> None:
+    """Check that a model with event features is given a number for each event and feature, and another model none.
+
+    Raises:
+        ValueError: if that is not so.
+    """
+    names = ", ".join(config.event_features)
+    if not names:
+        if event_features is not None:
+            raise ValueError("event_features must be None for a model without event features, found a value")
+        return
+    wanted = (*shape, len(config.event_features))
+    if isinstance(event_features, Tensor) and event_features.shape == wanted and event_features.is_floating_point():
+        return
+    found = type(event_features).__name__ if event_features is not None else None
+    if isinstance(event_features, Tensor):
+        found = f"{event_features.dtype} of shape {tuple(event_features.shape)}"
+    raise ValueError(f"event_features ({names}) must be a floating tensor of shape {wanted}, found {found}")
+
+
+def _check_values(event_features: Tensor, attention_mask: Tensor, config: PreTrainedConfig) -> None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or event_features.is_meta:
+        return
+    sizes = event_features.new_tensor([*config.event_features.values()])
+    is_category = (event_features >= 0) & (event_features <= sizes) & (event_features == event_features.floor())
+    is_good = torch.where(sizes > 0, is_category, event_features.abs() < math.inf)
+    is_bad = attention_mask[..., None] & ~is_good
+    if is_bad.any():
+        row, position, index = is_bad.nonzero()[0].tolist()
+        name, size = [*config.event_features.items()][index]
+        expected = f"categories from 0 to {size}" if size else "finite numbers"
+        raise ValueError(
+            f"event_features of {name!r} must be {expected}, found {event_features[row, position, index].item():g} in "
+            f"row {row}"
+        )
