@@ -60,12 +60,12 @@ def search(argv: Sequence[str], num_trials: int, study: str) -> list[str]:
     num_before = len(optuna.create_study(**kept).trials)
     training_args.save_strategy, training_args.load_best_model_at_end = "no", False
     set_up_process(training_args)
-    histories, items, counts = read_histories(data_args, training_args)
-    tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items)
+    histories, items, counts = read_histories(data_args, training_args, None)
+    tokenizer = make_tokenizer(None, data_args, items, histories["train"])
     splits = tokenize(tokenizer, histories, data_args, training_args)
     train_dataset = splits["train"]
     if training_args.split_into_windows:
-        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length)
+        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length, [*tokenizer.event_columns])
     config = make_config(model_args, tokenizer, counts)
     metric = f"eval_ndcg@10{SUFFIXES[config.exclude_seen]}"
 

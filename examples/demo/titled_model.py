@@ -37,7 +37,8 @@ class TitledModel:
             `load_histories` reads.
 
     Raises:
-        ValueError: if the model is no ELASTIC or reads times or features of events, or if `titles_file` names none of its items.
+        ValueError: if the model is no ELASTIC, or reads times or features of events, or if `titles_file` names none of
+            its items.
     """
 
     def __init__(self, model_name_or_path: str, titles_file: str | None = None) -> None:
@@ -45,8 +46,9 @@ class TitledModel:
         config = self.model.config
         if not hasattr(self.model, "explain") or config.use_timestamps or config.event_features:
             raise ValueError(
-                "model_name_or_path must be an ELASTIC model that reads items alone, found model_type="
-                f"{config.model_type!r}, use_timestamps={config.use_timestamps}, event_features={config.event_features}"
+                "model_name_or_path must be an ELASTIC model that reads items alone, found "
+                f"model_type={config.model_type!r}, use_timestamps={config.use_timestamps}, "
+                f"event_features={config.event_features}"
             )
         self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
         items = self.tokenizer.items
