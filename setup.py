@@ -15,6 +15,7 @@ tensorboard = ["tensorboard>=2.16"]
 demo = ["gradio>=6"]
 optuna = ["optuna>=4"]
 trackio = ["trackio>=0.21"]
+text = ["sentence-transformers>=5.0"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
 test = [*demo, *faiss, *onnx, *optuna, *serve, *tensorboard, *trackio, "ipykernel>=7", "nbclient>=0.10"]
 test += ["parameterized>=0.9", "pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"]
@@ -58,6 +59,7 @@ setup(
         "optuna": optuna,
         "serve": serve,
         "tensorboard": tensorboard,
+        "text": text,
         "trackio": trackio,
         "test": test,
         "docs": docs,

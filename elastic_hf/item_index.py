@@ -20,7 +20,7 @@ class ItemIndex:
     embeddings, on the processor: `recommend` refuses it after training on, and with any other model.
 
     Args:
-        model: a recommender of this package, with a plain linear layer as `lm_head`.
+        model: a recommender of this package, with a plain linear layer as `lm_head`, or with item features.
         num_clusters (`int`, *optional*): defaults to 4 times the square root of the number of items.
         num_probes (`int`, defaults to 16): clusters visited by each search. More of them find more, and take longer.
 
@@ -36,7 +36,7 @@ class ItemIndex:
         except ImportError as error:
             raise ImportError("ItemIndex needs FAISS: pip install faiss-cpu") from error
         self.first = model.config.num_special_tokens
-        weight = item_embeddings(model.lm_head, "ItemIndex")
+        weight = _item_vectors(model)
         self.digest = _digest(weight)
         self._remember(weight)
         items = weight.detach()[self.first :].float().cpu().numpy()
@@ -53,13 +53,31 @@ class ItemIndex:
         self.index.add(items)
         self.index.nprobe = num_probes
 
+    def add_items(self, model: PreTrainedModel) -> None:
+        """Add the items by which a model has grown, by its `add_items`, since this index was built. They go into the
+        clusters that there are: build the index again when many have come.
+
+        Raises:
+            ValueError: if the other items are no longer those of the index.
+        """
+        weight = _item_vectors(model)
+        size = self.first + self.index.ntotal
+        if len(weight) < size or _digest(weight[:size]) != self.digest:
+            raise ValueError(
+                f"index must hold the first {size - self.first} items of this model, found others: build it again "
+                "with ItemIndex(model)"
+            )
+        self.index.add(weight[size:].float().cpu().numpy())
+        self.digest = _digest(weight)
+        self._remember(weight)
+
     def validate_model(self, model: PreTrainedModel) -> None:
         """Check that this is an index of the items of a model, as they are now.
 
         Raises:
             ValueError: if it is not.
         """
-        weight = item_embeddings(model.lm_head, "ItemIndex")
+        weight = _item_vectors(model)
         if self._weight() is weight and self._version == _version(weight):
             return
         if _digest(weight) != self.digest:
@@ -100,6 +118,11 @@ class ItemIndex:
         scores, order = scores.masked_fill(is_left_out, -torch.inf).topk(top_k)
         token_ids = token_ids.gather(-1, order).masked_fill(scores == -torch.inf, -1)
         return scores.to(user_embeddings.device), token_ids.to(user_embeddings.device)
+
+
+@torch.no_grad()
+def _item_vectors(model: PreTrainedModel) -> Tensor:
+    return item_embeddings(model.scoring_head(), "ItemIndex")
 
 
 def _digest(weight: Tensor) -> str:

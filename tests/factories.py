@@ -1,8 +1,10 @@
 """Tiny configurations and models whose sizes are all different, and histories for them."""
 
+import numpy as np
+import pyarrow as pa
 import torch
 
-from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation
+from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
 
 
 NUM_TOKENS = 31
@@ -69,3 +71,31 @@ def times(length: int = 7, batch_size: int = 3, padding: int = 2) -> tuple[torch
     timestamps, request_timestamps = seconds[:, :-1].clone(), seconds[:, 1:].clone()
     timestamps[0, :padding], request_timestamps[0, :padding] = torch.nan, -1
     return timestamps, request_timestamps
+
+
+def item_table(item_ids, seed: int = 0) -> pa.Table:
+    """Features of each kind, of items with these ids; some are not known of some items."""
+    generator = np.random.default_rng(seed)
+    vectors = generator.normal(size=(len(item_ids), 6)) @ generator.normal(size=(6, 6))
+    return pa.table(
+        {
+            "item_id": item_ids,
+            "title": [f"Item no. {item}" for item in item_ids],
+            "brand": [None if i % 7 == 3 else f"brand {i % 5}" for i in range(len(item_ids))],
+            "tags": [[f"tag {j}" for j in range(i % 4)] for i in range(len(item_ids))],
+            "price": [None if i % 9 == 4 else 1.5 + i for i in range(len(item_ids))],
+            "vector": [None if i % 11 == 5 else vector.tolist() for i, vector in enumerate(vectors)],
+        }
+    )
+
+
+ITEM_FEATURES = ["brand", "tags", "price", "vector"]
+
+
+def featured_model(**changes) -> tuple[ElasticForSequentialRecommendation, ElasticItemTokenizer]:
+    """[`elastic_model`] with the features of [`item_table`], and its tokenizer; item ids are 100 and more."""
+    table = item_table(range(100, 100 + NUM_TOKENS - 3))
+    tokenizer = ElasticItemTokenizer.from_items(table, model_max_length=7)
+    model = elastic_model(item_features=tokenizer.learn_item_features(table, ITEM_FEATURES), **changes)
+    model.set_item_features(tokenizer.encode_item_features(table))
+    return model, tokenizer

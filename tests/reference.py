@@ -319,3 +319,17 @@ def assert_equal_with_gradients(output, expected, weights):
     for gradient, want in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, want)
         assert want.abs().max() > 1e-6
+
+
+def item_vector(features, id_embeddings, token_id):
+    """The vector of one item, feature by feature and category by category: (D,)."""
+    vector = id_embeddings[token_id]
+    for feature in features.features:
+        encoded = feature.encoded[token_id]
+        if encoded.is_floating_point():
+            vector = vector + feature.linear.weight @ encoded
+            continue
+        categories = [int(category) for category in encoded if category > 0]
+        for category in categories:
+            vector = vector + feature.embedding.weight[category] / len(categories)
+    return vector

@@ -72,14 +72,14 @@ def test_one_version_of_ruff_and_of_the_package():
 
 
 def test_what_the_package_imports_is_installed_with_it():
-    """But for FAISS, ONNX and Redis, which are asked for by name where they are missing."""
+    """But for FAISS, ONNX, Redis and sentence-transformers, which are asked for by name where they are missing."""
     imported = set()
     for path in (ROOT / "elastic_hf").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             imported |= {name.split(".")[0] for name in names}
-    imported -= sys.stdlib_module_names | {"faiss", "onnxruntime", "onnxscript", "redis"}
+    imported -= sys.stdlib_module_names | {"faiss", "onnxruntime", "onnxscript", "redis", "sentence_transformers"}
     (required,) = re.findall(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), flags=re.DOTALL)
     distributions = packages_distributions()
     found = {re.sub("[-_.]+", "-", distributions[name][0]).lower() for name in imported}

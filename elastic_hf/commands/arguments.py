@@ -40,6 +40,28 @@ class ModelArguments:
         default=False,
         metadata={"help": "Let a new model read when items came and when the next one is asked for (elastic, hstu)."},
     )
+    item_features: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of --items_file, each as name or name:kind, that a new model reads of items (elastic): "
+            "categories, numbers and vectors."
+        },
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of --items_file whose texts a new model reads, by --text_model."}
+    )
+    text_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a model of sentence-transformers, which turns texts into vectors before the "
+            "training."
+        },
+    )
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether a new model is to read more of items than their ids."""
+        return bool(self.item_features or self.text_column)
 
 
 @dataclass
@@ -151,7 +173,8 @@ class SeqRecTrainingArguments(TrainingArguments):
         default="",
         metadata={
             "help": "Folder of the model and its checkpoints; "
-            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-with-<event columns>][-<variant>]."
+            "outputs/<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-features]"
+            "[-with-<event columns>][-<variant>]."
         },
     )
     num_train_epochs: float = _stock("num_train_epochs", 16)
@@ -185,7 +208,8 @@ class SeqRecTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Where to copy all_results.json to: "
-            "<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-with-<event columns>][-<variant>].json."
+            "<dataset>-<model>-<seed>[-temporal or -sampled][-timed][-features]"
+            "[-with-<event columns>][-<variant>].json."
         },
     )
     variant: str | None = field(

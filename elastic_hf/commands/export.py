@@ -103,7 +103,7 @@ def make_inputs(model: nn.Module, batch_size: int, length: int, with_state: bool
     return inputs
 
 
-def export(model: nn.Module, file: Path, with_state: bool) -> nn.Module:
+def export(model: nn.Module, file: Path, with_state: bool, model_digest: str | None = None) -> nn.Module:
     """Write one program, check it, and return what it was made from."""
     inputs = make_inputs(model, 2, 70, with_state)
     names = [*inputs]
@@ -120,7 +120,7 @@ def export(model: nn.Module, file: Path, with_state: bool) -> nn.Module:
         verbose=False,
     )
     if with_state:
-        exported.model.metadata_props["model_digest"] = model.model.digest()
+        exported.model.metadata_props["model_digest"] = model_digest or model.model.digest()
     exported.save(file, external_data=False)
     session = onnxruntime.InferenceSession(file)
     for batch_size, length in ((1, 1), (3, 2), (2, 64), (5, 130), (1, 5000)):
@@ -144,15 +144,17 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"output_dir must be empty or not exist, found files in {args.output_dir}")
     model = AutoModel.from_pretrained(args.model_name_or_path, revision=args.revision).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
-    programs = {"history.onnx": False}
+    programs, digest = {"history.onnx": False}, None
     if model.config.model_type == "elastic":
-        programs["step.onnx"] = True
+        programs["step.onnx"], digest = True, model.model.digest()
+    if model.config.item_features is not None:
+        model = model.without_item_features()
     # What the exporter does without is its own affair: the programs are compared with the model.
     for library in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
     for name, with_state in tqdm(programs.items(), desc="Exporting", unit="program"):
-        export(model, args.output_dir / name, with_state)
+        export(model, args.output_dir / name, with_state, digest)
         tqdm.write(f"{args.output_dir / name}: {(args.output_dir / name).stat().st_size:,} bytes")
     tokenizer.save_pretrained(args.output_dir)
 

@@ -12,9 +12,10 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, TrainingArguments, set_seed
 
 from ..data.histories import Histories, load_histories
+from ..data.item_table import add_text_vectors, read_item_table
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
-from .arguments import DEFAULT_MAX_LENGTH, DataArguments
+from .arguments import DEFAULT_MAX_LENGTH, DataArguments, ModelArguments
 
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,13 @@ def set_up_process(training_args: TrainingArguments) -> None:
 
 
 def read_histories(
-    data_args: DataArguments, training_args: TrainingArguments, model_name_or_path: str | None = None
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    model_name_or_path: str | None = None,
+    with_item_features: bool = False,
 ) -> Histories:
     """Return the histories of all splits, the items and the counts; with the event columns that a trained model reads,
-    where there is one."""
+    where there is one. An items_file `with_item_features` may lack titles."""
     event_columns = sorted(data_args.event_columns or [])
     if model_name_or_path is not None:
         read = [*AutoConfig.from_pretrained(model_name_or_path).event_features]
@@ -50,6 +54,9 @@ def read_histories(
         event_columns = read
     if data_args.split == "none":
         raise ValueError("split must be 'leave_one_out' or 'temporal', which hold out something to evaluate on")
+    items_file = data_args.items_file
+    if items_file is not None and with_item_features and "title" not in read_item_table(items_file).column_names:
+        items_file = None  # it has features alone
     with training_args.main_process_first(local=False, desc="loading the interactions"):
         loaded = load_histories(
             data_args.source,
@@ -57,7 +64,7 @@ def read_histories(
             data_dir=data_args.data_dir,
             title_column=data_args.title_column,
             event_columns=event_columns,
-            items_file=data_args.items_file,
+            items_file=items_file,
             dataset_config_name=data_args.dataset_config_name,
             dataset_split=data_args.dataset_split,
             k_core=data_args.k_core,
@@ -91,6 +98,29 @@ def make_tokenizer(
     if data_args.max_length is not None:
         tokenizer.model_max_length = data_args.max_length
     return tokenizer
+
+
+def learn_item_features(
+    tokenizer: ElasticItemTokenizer, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> dict[str, torch.Tensor] | None:
+    """Return the encoded features of the items, for [`~modeling_elastic.ElasticModel`], if a new model reads any."""
+    columns = [*(model_args.item_features or ())]
+    if (model_args.text_column is None) != (model_args.text_model is None):
+        raise ValueError("text_column and text_model must be given together, found only one of them")
+    if not columns and model_args.text_column is None:
+        return None
+    if model_args.model_name_or_path is not None:
+        raise ValueError("item_features and text_column are for a new model, found model_name_or_path, too")
+    if data_args.items_file is None:
+        raise ValueError("item_features and text_column need items_file, the table that has them, found none")
+    with args.main_process_first(local=False, desc="reading the items"):
+        table = read_item_table(data_args.items_file)
+        if model_args.text_column is not None:
+            table = add_text_vectors(table, model_args.text_column, model_args.text_model)
+            columns.append(f"{model_args.text_column}_vector")
+        features = tokenizer.learn_item_features(table, columns)
+        logger.info("Item features: " + ", ".join(f"{name} ({features[name]['kind']})" for name in features))
+        return tokenizer.encode_item_features(table)
 
 
 def tokenize(

@@ -46,7 +46,15 @@ from ..training.output_folder import LOCK, lock_output_dir, make_folder
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, ModelArguments, SeqRecTrainingArguments, parse_arguments
 from .evaluate import print_test, test, validate
-from .steps import describe_protocol, make_tokenizer, read_histories, set_up_process, settings_of, tokenize
+from .steps import (
+    describe_protocol,
+    learn_item_features,
+    make_tokenizer,
+    read_histories,
+    set_up_process,
+    settings_of,
+    tokenize,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -73,11 +81,13 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
-    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-with-<event columns>][-<variant>]`."""
-    parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
+    """Return `<dataset>-<model>-<seed>[-<regime>][-timed][-features][-with-<event columns>][-<variant>]`."""
     timed = "timed" if model_args.use_timestamps else None
+    featured = "features" if model_args.reads_features else None
     events = "-".join(["with", *sorted(data_args.event_columns)]) if data_args.event_columns else None
-    parts += [part for part in (data_args.regime, timed, events, training_args.variant) if part is not None]
+    parts = [Path(data_args.name).stem, model_args.model_type, str(training_args.seed)]
+    further = (data_args.regime, timed, featured, events, training_args.variant)
+    parts += [part for part in further if part is not None]
     return "-".join(parts)
 
 
@@ -134,6 +144,7 @@ def make_config(
     else:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     config.use_timestamps = config.use_timestamps or model_args.use_timestamps
+    config.item_features = tokenizer.item_features
     config.event_features = tokenizer.event_features
     try:
         overrides = model_args.config_overrides or ""
@@ -348,8 +359,11 @@ def run(
         logger.info(f"Resuming from {checkpoint}")
 
     # 1. Interactions -> histories -> token ids
-    histories, items, counts = read_histories(data_args, training_args, model_args.model_name_or_path)
+    histories, items, counts = read_histories(
+        data_args, training_args, model_args.model_name_or_path, model_args.reads_features
+    )
     tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items, histories["train"])
+    item_features = learn_item_features(tokenizer, model_args, data_args, training_args)
     splits = tokenize(tokenizer, histories, data_args, training_args)
     train_dataset = splits["train"]
     if training_args.split_into_windows:
@@ -363,6 +377,8 @@ def run(
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, tokenizer)
     model = make_model(model_args, config)
+    if item_features is not None:
+        model.set_item_features(item_features)
     trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], training_args)
     results = describe_run(trainer, counts, data_args, argv)
 

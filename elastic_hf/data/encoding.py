@@ -17,7 +17,7 @@ def encode_ids(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     encoded = join_dictionaries(column if column.type == TEXT_ID else column.dictionary_encode())
     ids, codes = encoded.dictionary, encoded.indices.to_numpy()
     if column.type == TEXT_ID:
-        merged = _integers_if_written_as_such(ids).dictionary_encode()
+        merged = integers_if_written_as_such(ids).dictionary_encode()
         ids, codes = merged.dictionary, merged.indices.to_numpy()[codes]
     elif ids.type != pa.int64():
         ids = ids.cast(pa.string())
@@ -59,7 +59,7 @@ def join_dictionaries(column: pa.ChunkedArray) -> pa.DictionaryArray:
     return joined.chunk(0) if isinstance(joined, pa.ChunkedArray) else joined
 
 
-def _integers_if_written_as_such(ids: pa.Array) -> pa.Array:
+def integers_if_written_as_such(ids: pa.Array) -> pa.Array:
     """Turn strings into integers if every one of them is written as an integer of at most 64 bits."""
     if not pc.all(pc.match_substring_regex(ids, INTEGER)).as_py():
         return ids

@@ -26,14 +26,14 @@ TENSORS = ("recurrent_state", "conv_state", "num_items", "last_timestamps")
 _DIGESTS: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
 
 
-def digest_weights(model: nn.Module, modules: Iterable[nn.Module]) -> str:
-    """Return a digest of the weights of some modules of a model, which remembers it for as long as they stay the same.
+def digest_weights(model: nn.Module, weights: Iterable[Tensor]) -> str:
+    """Return a digest of some weights of a model, which remembers it for as long as they stay the same.
 
     An exported graph, whose weights have no values yet, has the digest `""`.
     """
     if torch.compiler.is_exporting():
         return ""
-    weights = [weight for module in modules for weight in module.parameters()]
+    weights = [*weights]
     if any(weight.is_meta for weight in weights):
         raise ValueError("use_cache needs weights in memory, found a model whose weights are offloaded")
     versions = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]

@@ -44,6 +44,7 @@ class ElasticConfig(RecommenderConfig):
 
     model_type = "elastic"
     supports_timestamps = True
+    supports_item_features = True
     supports_event_features = True
 
     num_hidden_layers: int = 2

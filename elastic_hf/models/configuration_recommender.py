@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 
 TRAINING_OBJECTIVES = ("next_item", "masked_item", "prefix")
+ITEM_FEATURE_SIZES = {"categories": ("size", "length"), "number": ("size",), "vector": ("size",)}
 TRAINING_LOSSES = ("full_softmax", "sampled_softmax", "gbce", "bce")
 # What else a history of the pipeline holds, beside the features of its events.
 HISTORY_KEYS = ("history", "timestamps", "now")
@@ -50,6 +51,14 @@ class RecommenderConfig(PreTrainedConfig):
         request_dropout (`float`, defaults to 0.3):
             With `use_timestamps`: the share of training histories whose requests have no time, so that the model can
             do without.
+        item_features (`dict`, *optional*):
+            What items are beside their ids, by models that can read it: for each column its `kind` (`"categories"`,
+            `"number"` or `"vector"`) and `size`, as [`ElasticItemTokenizer.learn_item_features`] returns them.
+        item_id_dropout (`float`, defaults to 0.2):
+            With `item_features`: how often an item's id is left out in training, so that its features alone can stand
+            for it, as they do for new items.
+        num_added_items (`int`, defaults to 0):
+            The last items of the catalogue, which `add_items` has added and no training has seen.
         event_features (`dict[str, int]`, defaults to none):
             What events carry beside their items and times, in alphabetical order, by models that can read it: the
             number of categories of each event column, or 0 for a column of numbers.
@@ -64,6 +73,7 @@ class RecommenderConfig(PreTrainedConfig):
     """
 
     supports_timestamps = False
+    supports_item_features = False
     supports_event_features = False
     keys_to_ignore_at_inference = ["hidden_states", "attentions", "user_embeddings", "cache"]
 
@@ -79,6 +89,9 @@ class RecommenderConfig(PreTrainedConfig):
     gbce_calibration: float | int = 0.75
     use_timestamps: bool = False
     request_dropout: float | int = 0.3
+    item_features: dict | None = None
+    item_id_dropout: float | int = 0.2
+    num_added_items: int = 0
     event_features: dict[str, int] = field(default_factory=dict)
     num_special_tokens: int = 3
     pad_token_id: int = 0
@@ -127,7 +140,7 @@ class RecommenderConfig(PreTrainedConfig):
     def validate_training(self):
         """Objective and loss exist, and the answer does not leak."""
         self._validate_at_least(1, "hidden_size", "num_negatives")
-        self._validate_fractions("gbce_calibration", "request_dropout")
+        self._validate_fractions("gbce_calibration", "request_dropout", "item_id_dropout")
         if self.training_objective not in TRAINING_OBJECTIVES:
             raise ValueError(
                 f"training_objective must be one of {TRAINING_OBJECTIVES}, found {self.training_objective!r}"
@@ -150,6 +163,27 @@ class RecommenderConfig(PreTrainedConfig):
             raise ValueError(f"use_timestamps must be False for {self.model_type}, which reads no times, found True")
         if self.training_objective != "next_item":
             raise ValueError(f"use_timestamps needs training_objective='next_item', found {self.training_objective!r}")
+
+    def validate_item_features(self):
+        """Only some models read features, each of which has a kind and a size."""
+        self._validate_at_least(0, "num_added_items")
+        if self.item_features is None:
+            return
+        if not self.supports_item_features:
+            raise ValueError(f"item_features must be None for {self.model_type}, which reads none, found some")
+        if not self.tie_word_embeddings:
+            raise ValueError("item_features need tie_word_embeddings=True, found False")
+        if not self.item_features:
+            raise ValueError("item_features must name a feature or be None, found {}")
+        for name, feature in self.item_features.items():
+            sizes = ITEM_FEATURE_SIZES.get(feature.get("kind"), ())
+            if {*feature} != {"kind", *sizes} or not all(
+                type(feature[size]) is int and feature[size] > 0 for size in sizes
+            ):
+                raise ValueError(
+                    f"item_features[{name!r}] must have a kind among {', '.join(ITEM_FEATURE_SIZES)}, a size of at "
+                    f"least 1 and, of categories, a length of at least 1, found {feature}"
+                )
 
     def validate_event_features(self):
         """Only some models read features of events, and only where each position predicts the next event."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .catalogue import score_items
 from .dispatcher_attention import dispatch, final_weights, pool_history, to_exponent
 from .event_features import given_event_features, read_event_features
 from .event_time import given_times, read_times
@@ -145,7 +146,8 @@ def _scores_without(
     What is given of a history has the shape (B, L) or (B, L, F).
     """
     batch_size, length = attention_mask.shape
-    weight = model.get_output_embeddings().weight[token_ids]  # (B, K, D)
+    head = model.scoring_head()
+    scored, places = token_ids.unique(return_inverse=True)
     positions = torch.arange(length, device=token_ids.device)
     scores = []
     for left_out in positions.split(max(1, limit(MAX_POSITIONS, token_ids.device) // attention_mask.numel())):
@@ -156,6 +158,5 @@ def _scores_without(
         if request_timestamps is not None:
             shortened["request_timestamps"] = request_timestamps.repeat_interleave(len(left_out))
         users = model.get_user_embeddings(attention_mask=is_there.flatten(0, 1), **shortened)
-        dtype = torch.promote_types(users.dtype, torch.float32)
-        scores.append(weight.to(dtype) @ users.unflatten(0, (batch_size, -1)).to(dtype).mT)
-    return torch.cat(scores, dim=-1)
+        scores.append(score_items(head, users, scored).unflatten(0, (batch_size, -1)))
+    return torch.cat(scores, dim=1).gather(2, places[:, None].expand(-1, length, -1)).mT

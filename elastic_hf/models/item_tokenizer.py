@@ -18,16 +18,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import Tensor
 from transformers import TokenizersBackend
 from transformers.utils import to_py_obj
 
 from .event_columns import encode_event_column, encode_event_lists, learn_event_column
+from .item_encoder import ItemEncoder, check_features
 
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[MASK]")
 PAD_TOKEN, UNK_TOKEN, MASK_TOKEN = SPECIAL_TOKENS
 NUM_SPECIAL_TOKENS = len(SPECIAL_TOKENS)
 ITEMS_FILE = "items.parquet"
+ITEM_FEATURES_FILE = "item_features.safetensors"
 # Every batch hashes the catalogue once: batches are large so that this is little beside the histories.
 HISTORIES_PER_BATCH = 10_000
 # Columns of histories that stay as they are.
@@ -53,8 +56,13 @@ class ElasticItemTokenizer(TokenizersBackend):
     """
 
     # No `__init__`: a tokenizer with its own constructor is rebuilt from its vocabulary, not read from its file.
-    vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": ITEMS_FILE}
+    vocab_files_names = {
+        "tokenizer_file": "tokenizer.json",
+        "items_file": ITEMS_FILE,
+        "item_features_file": ITEM_FEATURES_FILE,
+    }
     _items: pa.Table | None = None
+    item_encoder: ItemEncoder | None = None
 
     @classmethod
     def from_items(cls, items: Any, model_max_length: int, events: Any = None) -> "ElasticItemTokenizer":
@@ -80,9 +88,7 @@ class ElasticItemTokenizer(TokenizersBackend):
             raise ValueError(f"model_max_length must be an integer of at least 1, found {model_max_length!r}")
         table = _as_item_table(items)
         event_columns = {} if events is None else _learn_event_columns(events)
-        vocabulary = [*SPECIAL_TOKENS, *table["item_id"].cast(pa.string()).to_pylist()]
-        # No pre-tokenizer: an item id with spaces stays whole.
-        backend = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNK_TOKEN))
+        backend = Tokenizer(_word_level(table))  # no pre-tokenizer: an item id with spaces stays whole
         tokenizer = cls(
             tokenizer_object=backend,
             pad_token=PAD_TOKEN,
@@ -106,6 +112,7 @@ class ElasticItemTokenizer(TokenizersBackend):
         """
         tokenizer = super().from_pretrained(*args, **kwargs)
         items_file = tokenizer.init_kwargs.pop("items_file", None)
+        features_file = tokenizer.init_kwargs.pop("item_features_file", None)
         if items_file is None:
             raise ValueError(
                 f"{tokenizer.name_or_path} must hold {ITEMS_FILE} beside tokenizer.json, found none: without it the "
@@ -124,6 +131,8 @@ class ElasticItemTokenizer(TokenizersBackend):
                 "the two files come from different tokenizers"
             )
         tokenizer._items = table
+        if features_file is not None:
+            tokenizer.item_encoder = ItemEncoder.load(features_file)
         return tokenizer
 
     @property
@@ -134,6 +143,82 @@ class ElasticItemTokenizer(TokenizersBackend):
             vocabulary = sorted(self.get_vocab().items(), key=lambda token_and_id: token_and_id[1])
             self._items = _as_item_table([token for token, _ in vocabulary[NUM_SPECIAL_TOKENS:]])
         return self._items
+
+    @property
+    def item_features(self) -> dict[str, dict] | None:
+        """`dict` or `None`: the features of the items that were learned, for the configuration of a model."""
+        return None if self.item_encoder is None else self.item_encoder.features
+
+    def learn_item_features(self, table: Any, columns: list[str]) -> dict[str, dict]:
+        """Learn how the features of items are encoded, from those of this catalogue.
+
+        Args:
+            table (`datasets.Dataset`, `pyarrow.Table` or `polars.DataFrame`):
+                With a row for each item, and maybe for others: `item_id` and the `columns`. What is null in them is
+                not known of an item.
+            columns (`list[str]`):
+                The features: columns of strings, booleans, or lists of strings or integers are categories, integers
+                and floats are numbers, and lists of floats are vectors. `name:categories` makes categories of
+                integers.
+
+        Returns:
+            `dict[str, dict]`: the `item_features` for the configuration of a model.
+
+        Raises:
+            ValueError: If an item has no row or two of them, or as [`~item_encoder.check_features`].
+        """
+        checked = check_features(_as_table(table), columns)
+        self.item_encoder = ItemEncoder.learn(_rows_of(checked, self.items["item_id"]), columns)
+        return self.item_encoder.features
+
+    def encode_item_features(self, table: Any) -> dict[str, Tensor]:
+        """Encode the features of this catalogue, as `model.set_item_features` takes them.
+
+        Args:
+            table: As in [`learn_item_features`].
+
+        Raises:
+            ValueError: As [`learn_item_features`], and if nothing was learned.
+        """
+        return self._encoder().encode(_rows_of(self._encoder().check(_as_table(table)), self.items["item_id"]))
+
+    def add_items(self, items: Any) -> dict[str, Tensor]:
+        """Add new items after those of the catalogue. `model.add_items` calls this, and grows the model alike.
+
+        Args:
+            items (`datasets.Dataset`, `pyarrow.Table` or `polars.DataFrame`):
+                A row for each new item: `item_id`, the columns of the features that were learned and, optionally,
+                `title`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the encoded features of the new items, in the order of the rows.
+
+        Raises:
+            ValueError: If an item is known already or comes twice, an item id is none of this catalogue's type, or
+                as [`learn_item_features`]. Nothing is changed then.
+        """
+        encoder, given = self._encoder(), _as_table(items)
+        features = encoder.check(given)
+        new = _as_item_table(given.select([name for name in ("item_id", "title") if name in given.column_names]))
+        known = self.items
+        if new["item_id"].type != known["item_id"].type:
+            raise ValueError(f"new item ids must be {known['item_id'].type}, found {new['item_id'].type}")
+        is_known = pc.is_in(new["item_id"], value_set=known["item_id"].combine_chunks())
+        if pc.any(is_known).as_py():
+            raise ValueError(f"new items must not be known, found {new['item_id'].filter(is_known)[0].as_py()!r}")
+        if "count" in known.column_names:
+            new = new.append_column("count", pa.array(np.zeros(new.num_rows, np.int64)))
+        encoded = encoder.encode(features)
+        items = pa.concat_tables([known, new]).combine_chunks()
+        self.backend_tokenizer.model = _word_level(items)
+        self._items = items
+        self.item_encoder = encoder.lengthened(encoded)
+        return encoded
+
+    def _encoder(self) -> ItemEncoder:
+        if self.item_encoder is None:
+            raise ValueError("item features must be learned first, by learn_item_features, found none")
+        return self.item_encoder
 
     @property
     def event_columns(self) -> dict[str, dict[str, Any]]:
@@ -295,7 +380,51 @@ class ElasticItemTokenizer(TokenizersBackend):
         items_file = os.path.join(save_directory, ITEMS_FILE)
         pq.write_table(self.items, items_file + ".tmp", compression="zstd")
         os.replace(items_file + ".tmp", items_file)
-        return (*file_names, items_file)
+        features_file = os.path.join(save_directory, ITEM_FEATURES_FILE)
+        if self.item_encoder is None:
+            if os.path.exists(features_file):  # of another tokenizer, whose files these are no longer
+                os.remove(features_file)
+            return (*file_names, items_file)
+        self.item_encoder.save(features_file + ".tmp")
+        os.replace(features_file + ".tmp", features_file)
+        return (*file_names, items_file, features_file)
+
+
+def _word_level(items: pa.Table) -> WordLevel:
+    """The vocabulary: special tokens, then items."""
+    vocabulary = [*SPECIAL_TOKENS, *items["item_id"].cast(pa.string()).to_pylist()]
+    return WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNK_TOKEN)
+
+
+def _as_table(items: Any) -> pa.Table:
+    """A table of items, with the ids in a type they can be compared in."""
+    if hasattr(items, "with_format"):  # a datasets.Dataset
+        items = items.with_format("arrow")[:]
+    if not hasattr(items, "__arrow_c_stream__"):
+        raise ValueError(f"items must be a table of datasets, Arrow or polars, found {type(items).__name__}")
+    table = pa.table(items)
+    if "item_id" not in table.column_names:
+        raise ValueError(f"items must have the column 'item_id', found {table.column_names}")
+    ids = _as_int64_or_string(table["item_id"].combine_chunks())
+    return table.set_column(table.column_names.index("item_id"), "item_id", ids)
+
+
+def _rows_of(table: pa.Table, item_ids: pa.ChunkedArray) -> pa.Table:
+    """The row of each item, in their order."""
+    given, wanted = table["item_id"].combine_chunks(), item_ids.combine_chunks()
+    if pa.types.is_large_string(given.type) or pa.types.is_string(wanted.type):
+        given, wanted = given.cast(pa.large_string()), wanted.cast(pa.large_string())
+    counts = given.value_counts()
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(repeated):
+        raise ValueError(f"item ids must be unique, found {repeated[0].as_py()!r} more than once")
+    rows = pc.index_in(wanted, value_set=given)
+    if rows.null_count:
+        raise ValueError(
+            f"items must have a row for each of the {len(wanted):,} items of the catalogue, found none for "
+            f"{rows.null_count:,} of them, such as {wanted.filter(rows.is_null())[0].as_py()!r}"
+        )
+    return table.take(rows)
 
 
 def _as_item_table(items: Any) -> pa.Table:

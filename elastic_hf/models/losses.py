@@ -53,6 +53,21 @@ def distinct_items(token_ids: Tensor) -> tuple[Tensor, Tensor]:
     return token_ids.gather(1, indices.clamp(max=length - 1)), indices
 
 
+def rows_of(items: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the index of each token id in a list of items, and the length of the list where it is not among them.
+
+    Args:
+        items (`torch.LongTensor` of shape `(N,)`): token ids, distinct and ascending.
+        token_ids (`torch.LongTensor`).
+
+    Returns:
+        `torch.LongTensor` of the shape of `token_ids`.
+    """
+    rows = torch.searchsorted(items, token_ids)
+    is_there = F.pad(items, (0, 1), value=-1)[rows] == token_ids
+    return rows.masked_fill(~is_there, len(items))
+
+
 def full_softmax_loss(
     user_embeddings: Tensor,
     lm_head: nn.Module,
@@ -279,6 +294,7 @@ def bce_loss(
     targets: Tensor,
     negatives: Tensor,
     is_seen: Tensor | None = None,
+    num_items: int | None = None,
 ) -> Tensor:
     """Binary cross-entropy of the target against its own negatives (SASRec, Kang and McAuley 2018, section III.E).
 
@@ -289,11 +305,12 @@ def bce_loss(
         negatives (`torch.LongTensor` of shape `(T, N)`): rows of `item_embeddings`. One that is the row's target is
             left out.
         is_seen (`torch.BoolTensor` of shape `(T, N)`, *optional*): which other negatives are left out.
+        num_items (`int`, *optional*): V, where `item_embeddings` are those of some items alone.
 
     Returns:
         `torch.Tensor` of shape `()`.
     """
-    return gbce_loss(user_embeddings, item_embeddings, targets, negatives, calibration=0.0, is_seen=is_seen)
+    return gbce_loss(user_embeddings, item_embeddings, targets, negatives, 0.0, is_seen, num_items)
 
 
 def gbce_loss(
@@ -303,6 +320,7 @@ def gbce_loss(
     negatives: Tensor,
     calibration: float,
     is_seen: Tensor | None = None,
+    num_items: int | None = None,
 ) -> Tensor:
     """Generalised binary cross-entropy (gSASRec, Petrov and Macdonald 2023, equations 7 and 9).
 
@@ -315,7 +333,7 @@ def gbce_loss(
     Returns:
         `torch.Tensor` of shape `()`.
     """
-    sampling_rate = negatives.shape[-1] / (item_embeddings.shape[0] - 1)
+    sampling_rate = negatives.shape[-1] / ((num_items or item_embeddings.shape[0]) - 1)
     beta = sampling_rate * (calibration * (1 - 1 / sampling_rate) + 1 / sampling_rate)
     positive = (user_embeddings * item_embeddings[targets]).sum(dim=-1).float()  # (T,)
     negative = torch.einsum("td,tnd->tn", user_embeddings, item_embeddings[negatives]).float()

@@ -22,6 +22,7 @@ head, M experts of all heads (H * E).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ from .event_features import EventFeatures, read_event_features
 from .event_time import pauses_before, read_times
 from .explanation_elastic import ElasticExplanation, explain
 from .interest_memory import ElasticInterestMemory
+from .item_features import ItemCategories, ItemFeatures, ItemNumbers
 from .limits import MAX_POSITIONS, MIN_ITEMS, limit
 from .modeling_recommender import (
     SequentialRecommenderMixin,
@@ -62,6 +64,10 @@ from .modeling_recommender import (
     validate_outputs,
 )
 from .time_elastic import ElasticTime
+
+
+if TYPE_CHECKING:
+    from .item_tokenizer import ElasticItemTokenizer
 
 
 @dataclass
@@ -243,6 +249,8 @@ class ElasticPreTrainedModel(PreTrainedModel):
                 init.copy_(module.log_half_life_seconds, math.log(60) + steps * math.log(365 * 1440))
         elif isinstance(module, ElasticInterestMemory):
             module.init_weights(std)
+        elif isinstance(module, ItemCategories | ItemNumbers):
+            init.zeros_(module.encoded)
 
 
 class ElasticModel(ElasticPreTrainedModel):
@@ -251,6 +259,7 @@ class ElasticModel(ElasticPreTrainedModel):
     def __init__(self, config: ElasticConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.item_features = ItemFeatures(config) if config.item_features else None
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.stream = ElasticStream(config)
         self.experts = ElasticInterestExperts(config)
@@ -345,12 +354,20 @@ class ElasticModel(ElasticPreTrainedModel):
     ) -> Tensor:
         """Return the embeddings of the items and of what is known of their events: (B, L) each and features,
         (B, L, F), -> (B, L, D)."""
-        embeddings = self.embed_tokens(input_ids)
+        embeddings = self.embed_items(input_ids)
         if pauses is not None:
             embeddings = embeddings + self.time.of_events(timestamps, pauses)
         if event_features is not None:
             embeddings = embeddings + self.event_features(event_features)
         return self.dropout(embeddings)
+
+    def embed_items(self, token_ids: Tensor) -> Tensor:
+        """Return the vectors of items: (B, L) -> (B, L, D)."""
+        if self.item_features is None:
+            return self.embed_tokens(token_ids)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.item_features.vectors(self.embed_tokens, token_ids)
+        return F.embedding(token_ids, self.item_features.head(self.embed_tokens).weight)
 
     def scale(self, embeddings: Tensor) -> Tensor:
         """Return what the reader starts from: (B, L, D) -> (B, L, D)."""
@@ -483,12 +500,13 @@ class ElasticModel(ElasticPreTrainedModel):
 
     @torch._dynamo.assume_constant_result
     def digest(self) -> str:
-        """Return a digest of the weights behind a state: those of the embeddings, the stream and the experts, and of
-        the times and features of events."""
+        """Return a digest of the weights behind a state: those of the items that were trained on, the stream and the
+        experts, and of the times and features of events."""
         of_events = () if self.time is None else (self.time.pause, self.time.phases)
-        if self.event_features is not None:
-            of_events = (*of_events, self.event_features)
-        return digest_weights(self, (self.embed_tokens, self.stream, self.experts, *of_events))
+        further = (module for module in (self.event_features, self.item_features) if module is not None)
+        modules = (self.stream, self.experts, *of_events, *further)
+        trained = self.embed_tokens.weight[: self.config.vocab_size - self.config.num_added_items]
+        return digest_weights(self, [trained, *(weight for module in modules for weight in module.parameters())])
 
 
 class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreTrainedModel):
@@ -519,6 +537,55 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.model = ElasticModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_item_features(self, encoded: dict[str, Tensor]) -> None:
+        """Set the features of all items, see [`~item_features.ItemFeatures.set`]."""
+        if self.model.item_features is None:
+            raise ValueError("set_item_features needs a configuration with item_features, found None")
+        self.model.item_features.set(encoded)
+
+    @torch.no_grad()
+    def add_items(self, tokenizer: "ElasticItemTokenizer", items: Any) -> Tensor:
+        """Add new items to the catalogue, whose features stand for them: nothing is trained.
+
+        Items that are known keep their token ids and, bit for bit, their scores, and states of users stay valid.
+
+        Args:
+            tokenizer ([`ElasticItemTokenizer`]): of this model, which gets the items, too.
+            items: a table with a row for each, see [`ElasticItemTokenizer.add_items`].
+
+        Returns:
+            `torch.LongTensor` of shape `(num_items,)`: the token ids of the items.
+
+        Raises:
+            ValueError: if the model has no `item_features`, since nothing else is known of a new item, if the
+                tokenizer is of another model, or as [`ElasticItemTokenizer.add_items`]. Nothing is changed then.
+        """
+        config, old_size = self.config, self.config.vocab_size
+        if config.item_features is None:
+            raise ValueError("add_items needs a model with item_features, by which new items are known, found None")
+        if len(tokenizer) != old_size or tokenizer.item_features != config.item_features:
+            raise ValueError(
+                f"tokenizer must be that of the model, with {old_size} tokens and its item_features, found one with "
+                f"{len(tokenizer)} tokens and {'none' if tokenizer.item_features is None else 'some'}"
+            )
+        encoded = tokenizer.add_items(items)
+        PreTrainedModel.resize_token_embeddings(self, len(tokenizer), mean_resizing=False)
+        self.model.embed_tokens.weight[old_size:] = 0
+        self.model.item_features.add(encoded)
+        config.item_features = tokenizer.item_features
+        config.num_added_items += len(tokenizer) - old_size
+        return torch.arange(old_size, len(tokenizer))
+
+    @torch.no_grad()
+    def without_item_features(self) -> "ElasticForSequentialRecommendation":
+        """Return a model whose id embeddings are the item vectors of this one: its answers are the same."""
+        config = ElasticConfig(**self.config.to_dict() | {"item_features": None, "num_added_items": 0})
+        model = type(self)(config).to(self.device, self.dtype).train(self.training)
+        vectors = self.scoring_head().weight
+        weights = {name: weight for name, weight in self.state_dict().items() if ".item_features." not in name}
+        model.load_state_dict(weights | {"model.embed_tokens.weight": vectors, "lm_head.weight": vectors})
+        return model
 
     def explain(
         self,

@@ -18,7 +18,7 @@ from .catalogue import CatalogueAnswer, CatalogueQuery, item_embeddings, search_
 from .configuration_recommender import RecommenderConfig
 from .event_features import check_shape, given_event_features
 from .event_time import given_times
-from .losses import SeenItems, bce_loss, full_softmax_loss, gbce_loss, sampled_softmax_loss
+from .losses import SeenItems, bce_loss, full_softmax_loss, gbce_loss, rows_of, sampled_softmax_loss
 
 
 logger = logging.get_logger(__name__)
@@ -315,6 +315,8 @@ class SequentialRecommenderMixin:
             ValueError: if `pad_to_multiple_of` is given: every token id after the special ones is an item, and padding
                 would be recommended. Or if no item would be left.
         """
+        if self.config.item_features is not None:
+            raise ValueError("resize_token_embeddings must not be called with item_features: call add_items")
         if pad_to_multiple_of is not None:
             raise ValueError(
                 "pad_to_multiple_of must be None, since every token id after the special ones is an item that can be "
@@ -326,6 +328,13 @@ class SequentialRecommenderMixin:
                 f"found {new_num_tokens}"
             )
         return super().resize_token_embeddings(new_num_tokens, mean_resizing=mean_resizing)
+
+    def scoring_head(self) -> nn.Module:
+        """Return the linear map from user embeddings to scores: `lm_head` or, with item features, that by the item
+        vectors, which passes gradients on where they are enabled."""
+        if self.config.item_features is None:
+            return self.lm_head
+        return self.model.item_features.head(self.get_input_embeddings())
 
     @can_return_tuple
     def forward(
@@ -388,7 +397,7 @@ class SequentialRecommenderMixin:
             read_ids = input_ids.masked_fill(~mask, config.pad_token_id)
             return SequentialRecommendationOutput(
                 loss=self.loss(outputs.last_hidden_state, read_ids, labels, num_items_in_batch),
-                logits=None if self.training else self.lm_head(outputs.last_hidden_state[:, -1]),
+                logits=None if self.training else self.scoring_head()(outputs.last_hidden_state[:, -1]),
                 hidden_states=outputs.get("hidden_states"),
                 attentions=outputs.get("attentions"),
             )
@@ -417,9 +426,10 @@ class SequentialRecommenderMixin:
         user_embeddings = outputs.last_hidden_state[:, -1]
         logits, answer = None, CatalogueAnswer(None, None, None)
         if query is None:
-            logits = self.lm_head(user_embeddings)
+            logits = self.scoring_head()(user_embeddings)
         elif query.top_k is not None or query.target_ids is not None:
-            answer = search_catalogue(self.lm_head, user_embeddings, query, config)
+            with torch.no_grad():
+                answer = search_catalogue(self.scoring_head(), user_embeddings, query, config)
         return SequentialRecommendationOutput(
             logits=logits,
             user_embeddings=user_embeddings,
@@ -464,30 +474,39 @@ class SequentialRecommenderMixin:
             last_read = positions if config.is_causal else torch.full_like(positions, labels.shape[1] - 1)
             seen = SeenItems(input_ids.long(), rows, last_read)
         if config.training_loss == "full_softmax":
-            total = full_softmax_loss(users, self.lm_head, targets, first, config.vocab_size, seen)
+            total = full_softmax_loss(users, self.scoring_head(), targets, first, config.vocab_size, seen)
         else:
-            table = item_embeddings(self.lm_head, f"training_loss={config.training_loss!r}")
-            total = self._sampled_loss(users, table, targets, seen)
+            total = self._sampled_loss(users, targets, seen)
         return total / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
 
-    def _sampled_loss(self, users: Tensor, table: Tensor, targets: Tensor, seen: SeenItems | None) -> Tensor:
+    def _sampled_loss(self, users: Tensor, targets: Tensor, seen: SeenItems | None) -> Tensor:
         """The sum of a loss over targets and uniform negatives."""
         config = self.config
         first, num_negatives = config.num_special_tokens, config.num_negatives
-        if config.training_loss == "sampled_softmax":
-            negatives = torch.randint(first, config.vocab_size, (num_negatives,), device=targets.device)
-            log_expected = math.log(num_negatives / (config.vocab_size - first))
+        num_items = config.vocab_size - first
+        is_shared = config.training_loss == "sampled_softmax"
+        shape = (num_negatives,) if is_shared else (len(targets), num_negatives)
+        negatives = torch.randint(first, config.vocab_size, shape, device=targets.device)
+        if config.item_features is None:
+            table = item_embeddings(self.lm_head, f"training_loss={config.training_loss!r}")
+        else:
+            # A catalogue of the sampled items alone, in which token ids are rows.
+            items = torch.cat([targets, negatives.flatten()]).unique()
+            table = self.model.item_features.vectors(self.get_input_embeddings(), items)
+            targets, negatives, first = rows_of(items, targets), rows_of(items, negatives), 0
+            seen = None if seen is None else seen._replace(token_ids=rows_of(items, seen.token_ids))
+        if is_shared:
+            log_expected = math.log(num_negatives / num_items)
             log_q = torch.full_like(negatives, log_expected, dtype=torch.float32)
             # Token ids and the whole table: the gradient of a slice of it would be one more of its size. Tied
             # embeddings have a dense gradient from the histories, too.
-            is_tied = bool(self._tied_weights_keys) and config.tie_word_embeddings
+            is_tied = bool(self._tied_weights_keys) and config.tie_word_embeddings and config.item_features is None
             return sampled_softmax_loss(users, table, targets, negatives, log_q, is_tied, seen)
-        negatives = torch.randint(first, config.vocab_size, (len(targets), num_negatives), device=targets.device)
         is_seen = None if seen is None else seen.contain(negatives)
         arguments = (users, table[first:], targets - first, negatives - first)
         if config.training_loss == "bce":
-            return bce_loss(*arguments, is_seen)
-        return gbce_loss(*arguments, config.gbce_calibration, is_seen)
+            return bce_loss(*arguments, is_seen, num_items)
+        return gbce_loss(*arguments, config.gbce_calibration, is_seen, num_items)
 
     @torch.no_grad()
     def get_user_embeddings(

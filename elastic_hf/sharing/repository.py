@@ -7,7 +7,7 @@ from huggingface_hub import CommitOperationAdd
 from safetensors import safe_open
 
 from ..models.configuration_elastic import ElasticConfig
-from ..models.item_tokenizer import ElasticItemTokenizer
+from ..models.item_tokenizer import ITEM_FEATURES_FILE, ElasticItemTokenizer
 from ..models.modeling_elastic import ElasticForSequentialRecommendation
 from ..models.pipeline import SequentialRecommendationPipeline
 from ..results import RESULTS_FILE, read_json
@@ -59,6 +59,8 @@ def files_to_publish(
     pipeline = load_pipeline(folder)
     has_code = pipeline.model.config.model_type == ElasticConfig.model_type
     contents: dict[str, Path | bytes] = {name: folder / name for name in REQUIRED_FILES}
+    if pipeline.model.config.item_features is not None:
+        contents[ITEM_FEATURES_FILE] = folder / ITEM_FEATURES_FILE
     contents |= {f"{name}.png": folder / f"{name}.png" for name in FIGURES if _is_image(folder / f"{name}.png")}
     if not include_personal_data:
         with safe_open(folder / "model.safetensors", framework="pt") as weights:

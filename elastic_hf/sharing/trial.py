@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from ..models.item_tokenizer import ElasticItemTokenizer
+from ..models.item_encoder import ItemEncoder
+from ..models.item_tokenizer import ITEM_FEATURES_FILE, ElasticItemTokenizer
 from ..models.pipeline import SequentialRecommendationPipeline
 from ..registry import MODELS
 from ..results import read_json
@@ -49,6 +50,11 @@ def load_pipeline(folder: str | Path) -> SequentialRecommendationPipeline:
         raise ValueError(
             f"{folder / 'tokenizer.json'} must have the model's {model.config.vocab_size} tokens, "
             f"found {len(tokenizer)}: model and tokenizer come from different runs"
+        )
+    if tokenizer.item_features != model.config.item_features:
+        raise ValueError(
+            f"{folder / ITEM_FEATURES_FILE} must hold the item_features of config.json, found "
+            f"{tokenizer.item_features}: model and tokenizer come from different runs"
         )
     with _refusing(folder / "model.safetensors", "a model that recommends"):
         pipeline = SequentialRecommendationPipeline(model, tokenizer, device="cpu")
@@ -147,5 +153,9 @@ def _load_tokenizer(folder: Path) -> ElasticItemTokenizer:
         columns = pq.read_table(items_file).column_names
     if not {"item_id"} <= {*columns} <= ITEM_COLUMNS:
         raise ValueError(f"{items_file} must have item_id, title and count as its columns, found {', '.join(columns)}")
+    features_file = folder / ITEM_FEATURES_FILE
+    if features_file.exists():
+        with _refusing(features_file, "what was learned of item features"):
+            ItemEncoder.load(features_file)
     with _refusing(items_file, "the items of tokenizer.json"):
         return ElasticItemTokenizer.from_pretrained(folder)

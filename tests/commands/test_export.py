@@ -10,7 +10,7 @@ import torch
 
 from elastic_hf import ElasticCache, ElasticItemTokenizer
 from elastic_hf.commands import export
-from factories import EVENT_FEATURES, NUM_TOKENS, elastic_model, event_features
+from factories import EVENT_FEATURES, NUM_TOKENS, elastic_model, event_features, featured_model, item_table
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "timed and featured"])
@@ -73,3 +73,23 @@ def test_a_program_that_differs_is_refused(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [run(*args)[0] + 1e-3])
     with pytest.raises(AssertionError, match="history.onnx: logits"):
         export.export(model, tmp_path / "history.onnx", with_state=False)
+
+
+def test_programs_of_a_model_with_features_take_its_states_and_stay_valid_when_it_grows(tmp_path):
+    model, tokenizer = featured_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export.main(["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "programs")])
+    step = onnxruntime.InferenceSession(tmp_path / "programs" / "step.onnx")
+    model.add_items(tokenizer, item_table([5, 6], seed=1))
+    assert step.get_modelmeta().custom_metadata_map["model_digest"] == model.model.digest()
+    input_ids = torch.randint(3, NUM_TOKENS, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(input_ids[:, :-1], use_cache=True).cache
+        expected = model(input_ids).logits[:, :NUM_TOKENS]
+    new = {"input_ids": input_ids[:, -1:], "attention_mask": torch.ones(2, 1, dtype=torch.long)}
+    logits = step.run(["logits"], {name: value.numpy() for name, value in (new | cache.tensors).items()})[0]
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    new["input_ids"] = torch.tensor([[NUM_TOKENS], [3]])
+    with pytest.raises(Exception, match="indices element out of data bounds|out of bounds"):
+        step.run(["logits"], {name: value.numpy() for name, value in (new | cache.tensors).items()})
