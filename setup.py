@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', source).group(1)
 
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
+ray = ["ray[data]>=2.60"]
 serve = ["fastapi>=0.120", "prometheus-client>=0.21", "redis>=6", "uvicorn>=0.30"]
 tensorboard = ["tensorboard>=2.16"]
 demo = ["gradio>=6"]
@@ -17,9 +18,9 @@ optuna = ["optuna>=4"]
 trackio = ["trackio>=0.21"]
 text = ["sentence-transformers>=5.0"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
-test = [*demo, *faiss, *onnx, *optuna, *serve, *tensorboard, *trackio, "ipykernel>=7", "nbclient>=0.10"]
-test += ["parameterized>=0.9", "pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"]
-test += ["setuptools>=77"]
+test = [*demo, *faiss, *onnx, *optuna, *ray, *serve, *tensorboard, *trackio, "ipykernel>=7"]
+test += ["nbclient>=0.10", "parameterized>=0.9", "pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6"]
+test += ["ruff>=0.12", "setuptools>=77"]
 
 setup(
     name="elastic_hf",
@@ -57,6 +58,7 @@ setup(
         "faiss": faiss,
         "onnx": onnx,
         "optuna": optuna,
+        "ray": ray,
         "serve": serve,
         "tensorboard": tensorboard,
         "text": text,

@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -40,3 +41,21 @@ def store_name(request, tmp_path):
     else:
         with redis_server() as url:
             yield url
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A cluster of Ray on this machine with room for two workers, whose processes import what the tests do."""
+    ray = pytest.importorskip("ray", reason="needs Ray, the extra [ray]")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=120 * 2**20,
+        logging_level="ERROR",
+        log_to_driver=False,
+        runtime_env={"env_vars": environment},
+    )
+    yield
+    ray.shutdown()

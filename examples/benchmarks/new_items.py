@@ -32,7 +32,7 @@ from elastic_hf.commands.arguments import SeqRecTrainingArguments
 from elastic_hf.commands.steps import read_histories, set_up_process, settings_of, tokenize
 from elastic_hf.commands.train import make_config, make_model, make_trainer, read_command_line
 from elastic_hf.data.windows import split_into_windows
-from elastic_hf.results import describe_machine, git_commit
+from elastic_hf.results import describe_machine, git_commit, write_json
 from elastic_hf.training.trainer import SequentialRecommendationTrainer
 
 
@@ -130,13 +130,13 @@ def nearest_hits(data: Data) -> np.ndarray:
 
 def mean_and_error(values: np.ndarray) -> dict[str, float]:
     """Return a hit rate and its standard error over the users."""
-    return {"hr@10": float(values.mean()), "standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))}
+    return {"hr@10": float(values.mean()), "hr@10_standard_error": float(values.std(ddof=1) / np.sqrt(len(values)))}
 
 
 def read_command(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the arguments of this script, and those of a training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default=str(RECIPE), help="YAML file of `elastic-hf train`.")
+    parser.add_argument("--recipe", default=str(RECIPE), help="YAML file of `elastic-hf train`.")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "new-items.json")
     args, others = parser.parse_known_args(argv)
     return args, [args.recipe, *others]
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> None:
         "command": f"python examples/benchmarks/new_items.py {shlex.join(argv)}".strip(),
         **describe_machine(training_args.world_size),
     }
-    args.output.write_text(json.dumps(output, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output, output)
     print(json.dumps(output["results"], indent=2))
 
 

@@ -434,6 +434,53 @@ def quantization() -> str:
     return table(header, rows) if rows else NOT_MEASURED
 
 
+def scoring() -> str:
+    """All users by two workers on Ray beside one process."""
+    rows = []
+    for row in benchmark("scoring")["rows"]:
+        single = row["one_process"]["users_per_second"]
+        for name in ("ray", "one_process", "one_process_all_threads"):
+            side = row[name]
+            peak = [f"{side[key] / 1e9:.2f}" if key in side else "" for key in ("peak_bytes", "peak_worker_bytes")]
+            rate = side["users_per_second"]
+            line = [f"{row['num_users']:,}", name.replace("_", " "), f"{side['seconds']:,.0f}", f"{rate:,.0f}"]
+            rows.append([*line, f"{rate / single:.2f}", *peak])
+    header = ["users", "side", "seconds", "users per second", "ratio", "peak (GB)", "peak of a worker (GB)"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
+def scoring_checks() -> str:
+    """What both sides, a killed worker and states have in common with what they stand for."""
+    results = benchmark("scoring")
+    if not results["rows"]:
+        return NOT_MEASURED
+    killed, states, first = results["killed"], results["states"], results["rows"][0]
+    compared = {
+        "beside one process": first["one_process"]["compared"],
+        "beside `elastic-hf recommend`": results["beside_recommend"],
+        "new events on top of states beside whole histories": states["day_beside_whole_histories"],
+    }
+    rows = [
+        [
+            name,
+            f"{found['num_users']:,}",
+            f"{found['share_of_equal_items']:.4%}",
+            f"{found['largest_score_difference']:.1g}",
+        ]
+        for name, found in compared.items()
+    ]
+    day, whole = states["day"], states["whole_histories"]
+    lines = [
+        f"With {killed['workers_killed']} worker killed in the middle, {killed['files_of_equal_bytes']} of "
+        f"{killed['files']} files have the same bytes as without, after {killed['seconds']:,.0f} seconds instead of "
+        f"{first['ray']['seconds']:,.0f}.",
+        f"The new events of {day['num_users']:,} users took {day['seconds']:,.0f} seconds, and whole histories of "
+        f"{whole['num_users']:,} into states ({states['state_bytes'] / 1e9:.2f} GB) {whole['seconds']:,.0f}.",
+    ]
+    header = ["compared", "users", "equal items", "largest difference of a score"]
+    return "\n\n".join([table(header, rows), *lines])
+
+
 def profile() -> str:
     """The operators that the time goes into, with their shares of it."""
     rows = []
@@ -761,6 +808,23 @@ def breakdowns() -> str:
     return table(header, rows) if rows else NOT_MEASURED
 
 
+def new_items() -> str:
+    """HR@10 of items that were held out of the training, and of the others."""
+    names = {
+        "nearest titles": "items whose titles are nearest to the last item's",
+        "ids, trained items": "ids alone, among the items trained on",
+        "features, trained items": "ids and features, among the items trained on",
+        "features, all items": "ids and features, new items added",
+    }
+    rows = []
+    for run in read_results("new-items*.json").values():
+        for name, found in run["results"].items():
+            rates = [describe_metric(found[on], "hr@10") if on in found else "" for on in ("new", "trained")]
+            rows.append([names[name], *rates, str(run["seed"])])
+    header = ["who recommends", "HR@10 where the target is new", "HR@10 where it was trained on", "seed"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def recommendations() -> str:
     """The first recommendations of the MovieLens-100k run."""
     parts = []
@@ -797,6 +861,7 @@ TABLES = {
         recommendations,
         peers,
         breakdowns,
+        new_items,
         inference,
         training,
         inference_memory,
@@ -806,6 +871,8 @@ TABLES = {
         service,
         onnx,
         quantization,
+        scoring,
+        scoring_checks,
         profile,
         memory_bank,
         catalogue,

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from transformers import pipeline
@@ -205,3 +206,19 @@ def test_times_for_a_model_without_are_refused(folder, arguments):
 def test_arguments_that_do_not_go_together_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         recommend.main(["--model_name_or_path", "here", *arguments])
+
+
+def test_plain_histories_are_read_as_the_pipeline_reads_them(folder, timed, monkeypatch):
+    """Longer ones than the model reads, too; whatever is not plain is left to the pipeline."""
+    users = pa.table({"user_id": ["a", "b", "c"], "item_ids": [[3, 5, 3], [7], [*range(13)]]})
+    pipe = pipeline("sequential-recommendation", model=folder, top_k=4)
+    schema = recommend.recommendations_schema(pa.string(), pipe)
+    found = recommend.recommend_for_users(pipe, users, None, schema)
+    assert recommend.plain_histories(pipe, users).tolist()[1] == [0] * 12 + [10]
+    for left_out in ([[3], [99]], [[3], []]):
+        assert recommend.plain_histories(pipe, pa.table({"item_ids": left_out})) is None
+    assert recommend.plain_histories(pipe, pa.table({"item_ids": [[*range(NUM_ITEMS - 3)]]})) is None
+    of_times = pipeline("sequential-recommendation", model=timed)
+    assert recommend.plain_histories(of_times, users) is None
+    monkeypatch.setattr(recommend, "plain_histories", lambda *args: None)
+    assert recommend.recommend_for_users(pipe, users, None, schema).equals(found)

@@ -2,9 +2,10 @@ import json
 import sys
 from pathlib import Path
 
-import breakdown
 import numpy as np
 import pytest
+
+import breakdown
 
 
 TINY = str(Path(__file__).parents[3] / "examples" / "elastic-tiny")

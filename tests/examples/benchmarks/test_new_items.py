@@ -30,7 +30,8 @@ def results(tmp_path_factory):
     sizes = "hidden_size=16,intermediate_size=16,num_interest_experts=4,num_memory_subkeys=6,exclude_seen=True"
     recipe |= {"config_overrides": sizes, "num_train_epochs": 1, "disable_tqdm": True, "seed": 7}
     (folder / "recipe.json").write_text(json.dumps(recipe))
-    new_items.main([str(folder / "recipe.json"), "--output", str(folder / "out.json"), "--num_train_epochs", "2"])
+    arguments = ["--recipe", str(folder / "recipe.json"), "--output", str(folder / "out.json")]
+    new_items.main(["--num_train_epochs", "2", *arguments])
     return json.loads((folder / "out.json").read_text())
 
 
@@ -54,4 +55,4 @@ def test_every_model_is_measured_where_it_can_be(results):
     assert results["results"]["nearest titles"]["trained"]["hr@10"] == 1
     for of_model in results["results"].values():
         for of_targets in of_model.values():
-            assert 0 <= of_targets["hr@10"] <= 1 and of_targets["standard_error"] >= 0
+            assert 0 <= of_targets["hr@10"] <= 1 and of_targets["hr@10_standard_error"] >= 0

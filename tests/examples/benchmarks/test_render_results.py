@@ -165,8 +165,19 @@ def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path
 
 
 def test_what_was_not_measured_is_not_stated(results):
-    names = ["ratios", "claims", "inference", "training_memory", "streaming", "profile", "onnx", "quantization"]
-    for name in [*names, "training_cost"]:
+    for name in (
+        "ratios",
+        "claims",
+        "inference",
+        "training_memory",
+        "streaming",
+        "profile",
+        "onnx",
+        "quantization",
+        "scoring",
+        "scoring_checks",
+        "training_cost",
+    ):
         assert render_results.TABLES[name]() == "Not measured yet."
     assert render_results.gpu() == "Nothing has been measured on a GPU yet."
     results(factor=2, variant="-cuda-bfloat16")

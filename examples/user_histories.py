@@ -1,0 +1,213 @@
+"""From files of histories or interactions to the histories of the users of one partition after another."""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from elastic_hf.data.columns import ColumnRequest, Columns, check_columns
+from elastic_hf.data.interactions import drop_duplicates, encode_rows, sort_by_time, warn_of_milliseconds
+from elastic_hf.data.values import check_rows
+
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+ROWS_PER_BATCH, HISTORIES_PER_BATCH = 65_536, 1_024
+
+
+@dataclass
+class Source:
+    """The files of the input and what their columns mean; histories have no `columns.item`."""
+
+    paths: list[Path]
+    columns: Columns
+    has_timestamps: bool
+
+    @property
+    def is_histories(self) -> bool:
+        return self.columns.item is None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are read."""
+        lists = ["item_ids", *(["timestamps"] if self.has_timestamps else [])]
+        return self.columns.wanted() + (lists if self.is_histories else [])
+
+    def describe(self) -> dict[str, Any]:
+        """Return what tells this input from another one, or from its files before they changed."""
+        stats = [(str(path.resolve()), path.stat()) for path in self.paths]
+        return {
+            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+            "columns": self.names,
+        }
+
+    def pieces(self) -> list[dict[str, Any]]:
+        """Return what is read by one task each: the row groups of Parquet files, and other files."""
+        pieces = []
+        for number, path in enumerate(self.paths):
+            first_row = 0
+            if path.suffix in DELIMITERS:
+                pieces.append({"path": str(path), "file": number, "row_group": -1, "first_row": 0})
+                continue
+            metadata = pq.read_metadata(path)
+            for row_group in range(metadata.num_row_groups):
+                num_rows = metadata.row_group(row_group).num_rows
+                if num_rows:
+                    piece = {"path": str(path), "file": number, "row_group": row_group, "first_row": first_row}
+                    pieces.append(piece)
+                first_row += num_rows
+        if not pieces:
+            others = f", nor has any of the other {len(self.paths) - 1:,} files" if len(self.paths) > 1 else ""
+            raise ValueError(f"{self.paths[0]} has no rows{others}")
+        return pieces
+
+
+def find_source(source: str, names: dict[str, str]) -> Source:
+    """Return the files of a file or folder, with the columns that `names` gives by their role or that are recognised.
+
+    Raises:
+        ValueError: if there is no such file, there are files of two kinds, or a column is missing.
+    """
+    folder = Path(source).absolute()
+    paths = [folder]
+    if folder.is_dir():
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
+    kinds = {path.suffix for path in paths if path.is_file()}
+    if len(kinds) != 1 or not kinds <= {".parquet", *DELIMITERS}:
+        raise ValueError(
+            f"input must be a file or a folder of files that all end in one of .parquet, {', '.join(DELIMITERS)}, "
+            f"found {source!r} with {', '.join(sorted(kinds)) or 'no file'}"
+        )
+    first = _schema_of(paths[0])
+    if "item_ids" in first.names and "item" not in names:
+        request = ColumnRequest({role: name for role, name in names.items() if role == "user"}, ("user",))
+        source = Source(paths, request.find(first.names, paths[0]), "timestamps" in first.names)
+    else:
+        source = Source(paths, ColumnRequest(names).find(first.names, paths[0]), True)
+    for path in paths[1:]:
+        schema = _schema_of(path)
+        check_columns(schema.names, source.names, path)
+        for name in source.names:
+            wanted, found = first.field(name).type, schema.field(name).type
+            if path.suffix == ".parquet" and found != wanted:
+                raise ValueError(
+                    f"{path}: column {name!r} must have the type it has in {paths[0]}, {wanted}, found {found}"
+                )
+    return source
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part[0] in "._" for part in path.relative_to(folder).parts)
+
+
+def _schema_of(path: Path) -> pa.Schema:
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_schema(path)
+        with pa.csv.open_csv(path, parse_options=pa.csv.ParseOptions(delimiter=DELIMITERS[path.suffix])) as reader:
+            return reader.schema
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[int]) -> Iterator[pa.Table]:
+    """Yield the rows of a piece, checked, with their `partition`, but for those of partitions that are `done`.
+
+    `position` is their place in the input: of rows with the same time, the first in the input comes first.
+
+    Raises:
+        ValueError: if a value is missing or is not what its column holds; the message names the file and the row.
+    """
+    (values,) = piece.to_pylist()
+    path, first_row = Path(values["path"]), values["first_row"]
+    for batch in _read_batches(path, values["row_group"], source):
+        table = pa.table(batch)
+
+        def position(row: int, first_row: int = first_row) -> str:
+            return f"row {first_row + row + 1}"
+
+        rows = check_rows(table, source.columns, path, position)
+        if source.is_histories:
+            for name in source.names[1:]:
+                if table[name].null_count:
+                    raise ValueError(f"{path}: {name} must be lists, found {table[name].null_count} nulls")
+                rows = rows.append_column(name, table[name])
+        else:
+            rows = rows.set_column(2, "timestamp", rows["timestamp"].cast(pa.float64()))
+        places = (values["file"] << 40) + first_row + np.arange(len(rows))
+        partitions = partition_of(rows["user"], num_partitions)
+        rows = rows.append_column("position", pa.array(places)).append_column("partition", pa.array(partitions))
+        first_row += len(rows)
+        yield rows.filter(pa.array(~np.isin(partitions, done)))
+
+
+def _read_batches(path: Path, row_group: int, source: Source) -> Iterator[pa.RecordBatch]:
+    names = source.names
+    if row_group >= 0:
+        file = pq.ParquetFile(path, pre_buffer=False)
+        num_rows = HISTORIES_PER_BATCH if source.is_histories else ROWS_PER_BATCH
+        yield from file.iter_batches(num_rows, row_groups=[row_group], columns=names)
+        return
+    text = pa.csv.ConvertOptions(
+        include_columns=names,
+        column_types=dict.fromkeys(names, pa.string()),
+        strings_can_be_null=True,
+        null_values=[""],
+    )
+    try:
+        delimiter = pa.csv.ParseOptions(delimiter=DELIMITERS[path.suffix])
+        yield from pa.csv.open_csv(path, parse_options=delimiter, convert_options=text)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def partition_of(users: pa.ChunkedArray, num_partitions: int) -> np.ndarray:
+    """Return the partition of each user, the same on every machine and for the id 7 as for "7": (num_users,)."""
+    encoded = users.combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.unify_dictionaries().combine_chunks()
+    hashes = [zlib.crc32(str(user).encode()) for user in encoded.dictionary.to_pylist()]
+    return (np.array(hashes, dtype=np.int64) % num_partitions)[encoded.indices.to_numpy()].astype(np.int32)
+
+
+def histories_of(rows: pa.Table, partition: int) -> pa.Table:
+    """Return the histories of the users of a partition, in the order of their ids: `user_id`, `item_ids` and, where
+    there is time, `timestamps`.
+
+    Raises:
+        ValueError: if a user has two rows of histories.
+    """
+    rows = rows.sort_by("position")
+    if "item_ids" not in rows.column_names:
+        interactions = encode_rows(rows)
+        warn_of_milliseconds(interactions)
+        sort_by_time(interactions)
+        drop_duplicates(interactions)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(np.bincount(interactions.users))]), pa.int32())
+        items = interactions.item_ids.take(pa.array(interactions.items))
+        return pa.table(
+            {
+                "user_id": interactions.user_ids,
+                "item_ids": pa.ListArray.from_arrays(offsets, items),
+                "timestamps": pa.ListArray.from_arrays(offsets, pa.array(interactions.timestamps)),
+            }
+        )
+    rows = rows.rename_columns({"user": "user_id"}).sort_by("user_id")
+    users = rows["user_id"]
+    repeated = pc.equal(users[1:], users[:-1])
+    if pc.any(repeated).as_py():
+        user = users[1:].filter(repeated)[0].as_py()
+        raise ValueError(f"partition {partition}: histories must be of distinct users, found {user!r} more than once")
+    if pa.types.is_large_string(users.type):
+        rows = rows.set_column(rows.column_names.index("user_id"), "user_id", users.cast(pa.string()))
+    return rows.select([name for name in ("user_id", "item_ids", "timestamps") if name in rows.column_names])

@@ -1,0 +1,411 @@
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import polars.testing
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+import score_users
+import user_states
+from elastic_hf import ElasticItemTokenizer, load_histories
+from elastic_hf.commands import recommend
+from factories import elastic_model
+from scoring import score_here
+from user_histories import find_source, partition_of
+
+
+NUM_ITEMS, TOP_K, NUM_PARTITIONS = 97, 5, 7
+
+
+def save(folder, **changes):
+    elastic_model(vocab_size=NUM_ITEMS + 3, **changes).save_pretrained(folder)
+    items = pl.DataFrame({"item_id": range(NUM_ITEMS), "count": range(NUM_ITEMS)})
+    ElasticItemTokenizer.from_items(items, model_max_length=200).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("timed"), use_timestamps=True)
+
+
+@pytest.fixture(scope="module")
+def events():
+    """Interactions of 40 users in random order, with many equal times and some rows that repeat another."""
+    generator = np.random.default_rng(0)
+    rows = [
+        (user, int(generator.integers(NUM_ITEMS)), int(1e9 + 1000 * generator.integers(20)))
+        for user in range(40)
+        for _ in range(generator.integers(1, 30))
+    ]
+    rows += rows[:3]
+    generator.shuffle(rows)
+    return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+
+
+@pytest.fixture
+def shop(events, tmp_path):
+    """The interactions as Parquet, of several row groups."""
+    events.write_parquet(tmp_path / "shop.parquet", row_group_size=100)
+    return tmp_path / "shop.parquet"
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(score_users, "score_users", score_here)
+    monkeypatch.setattr(score_users, "ray_cluster", lambda *args: nullcontext())
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A function that runs the script and returns the rows that it writes, by user and rank."""
+
+    def run(source, model, *more, output="scored"):
+        arguments = {"input": source, "model": model, "output": tmp_path / output, "top_k": TOP_K}
+        arguments = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+        if "--num_partitions" not in more:
+            arguments += ["--num_partitions", str(NUM_PARTITIONS)]
+        monkeypatch.setattr(sys, "argv", ["score_users.py", *arguments, *more])
+        score_users.main()
+        return read(tmp_path / output)
+
+    return run
+
+
+def read(folder):
+    return pl.read_parquet(sorted(folder.glob("part-*.parquet"))).sort("user_id", "rank")
+
+
+def expected(source, model, folder, *more):
+    """What `elastic-hf recommend` writes."""
+    arguments = ["--model_name_or_path", model, "--input_file", source, "--output_file", folder / "whole.parquet"]
+    arguments += ["--cache_dir", folder / "cache", "--top_k", TOP_K, *more]
+    recommend.main([str(argument) for argument in arguments])
+    return pl.read_parquet(folder / "whole.parquet").sort("user_id", "rank")
+
+
+def same(found, wanted):
+    """Scores may differ in their last digits, by which other histories are in the batch."""
+    polars.testing.assert_frame_equal(found, wanted, check_exact=False, rel_tol=1e-4, abs_tol=1e-5)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("part-*.parquet")}
+
+
+def test_every_form_of_input_gives_what_recommend_does(shop, events, model, here, run, tmp_path):
+    """Interactions as Parquet, as CSV in two files, whose users are text, and whole histories; several batches."""
+    wanted = expected(shop, model, tmp_path)
+    assert wanted["user_id"].n_unique() == 40
+    same(run(shop, model, "--batch_size", "3"), wanted)
+    assert sorted(file.name for file in (tmp_path / "scored").glob("part*")) == [
+        f"part-{number:05}.parquet" for number in range(NUM_PARTITIONS)
+    ]
+    (tmp_path / "folder").mkdir()
+    events[:200].write_csv(tmp_path / "folder" / "1.csv")
+    events[200:].write_csv(tmp_path / "folder" / "2.csv")
+    found = run(tmp_path / "folder", model, output="of csv")
+    same(found.with_columns(pl.col("user_id").cast(pl.Int64)).sort("user_id", "rank"), wanted)
+    histories = load_histories(str(shop), k_core=0, split="none", cache_dir=tmp_path / "cache").histories["train"]
+    histories.to_parquet(tmp_path / "histories.parquet")
+    same(run(tmp_path / "histories.parquet", model, output="of histories"), wanted)
+
+
+def test_a_model_that_reads_times(shop, timed, here, run, tmp_path):
+    more = ["--now", "1.1e9"]
+    wanted = expected(shop, timed, tmp_path, *more)
+    same(run(shop, timed, *more), wanted)
+    assert not run(shop, timed, "--now", "2e9", output="later").equals(wanted)
+
+
+def test_a_run_goes_on_where_it_was_stopped(shop, model, timed, here, run, tmp_path, monkeypatch):
+    """A partition whose file is there is not done again; one whose file was being written is."""
+    run(shop, timed)
+    before = contents(tmp_path / "scored")
+    (tmp_path / "scored" / "_SUCCESS").unlink()
+    os.replace(tmp_path / "scored" / "part-00003.parquet", tmp_path / "scored" / "part-00003.parquet.tmp")
+    written = []
+    write = score_users.Scorer.write
+    monkeypatch.setattr(score_users.Scorer, "write", lambda self, *args: (written.append(args[1]), write(self, *args)))
+    run(shop, timed)
+    assert written == ["part-00003.parquet"] and contents(tmp_path / "scored") == before
+    assert not list((tmp_path / "scored").glob("*.tmp"))
+    run(shop, timed)
+    assert len(written) == 1, "a run that has ended has nothing left to do"
+
+
+def test_an_output_of_another_run_is_refused(shop, events, model, here, run, tmp_path):
+    run(shop, model)
+    before = contents(tmp_path / "scored")
+    with pytest.raises(ValueError, match="output .* is of a run with another top_k: top_k must be 5, found 6"):
+        run(shop, model, "--top_k", "6")
+    with pytest.raises(ValueError, match="another exclude_seen: exclude_seen must be None, found False"):
+        run(shop, model, "--exclude_seen", "False")
+    with pytest.raises(ValueError, match="another model: model must be '[0-9a-f]{64}', found"):
+        run(shop, save(tmp_path / "other", hidden_size=12))
+    with pytest.raises(ValueError, match="another num_partitions: num_partitions must be 7, found 8"):
+        run(shop, model, "--num_partitions", "8")
+    events[1:].write_parquet(shop)
+    with pytest.raises(ValueError, match="another input"):
+        run(shop, model)
+    assert contents(tmp_path / "scored") == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="output .*full must be empty or of an earlier run, found notes.txt"):
+        run(shop, model, output="full")
+
+
+def test_what_the_model_does_not_know(events, model, here, run, tmp_path):
+    strange = pl.DataFrame({"user_id": [90, 91, 91], "item_id": [555, 555, 3], "timestamp": [1, 2, 3]})
+    pl.concat([events, strange]).write_parquet(tmp_path / "shop.parquet")
+    with pytest.raises(ValueError, match="must hold items that the model knows, found 555"):
+        run(tmp_path / "shop.parquet", model)
+    more = ["--unknown", "ignore", "--fallback", "popularity"]
+    wanted = expected(tmp_path / "shop.parquet", model, tmp_path, *more)
+    same(run(tmp_path / "shop.parquet", model, *more, output="ignored"), wanted)
+    assert wanted.filter(user_id=90)["item_id"].to_list() == [96, 95, 94, 93, 92]
+
+
+@pytest.mark.parametrize(
+    ("columns", "more", "message"),
+    [
+        (
+            {"user_id": [1, 1], "item_ids": [[1], [2]]},
+            [],
+            "histories must be of distinct users, found 1 more than once",
+        ),
+        ({"user_id": [1, None], "item_ids": [[1], [2]]}, [], "row 2: user_id is None, expected a value"),
+        ({"user_id": [1, 2], "item_ids": [[1], None]}, [], "item_ids must be lists, found 1 nulls"),
+        ({"user_id": [1], "item_id": [2]}, [], "column 'timestamp' is missing"),
+        ({"user_id": [], "item_ids": []}, [], "users.parquet has no rows"),
+        ({"user_id": [1], "item_ids": [[2]]}, ["--now", "5"], "now must be left out for a model that reads no times"),
+        ({"user_id": [1], "item_ids": [[2]]}, ["--batch_size", "0"], "batch_size must be at least 1, found 0"),
+        ({"user_id": [1], "item_ids": [[2]]}, ["--states", "states"], "states need .* an input with timestamps"),
+    ],
+)
+def test_what_is_wrong_is_named(columns, more, message, model, here, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pl.DataFrame(columns).write_parquet(tmp_path / "users.parquet")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "users.parquet", model, *more)
+
+
+def test_a_model_that_reads_features_of_events_is_refused(shop, here, run, tmp_path):
+    items = pl.DataFrame({"item_id": range(NUM_ITEMS), "count": range(NUM_ITEMS)})
+    rated = Dataset.from_dict({"item_ids": [[1, 2]], "rating": [["good", "bad"]]})
+    tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=200, events=rated)
+    tokenizer.save_pretrained(tmp_path / "rated")
+    model = elastic_model(vocab_size=NUM_ITEMS + 3, event_features=tokenizer.event_features)
+    model.save_pretrained(tmp_path / "rated")
+    with pytest.raises(ValueError, match="model must read no features of events here, found one that reads rating"):
+        run(shop, tmp_path / "rated")
+
+
+def test_a_row_of_text_is_named(model, here, run, tmp_path):
+    (tmp_path / "shop.csv").write_text("user,item,time\n1,2,2024-01-31\n1,,2024-02-01\n")
+    with pytest.raises(ValueError, match="shop.csv, row 2: item is None, expected a value"):
+        run(tmp_path / "shop.csv", model)
+    with pytest.raises(ValueError, match="input must be a file or a folder of files that all end in one of .parquet"):
+        find_source(str(tmp_path / "nothing.parquet"), {})
+
+
+def test_files_of_other_columns_are_named(events, model, here, run, tmp_path):
+    (tmp_path / "log" / "_delta_log").mkdir(parents=True)
+    (tmp_path / "log" / "_delta_log" / "0.json").touch()
+    events.write_parquet(tmp_path / "log" / "1.parquet")
+    events.with_columns(pl.col("user_id").cast(pl.String)).write_parquet(tmp_path / "log" / "2.parquet")
+    with pytest.raises(
+        ValueError, match="2.parquet: column 'user_id' must have the type it has in .*1.parquet, int64"
+    ):
+        run(tmp_path / "log", model)
+    events.drop("item_id").write_parquet(tmp_path / "log" / "2.parquet")
+    with pytest.raises(ValueError, match="2.parquet: column 'item_id' is missing"):
+        run(tmp_path / "log", model)
+
+
+def test_a_user_is_always_of_one_partition():
+    """Whatever the type of the ids, the other users and the machine."""
+    users = pa.chunked_array([[7, 8, 7], [123_456_789_012]])
+    assert partition_of(users, 1000).tolist() == partition_of(users.cast(pa.string()), 1000).tolist()
+    assert partition_of(pa.chunked_array([["7"]]), 1000).tolist() == partition_of(users, 1000)[:1].tolist() == [346]
+
+
+def days(events, tmp_path, *cuts):
+    """The interactions as files of one day after the other."""
+    edges = [0, *cuts, 2e9]
+    for number in range(len(edges) - 1):
+        day = events.filter(pl.col("timestamp") >= edges[number], pl.col("timestamp") < edges[number + 1])
+        day.write_parquet(tmp_path / f"day{number}.parquet", row_group_size=50)
+        yield tmp_path / f"day{number}.parquet"
+
+
+@pytest.mark.parametrize("kind", ["model", "timed"])
+def test_new_events_on_top_of_states_say_what_whole_histories_do(kind, events, shop, here, run, tmp_path, request):
+    """Over three days, on each of which some users have no event and others are new."""
+    model = request.getfixturevalue(kind)
+    now = ["--now", "1.1e9"] if kind == "timed" else []
+    wanted = expected(shop, model, tmp_path, *now)
+    more = ["--states", str(tmp_path / "states"), "--batch_size", "3", *now]
+    found, num_users = {}, []
+    for number, day in enumerate(days(events, tmp_path, 1e9 + 4_000, 1e9 + 9_000)):
+        rows = run(day, model, *more, output=f"day {number}")
+        users = pl.read_parquet(day)["user_id"].unique().sort()
+        assert rows["user_id"].unique().sort().equals(users)
+        num_users.append(len(users))
+        found |= {user: rows.filter(user_id=user) for user in users}
+    assert len(num_users) == 3 and max(num_users[:2]) < 40
+    same(pl.concat(found[user] for user in range(40)), wanted)
+    states = pl.read_parquet(tmp_path / "states" / "part-*.parquet").sort("user_id")
+    seen = events.group_by("user_id").agg(pl.col("item_id").unique().sort() + 3).sort("user_id")["item_id"]
+    assert states["seen"].to_list() == seen.to_list()
+    assert {path.name for path in (tmp_path / "states").iterdir() if path.suffix != ".parquet"} == {
+        "_settings.json",
+        ".lock",
+    }
+
+
+def test_states_change_all_at_once_or_not_at_all(events, model, here, run, tmp_path, monkeypatch):
+    """A day that ends in an error, or is stopped at any point, is given up or goes on; it never counts twice."""
+    first, second = days(events, tmp_path, 1e9 + 9_000)
+    more = ["--states", str(tmp_path / "states")]
+    run(first, model, *more, output="first")
+    before = contents(tmp_path / "states")
+
+    def stop(self, histories, name):
+        if name == "part-00003.parquet":
+            raise KeyboardInterrupt
+        write(self, histories, name)
+
+    write = score_users.Scorer.write
+    for output in ("given up", "second"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(score_users.Scorer, "write", stop)
+            run(second, model, *more, output=output)
+        assert contents(tmp_path / "states") == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        replaced = []
+
+        def replace(source, target, replace=os.replace):
+            if len(replaced) == 2:
+                raise KeyboardInterrupt
+            replaced.append(replace(source, target))
+
+        def interrupted(states):
+            patch.setattr(user_states.os, "replace", replace)
+            user_states.commit(states)
+
+        patch.setattr(score_users, "commit", interrupted)
+        run(second, model, *more, output="second")
+    assert len(replaced) == 2 and not (tmp_path / "second" / "_SUCCESS").exists()
+    found = run(second, model, *more, output="second")
+    assert (tmp_path / "second" / "_SUCCESS").exists()
+    after = contents(tmp_path / "states")
+
+    events.write_parquet(tmp_path / "whole.parquet")
+    run(tmp_path / "whole.parquet", model, "--states", str(tmp_path / "at once"), output="whole")
+    columns = ["user_id", "num_items", "seen", "last_event"]
+    states, at_once = (
+        pl.read_parquet(tmp_path / name / "part-*.parquet", columns=columns).sort("user_id")
+        for name in ("states", "at once")
+    )
+    assert states.equals(at_once)
+    users = found["user_id"].unique().to_list()
+    same(found, read(tmp_path / "whole").filter(pl.col("user_id").is_in(users)))
+    with pytest.raises(ValueError, match="must be in the order of time and after the last one of the states"):
+        run(second, model, *more, output="again")
+    assert contents(tmp_path / "states") == after
+
+
+def test_states_of_another_model_or_other_users_are_refused(events, model, timed, here, run, tmp_path):
+    first, second = days(events, tmp_path, 1e9 + 9_000)
+    more = ["--states", str(tmp_path / "states")]
+    run(first, model, *more)
+    with pytest.raises(ValueError, match="states .* is of a run with another model: model must be"):
+        run(second, timed, *more, output="timed")
+    pl.read_parquet(second).write_csv(tmp_path / "second.csv")
+    with pytest.raises(ValueError, match="states must be of users with ids as in the input, string, found int64"):
+        run(tmp_path / "second.csv", model, *more, output="of text")
+
+
+def test_users_of_whose_new_events_the_model_knows_none(events, model, here, run, tmp_path):
+    first, _ = days(events, tmp_path, 1e9 + 9_000)
+    more = ["--states", str(tmp_path / "states"), "--unknown", "ignore", "--fallback", "popularity"]
+    run(first, model, *more)
+    user = pl.read_parquet(first)["user_id"][0]
+    strange = pl.DataFrame({"user_id": [user, 99], "item_id": [555, 555], "timestamp": [int(1.1e9)] * 2})
+    strange.write_parquet(tmp_path / "strange.parquet")
+    before = pl.read_parquet(tmp_path / "states" / "part-*.parquet").sort("user_id")
+    found = run(tmp_path / "strange.parquet", model, *more, output="strange")
+    assert found["user_id"].to_list() == [99] * TOP_K and found["item_id"].to_list() == [96, 95, 94, 93, 92]
+    assert pl.read_parquet(tmp_path / "states" / "part-*.parquet").sort("user_id").equals(before)
+
+
+# On Ray: a cluster of two workers, one of which is killed once in the middle of a file.
+
+
+class Killed(score_users.Scorer):
+    """A worker that is killed, once in a run, when it is about to write a third time to the files of a partition."""
+
+    def write(self, histories, name):
+        mark = Path(self.settings["output"], "_killed")
+        if not mark.exists():
+            mark.touch()
+            write_table, written = pq.ParquetWriter.write_table, []
+
+            def die(writer, table):
+                if len(written) == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                written.append(write_table(writer, table))
+
+            pq.ParquetWriter.write_table = die
+        super().write(histories, name)
+
+
+def test_two_workers_of_which_one_is_killed(shop, model, ray_cluster, run, tmp_path, monkeypatch):
+    """And blocks so small that each partition would be several of them, if Ray were to divide it."""
+    monkeypatch.setattr(score_users, "Scorer", Killed)
+    monkeypatch.setattr(score_users, "BLOCK_BYTES", 1_000)
+    found = run(shop, model, "--batch_size", "1")
+    assert (tmp_path / "scored" / "_killed").exists()
+    same(found, expected(shop, model, tmp_path))
+
+
+def test_states_when_a_worker_is_killed(events, shop, model, ray_cluster, run, tmp_path, monkeypatch):
+    first, second = days(events, tmp_path, 1e9 + 9_000)
+    more = ["--states", str(tmp_path / "states"), "--batch_size", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(score_users, "score_users", score_here)
+        run(first, model, *more, output="first")
+    monkeypatch.setattr(score_users, "Scorer", Killed)
+    found = run(second, model, *more, output="second")
+    assert (tmp_path / "second" / "_killed").exists()
+    wanted = expected(shop, model, tmp_path)
+    same(found, wanted.filter(pl.col("user_id").is_in(pl.read_parquet(second)["user_id"].unique().to_list())))
+
+
+def test_partitions_without_users(shop, model, ray_cluster, run, tmp_path):
+    """Of the first run there is nothing left to do but to say so."""
+    more = ["--num_partitions", "90", "--num_workers", "1"]
+    found = run(shop, model, *more)
+    assert found["user_id"].n_unique() == 40 and len(contents(tmp_path / "scored")) < 40
+    (tmp_path / "scored" / "_SUCCESS").unlink()
+    assert run(shop, model, *more).equals(found) and (tmp_path / "scored" / "_SUCCESS").exists()
+
+
+def test_errors_of_workers_are_those_of_the_script(events, model, ray_cluster, run, tmp_path):
+    strange = events.with_columns(pl.lit(555).alias("item_id"))
+    strange.write_parquet(tmp_path / "shop.parquet")
+    with pytest.raises(ValueError, match="users . to .*: history 0 must hold items that the model knows, found 555"):
+        run(tmp_path / "shop.parquet", model, "--num_workers", "1")
