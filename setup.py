@@ -13,10 +13,14 @@ onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
 ray = ["ray[data]>=2.60"]
 serve = ["fastapi>=0.120", "prometheus-client>=0.21", "redis>=6", "uvicorn>=0.30"]
 tensorboard = ["tensorboard>=2.16"]
+demo = ["gradio>=6"]
+optuna = ["optuna>=4"]
+trackio = ["trackio>=0.21"]
 text = ["sentence-transformers>=5.0"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
-test = [*faiss, *onnx, *ray, *serve, *tensorboard, "ipykernel>=7", "nbclient>=0.10", "parameterized>=0.9", "pytest>=8"]
-test += ["pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
+test = [*demo, *faiss, *onnx, *optuna, *ray, *serve, *tensorboard, *trackio, "ipykernel>=7"]
+test += ["nbclient>=0.10", "parameterized>=0.9", "pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6"]
+test += ["ruff>=0.12", "setuptools>=77"]
 
 setup(
     name="elastic_hf",
@@ -50,12 +54,15 @@ setup(
         "transformers>=5.20,<6",
     ],
     extras_require={
+        "demo": demo,
         "faiss": faiss,
         "onnx": onnx,
+        "optuna": optuna,
         "ray": ray,
         "serve": serve,
         "tensorboard": tensorboard,
         "text": text,
+        "trackio": trackio,
         "test": test,
         "docs": docs,
         "dev": [*test, *docs, "pre-commit>=4", "ty>=0.0.100"],

@@ -155,8 +155,8 @@ def plot_contributions(
     Args:
         titles (`list[str]`): The items of the history, oldest first. Long titles take several lines.
         contributions (`list[float]`):
-            One for each of them, as `explain` of ELASTIC returns them: the part of the recommendation's score that
-            goes with the item, to first order; negative where it spoke against it.
+            One for each of them, as `explain` of ELASTIC returns them: by how much the recommendation's score would
+            be lower without the item; negative where it spoke against it.
         file (`str`, `os.PathLike` or `BinaryIO`): The image, in the format of its suffix, or PNG.
         recommended (`str`, *optional*): Title of the recommended item, for the heading.
 

@@ -238,7 +238,18 @@ def parse_arguments(command: str, description: str, argv: Sequence[str], *datacl
         description=description,
         formatter_class=HelpFormatter,
     )
+    divide_training_arguments(parser)
     return parser.parse_args_into_dataclasses(read_arguments(list(argv)))
+
+
+def divide_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Show the arguments of training that this package adds or has other defaults for before the hundred others."""
+    own = SeqRecTrainingArguments.__annotations__
+    name = SeqRecTrainingArguments._argument_group_name
+    for training in [group for group in parser._action_groups if group.title == name]:
+        others = parser.add_argument_group(f"{name}, as Transformers has it")
+        others._group_actions = [action for action in training._group_actions if action.dest not in own]
+        training._group_actions = [action for action in training._group_actions if action.dest in own]
 
 
 def read_arguments(argv: list[str]) -> list[str]:

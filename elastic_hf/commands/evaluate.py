@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import AutoModel, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
@@ -55,7 +57,9 @@ def test(trainer: SequentialRecommendationTrainer, users: Dataset, histories: Da
     popularity = PopularityForSequentialRecommendation(config)
     popularity.count_items(histories)
     collator = replace(trainer.data_collator, use_timestamps=False, event_features=())
-    counter = SequentialRecommendationTrainer(popularity, trainer.args, collator, eval_dataset=users)
+    unreported = copy(trainer.args)  # popularity is no run of its own
+    unreported.report_to = []
+    counter = SequentialRecommendationTrainer(popularity, unreported, collator, eval_dataset=users)
     results.metrics |= with_errors(prediction, "test")
     results.metrics |= with_errors(counter.predict(users, metric_key_prefix="popularity"), "popularity")
 
@@ -80,7 +84,9 @@ def describe_memory(trainer: SequentialRecommendationTrainer, users: Dataset, re
     """Add the slots of the interest memory, the share retrieved for these users, and how even the retrievals are."""
     model = trainer.model.eval()
     counts = torch.zeros(model.config.num_memory_subkeys**2, device=model.device)
-    for batch in trainer.get_test_dataloader(users):
+    batches = trainer.get_test_dataloader(users)
+    is_silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+    for batch in tqdm(batches, desc="Retrieved slots", disable=is_silent):
         inputs = {name: batch[name].to(model.device) for name in READ if name in batch}
         counts += torch.bincount(model.get_retrieved_slots(**inputs).flatten(), minlength=len(counts))
     counts = trainer.accelerator.reduce(counts)

@@ -20,6 +20,8 @@ logits to 1e-5, and its states to 1e-5 of their largest value.
 """
 
 import argparse
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from ..models.cache_elastic import TENSORS, ElasticCache
@@ -146,9 +149,13 @@ def main(argv: Sequence[str]) -> None:
         programs["step.onnx"], digest = True, model.model.digest()
     if model.config.item_features is not None:
         model = model.without_item_features()
-    for name, with_state in programs.items():
+    # What the exporter does without is its own affair: the programs are compared with the model.
+    for library in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+    for name, with_state in tqdm(programs.items(), desc="Exporting", unit="program"):
         export(model, args.output_dir / name, with_state, digest)
-        print(f"{args.output_dir / name}: {(args.output_dir / name).stat().st_size:,} bytes")
+        tqdm.write(f"{args.output_dir / name}: {(args.output_dir / name).stat().st_size:,} bytes")
     tokenizer.save_pretrained(args.output_dir)
 
 

@@ -410,6 +410,7 @@ def main(argv: Sequence[str]) -> None:
     model_args, data_args, training_args = read_command_line(argv)
     run_name = make_run_name(model_args, data_args, training_args)
     output_dir = training_args.output_dir = training_args.output_dir or f"outputs/{run_name}"
+    training_args.run_name = training_args.run_name or run_name  # what is reported after training is of the same run
     is_main_process = training_args.process_index == 0
     refuse_foreign_model(training_args)
     make_folder(output_dir, "output_dir")

@@ -203,6 +203,11 @@ def first_read(token_ids: Tensor, rows: Tensor, items: Tensor) -> Tensor:
     return torch.where(keys[indices] == wanted, order[indices] % length, length)
 
 
+def score_items(lm_head: nn.Module, user_embeddings: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the scores of some items, in float32 at least: (B, D) user embeddings and (N,) token ids to (B, N)."""
+    return _Scorer(lm_head, user_embeddings, in_double=False)(user_embeddings, token_ids)
+
+
 def is_plain_linear(lm_head: nn.Module) -> TypeGuard[nn.Linear]:
     """Tell whether scores are the inner products with the rows of `lm_head.weight` and nothing else: no adapter, bias
     or hook, and no quantised, sharded or offloaded weight."""

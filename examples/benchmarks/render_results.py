@@ -417,6 +417,23 @@ def onnx() -> str:
     return table(header, rows) if rows else NOT_MEASURED
 
 
+def quantization() -> str:
+    """Exported programs with weights in int8 beside those in float32."""
+    rows = []
+    for row in benchmark("quantization")["rows"]:
+        sizes = row["bytes"]
+        size = [f"{sizes[name] / 1e6:.2f}" for name in ("float32", "int8")]
+        metrics = row.get("metrics")
+        ndcg = [f"{metrics[name]['ndcg@10']:.4f}" for name in ("float32", "int8")] if metrics else ["", ""]
+        for length, seconds in row["seconds"].items():
+            times = [f"{1e3 * seconds[name]:.2f}" for name in ("float32", "int8")]
+            line = [row["program"], f"{int(length):,}", *times, f"{seconds['float32'] / seconds['int8']:.2f}"]
+            rows.append([*line, *size, *ndcg])
+    header = ["program", "items", "float32 (ms)", "int8 (ms)", "times as fast", "float32 (MB)", "int8 (MB)"]
+    header += ["NDCG@10, float32", "NDCG@10, int8"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def scoring() -> str:
     """All users by two workers on Ray beside one process."""
     rows = []
@@ -527,6 +544,7 @@ def hardware(variant: str = "") -> str:
         "profile",
         "streaming",
         "onnx",
+        "quantization",
         "memory-bank",
         "catalogue",
         "service",
@@ -857,6 +875,7 @@ TABLES = {
         streaming,
         service,
         onnx,
+        quantization,
         scoring,
         scoring_checks,
         profile,

@@ -9,6 +9,7 @@ python examples/benchmarks/run_benchmark.py catalogue    # training and recommen
 python examples/benchmarks/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
 python examples/benchmarks/run_benchmark.py distributed  # memory of a large catalogue in each of two processes
 python examples/benchmarks/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
+python examples/benchmarks/run_benchmark.py quantization # exported programs with weights in int8
 python examples/benchmarks/run_benchmark.py data         # interactions from a file to histories, in memory and on disk
 python examples/benchmarks/run_benchmark.py tokenizer    # item ids to token ids, by Arrow and one call at a time
 
@@ -279,6 +280,72 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
                 seconds = median_seconds(steps, args.repetitions, args.warmup)
                 results["rows"].append({"program": name, "length": length, "seconds": seconds})
     report(args.output, results)
+
+
+def benchmark_quantization(args: argparse.Namespace) -> None:
+    """Measure exported programs whose matrices are in int8, and their inputs as they come, beside those in float32."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from transformers import AutoModel
+
+    from elastic_hf.commands.export import export, make_inputs
+
+    model = AutoModel.from_pretrained(args.model).eval().requires_grad_(False)
+    users = read_test_users(args.model, args.num_users)
+    results = {**setting(args), "model": Path(args.model).name, "num_users": len(users), "rows": []}
+    results["batch_size"] = args.batch_size
+    results["versions"]["onnxruntime"] = version("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        for program, lengths in (("history", args.lengths), ("step", [1])):
+            with_state = program == "step"
+            files = {name: Path(folder, f"{program}-{name}.onnx") for name in ("float32", "int8")}
+            export(model, files["float32"], with_state)
+            quantize_dynamic(files["float32"], files["int8"], weight_type=QuantType.QInt8)
+            sessions = {name: onnxruntime.InferenceSession(file, options) for name, file in files.items()}
+            row = {"program": program, "bytes": {name: file.stat().st_size for name, file in files.items()}}
+            row["seconds"] = {}
+            for length in lengths:
+                inputs = make_inputs(model, args.batch_size, length, with_state)
+                arrays = {name: value.numpy() for name, value in inputs.items()}
+                steps = {
+                    name: lambda session=session, arrays=arrays: session.run(None, arrays)
+                    for name, session in sessions.items()
+                }
+                row["seconds"][str(length)] = median_seconds(steps, args.repetitions, args.warmup)
+            if not with_state:
+                row["metrics"] = {name: rank_test_items(session, users) for name, session in sessions.items()}
+            results["rows"].append(row)
+    report(args.output, results)
+
+
+def read_test_users(model: str, num_users: int) -> list[tuple[list[int], list[int], int]]:
+    """Return what a model reads of the histories of the embedded dataset, the whole histories, and the test items."""
+    from elastic_hf import ElasticItemTokenizer, load_histories
+
+    tokenizer = ElasticItemTokenizer.from_pretrained(model)
+    users = tokenizer.tokenize_histories(load_histories("synthetic").histories)["test"]
+    rows = users.select(range(min(num_users, len(users))))
+    return [(row["input_ids"][-tokenizer.model_max_length :], row["input_ids"], row["target"]) for row in rows]
+
+
+def rank_test_items(session, users: list[tuple[list[int], list[int], int]]) -> dict[str, float]:
+    """Return the metrics of a program that takes whole histories, seen items excluded."""
+    import numpy as np
+
+    from elastic_hf.models.item_tokenizer import NUM_SPECIAL_TOKENS
+    from elastic_hf.training.metrics import ranking_metrics
+
+    ranks, top_ids = [], []
+    for history, seen, target in users:
+        input_ids = np.array([history])
+        (logits,) = session.run(None, {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)})[0]
+        logits[[*range(NUM_SPECIAL_TOKENS), *(item for item in seen if item != target)]] = -np.inf
+        ranks.append((logits >= logits[target]).sum())
+        top_ids.append(np.argsort(-logits, kind="stable")[:20])
+    metrics = ranking_metrics(np.array([ranks, ranks]).T, np.array(top_ids), len(logits) - NUM_SPECIAL_TOKENS)
+    return {name: metrics[name] for name in ("hr@10", "ndcg@10", "mrr@10")}
 
 
 def benchmark_profile(args: argparse.Namespace) -> None:
@@ -651,6 +718,7 @@ HELP = {
     "default_lengths": "Lengths of one user's training with the defaults of the configuration.",
     "models": "Models to measure.",
     "dtype": "Type of the weights in inference, of autocast in training.",
+    "model": "Folder of a model of the embedded dataset.",
     "num_users": "Users, of a catalogue those that are ranked and recommended to.",
     "num_operators": "Operators that are named.",
     "longest_in_memory": "Most rows that are loaded in memory, and written as CSV, which is read whole.",
@@ -765,6 +833,18 @@ BENCHMARKS = {
             "lengths": [50, 200, 2_048],
             "batch_size": 1,
             "num_items": 10_000,
+            "repetitions": 50,
+            "warmup": 5,
+        },
+    ),
+    "quantization": (
+        benchmark_quantization,
+        "exported programs with weights in int8 beside those in float32",
+        {
+            "model": str(EXAMPLES / "elastic-tiny"),
+            "num_users": 700,
+            "lengths": [50, 200, 2_048],
+            "batch_size": 1,
             "repetitions": 50,
             "warmup": 5,
         },

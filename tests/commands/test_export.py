@@ -1,3 +1,8 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -17,7 +22,10 @@ def exported(request, tmp_path_factory):
     tokenizer = ElasticItemTokenizer.from_items([f"item {i}" for i in range(NUM_TOKENS - 3)], model_max_length=50)
     tokenizer.save_pretrained(folder / "model")
     arguments = ["--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / "programs")]
-    export.main(arguments)
+    command = [sys.executable, "-m", "elastic_hf", "export", *arguments]
+    process = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert not re.search("warning|deprecated|skipp", process.stderr, flags=re.IGNORECASE), process.stderr
     with pytest.raises(ValueError, match="output_dir must be empty or not exist"):
         export.main(arguments)
     return model, folder / "programs"

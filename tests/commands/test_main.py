@@ -47,6 +47,17 @@ def test_help_of_a_command_says_what_each_argument_is(command, capsys):
         assert len(" ".join(words).strip()) > 10, f"{name} has no text"
 
 
+def test_the_help_of_train_has_groups_its_own_arguments_first(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    groups = re.split(r"\n\n(?=[a-z].*:\n  -)", capsys.readouterr().out)[1:]
+    found = {group.partition(":\n")[0]: re.findall(r"^  --(\w+)", group, flags=re.MULTILINE) for group in groups}
+    assert [*found] == ["options", "model", "data", "training", "training, as Transformers has it"]
+    assert {"output_dir", "learning_rate", "results_dir"} <= {*found["training"]} and len(found["training"]) < 30
+    others = {*found["training, as Transformers has it"]}
+    assert {"seed", "report_to", "gradient_checkpointing"} <= others and not others & {*found["training"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -132,6 +132,34 @@ def test_results(finished):
     assert {"hardware", "num_parameters", "torch_version", "transformers_version", "elastic_hf_version"} <= {*results}
 
 
+def test_a_run_is_one_run_of_trackio(shop, tmp_path):
+    """With the metrics of its training and its test, without those of popularity, and without a warning."""
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(ROOT)
+    arguments = arguments_for(shop, tmp_path / "run", report_to="trackio", project="shop")
+    command = [sys.executable, *MODULE, *command_line(arguments)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0 and "warning" not in process.stderr.lower(), process.stderr
+    names = """
+import trackio
+(run,) = trackio.Api().runs("shop")
+assert run.config["hidden_size"] == 16, run.config
+print(run.name)
+"""
+    found = subprocess.run([sys.executable, "-c", names], env=environment, capture_output=True, text=True)
+    assert found.stdout == "shop-elastic-42\n", found.stderr
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    for name in ("eval/ndcg@10", "test/ndcg@10"):
+        command = ["-m", "trackio.cli", "get", "metric", "--project", "shop", "--run", "shop-elastic-42"]
+        found = subprocess.run(
+            [sys.executable, *command, "--metric", name, "--json"], env=environment, capture_output=True, text=True
+        )
+        values = [value["value"] for value in json.loads(found.stdout)["values"]]
+        assert len(values) == (2 if name.startswith("eval") else 1)
+    assert values == [pytest.approx(results["test_ndcg@10"])]
+
+
 def test_output_folder(finished):
     output_dir, results, _ = finished
     names = {path.name for path in output_dir.iterdir() if path.is_file()}

@@ -3,6 +3,7 @@ import threading
 import pytest
 import torch
 
+from elastic_hf.models import explanation_elastic
 from elastic_hf.models.event_time import pauses_before
 from factories import elastic_model, histories, times
 
@@ -59,24 +60,29 @@ def test_item_weights_are_those_of_the_values_that_the_last_position_reads(use_t
     torch.testing.assert_close(read[0] / 100, expected[:, 0])
 
 
+@pytest.mark.parametrize("limit", [1, 40, 10_000])
 @pytest.mark.parametrize("use_timestamps", [False, True])
-def test_contributions_are_the_slopes_of_the_scores(use_timestamps):
-    """Scaling an item's embedding, with that of its time, by 1 + e changes the score by e times its contribution."""
+def test_contributions_are_what_the_scores_lose_without_an_item(use_timestamps, limit, monkeypatch):
+    """One history of 7 items, one of 5 and one of 1 item, which leaves nothing to read but padding."""
+    monkeypatch.setitem(explanation_elastic.MAX_POSITIONS, "cpu", limit)
     model, batch = model_and_history(use_timestamps)
-    model.requires_grad_(False)
+    batch["attention_mask"][2, :-1] = 0
     explanation = model.explain(**batch, top_k=4)
     assert explanation.contributions.shape == (3, 4, 7)
-    step = 1e-6
-    for t in range(7):
-        scores = []
-        for sign in (-1, 1):
-            scale = torch.ones(7, 1, dtype=torch.float64)
-            scale[t] += sign * step
-            hook = model.model.dropout.register_forward_hook(lambda *call, scale=scale: call[-1] * scale)
-            scores.append(model(**batch).logits.gather(1, explanation.token_ids))
-            hook.remove()
-        slope = (scores[1] - scores[0]) / (2 * step)
-        torch.testing.assert_close(explanation.contributions[..., t], slope, atol=1e-7, rtol=1e-5)
+    for user, mask in enumerate(batch["attention_mask"].bool()):
+        row = {name: values[user : user + 1] for name, values in batch.items()}
+        whole = model(**row).logits[0, explanation.token_ids[user]]
+        for t in range(7):
+            rest = [other for other in range(7) if other != t]
+            without = {name: values[:, rest] if values.dim() == 2 else values for name, values in row.items()}
+            expected = whole - model(**without).logits[0, explanation.token_ids[user]] if mask[t] else 0 * whole
+            torch.testing.assert_close(explanation.contributions[user, :, t], expected)
+
+
+def test_every_item_carries_something():
+    """The stream is normalised: to first order, no item but the last would count."""
+    explanation = elastic_model().explain(*histories(batch_size=1, padding=0), top_k=2)
+    assert (explanation.contributions.abs() > 1e-4).all()
 
 
 def test_bfloat16_weights_are_explained_in_float32():

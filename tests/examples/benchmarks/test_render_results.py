@@ -173,6 +173,7 @@ def test_what_was_not_measured_is_not_stated(results):
         "streaming",
         "profile",
         "onnx",
+        "quantization",
         "scoring",
         "scoring_checks",
         "training_cost",

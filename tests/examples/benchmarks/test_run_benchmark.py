@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -6,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 import run_benchmark
+from elastic_hf.models.catalogue import CatalogueQuery
 from test_imports import OTHERS
 
 
@@ -21,6 +24,7 @@ SMALL = {
     "profile": ["--length", "70", "--num_operators", "3"],
     "streaming": ["--lengths", "3", "80"],
     "onnx": ["--lengths", "5"],
+    "quantization": ["--lengths", "5", "70", "--num_users", "9"],
     "memory-bank": ["--num_subkeys", "0", "8", "--length", "70"],
     "catalogue": ["--num_items", "40", "90", "--length", "7", "--batch_size", "3", "--num_users", "2"],
     "distributed": ["--num_items", "3000", "--length", "7", "--batch_size", "2"],
@@ -28,7 +32,7 @@ SMALL = {
 
 
 def arguments(subject, output):
-    few = [] if subject in ("catalogue", "distributed") else ["--num_items", "40"]
+    few = [] if subject in ("catalogue", "distributed", "quantization") else ["--num_items", "40"]
     if subject not in ("memory", "distributed"):
         few += ["--repetitions", "1", "--warmup", "1"]
     return [subject, *SMALL[subject], *few, "--output", str(output)]
@@ -97,6 +101,27 @@ def test_other_benchmarks(tmp_path, monkeypatch):
     catalogue = measure("catalogue", tmp_path / "catalogue.json", monkeypatch)
     assert [row["num_items"] for row in catalogue["rows"]] == [40, 90]
     assert all(0 < row["index_recall@10"] <= 1 for row in catalogue["rows"])
+
+
+def test_quantized_programs_rank_the_test_items(tmp_path, monkeypatch):
+    """Those in float32 as the model does, those in int8 nearly so, in less room."""
+    results = measure("quantization", tmp_path / "quantization.json", monkeypatch)
+    history, step = results["rows"]
+    assert [history["program"], step["program"]] == ["history", "step"] and results["num_users"] == 9
+    assert list(history["seconds"]) == ["5", "70"] and list(step["seconds"]) == ["1"]
+    assert all(row["bytes"]["int8"] < 0.7 * row["bytes"]["float32"] for row in results["rows"])
+
+    folder = ROOT / "examples" / "elastic-tiny"
+    model = AutoModel.from_pretrained(folder).eval()
+    gains = []
+    for read, seen, target in run_benchmark.read_test_users(str(folder), 9):
+        query = CatalogueQuery(seen_ids=torch.tensor([seen]), target_ids=torch.tensor([target]))
+        with torch.no_grad():
+            rank = model(torch.tensor([read]), query=query).ranks[0, 0].item()
+        gains.append(1 / math.log2(1 + rank) if rank <= 10 else 0)
+    assert len({*gains}) > 2
+    assert history["metrics"]["float32"]["ndcg@10"] == pytest.approx(sum(gains) / 9, abs=1e-3)
+    assert history["metrics"]["int8"]["ndcg@10"] == pytest.approx(sum(gains) / 9, abs=0.1)
 
 
 def test_two_processes_hold_half_of_a_sharded_model_each(tmp_path, monkeypatch):
