@@ -388,6 +388,23 @@ def streaming(variant: str = "") -> str:
     return table(["items read before", "milliseconds", "ratio to the first"], rows)
 
 
+def event_costs() -> str:
+    """What times and features of events cost, beside ids alone."""
+    results = benchmark("events")
+    if "encoding_seconds" not in results:
+        return NOT_MEASURED
+    encoding, appends = results["encoding_seconds"], results["append_seconds"]
+    few, many = {name.split(", ", 1)[1]: None for name in appends}
+    rows = []
+    for kind, seconds in encoding.items():
+        first, last = appends[f"{kind}, {few}"], appends[f"{kind}, {many}"]
+        rows.append([kind, f"{seconds / encoding['ids']:.2f}", f"{first / appends[f'ids, {few}']:.2f}"])
+        rows[-1].append(f"{last / first:.2f}")
+    header = ["what is read", f"encoding {results['length']:,} events, ids alone = 1"]
+    header += ["one more event, ids alone = 1", f"one more event after {many} over after {few}"]
+    return table(header, rows)
+
+
 def service() -> str:
     """What clients of the service wait, by their number."""
     rows = []
@@ -543,6 +560,7 @@ def hardware(variant: str = "") -> str:
         "memory",
         "profile",
         "streaming",
+        "events",
         "onnx",
         "quantization",
         "memory-bank",
@@ -873,6 +891,7 @@ TABLES = {
         training_memory,
         default_memory,
         streaming,
+        event_costs,
         service,
         onnx,
         quantization,

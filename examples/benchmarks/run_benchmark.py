@@ -5,6 +5,7 @@ python examples/benchmarks/run_benchmark.py training     # a training step, by l
 python examples/benchmarks/run_benchmark.py memory       # peak memory of both
 python examples/benchmarks/run_benchmark.py profile      # which operators the time of both goes into
 python examples/benchmarks/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
+python examples/benchmarks/run_benchmark.py events       # what times and features of events cost
 python examples/benchmarks/run_benchmark.py catalogue    # training and recommending with up to a million items
 python examples/benchmarks/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
 python examples/benchmarks/run_benchmark.py distributed  # memory of a large catalogue in each of two processes
@@ -557,6 +558,49 @@ def benchmark_streaming(args: argparse.Namespace) -> None:
     report(args.output, results)
 
 
+def benchmark_events(args: argparse.Namespace) -> None:
+    """Measure what times and two features of events cost: encoding users, and one more event after short and long
+    histories."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    features = {"price": 0, "rating": 5}
+
+    def make_events(batch_size: int, length: int, kind: str) -> dict[str, torch.Tensor]:
+        shape = batch_size, length
+        events = {"input_ids": torch.randint(3, args.num_items + 3, shape, generator=generator)}
+        if "times" in kind:
+            events["timestamps"] = torch.randint(100_000, shape, generator=generator).cumsum(dim=1)
+        if "features" in kind:
+            ratings = torch.randint(6, shape, generator=generator)
+            events["event_features"] = torch.stack([torch.randn(shape, generator=generator), ratings.float()], dim=-1)
+        return {name: values.to(device()) for name, values in events.items()}
+
+    encoding, appends = {}, {}
+    for kind in ("ids", "times", "features", "times and features"):
+        changes = {"use_timestamps": "times" in kind, "event_features": features if "features" in kind else {}}
+        model = make_model("elastic", 0, args.num_items, **changes).eval().model
+        events = make_events(args.batch_size, args.length, kind)
+        encoding[kind] = torch.inference_mode()(
+            lambda model=model, events=events: model(**events, last_position_only=True)
+        )
+        for num_events in args.lengths:
+            events = make_events(1, num_events + 1, kind)
+            latest = {name: values[:, -1:] for name, values in events.items()}
+            with torch.inference_mode():
+                earlier = {name: values[:, :-1] for name, values in events.items()}
+                cache = model(**earlier, use_cache=True, last_position_only=True).cache
+            appends[f"{kind}, {num_events:,}"] = torch.inference_mode()(
+                lambda model=model, latest=latest, cache=cache: model(
+                    **latest, cache=cache, use_cache=True, last_position_only=True
+                )
+            )
+    results = {**setting(args), "num_items": args.num_items, "length": args.length, "batch_size": args.batch_size}
+    results["encoding_seconds"] = median_seconds(encoding, args.repetitions, args.warmup)
+    results["append_seconds"] = median_seconds(appends, args.append_repetitions, args.warmup)
+    report(args.output, results)
+
+
 # 2. data: rows in a file -> split histories
 
 
@@ -724,6 +768,7 @@ HELP = {
     "longest_in_memory": "Most rows that are loaded in memory, and written as CSV, which is read whole.",
     "quantities": "What to measure: memory alone, where the machine is not left alone.",
     "folder": "Where files are made: of 200 million rows they take 12 GB.",
+    "append_repetitions": "Repetitions of one more event.",
     "num_slow": "Histories that take the slow path as well.",
 }
 CHOICES = {
@@ -790,6 +835,19 @@ BENCHMARKS = {
             "num_items": 10_000,
             "repetitions": 200,
             "warmup": 20,
+        },
+    ),
+    "events": (
+        benchmark_events,
+        "what times and features of events cost",
+        {
+            "length": 2_048,
+            "batch_size": 4,
+            "lengths": [100, 100_000],
+            "num_items": 10_000,
+            "repetitions": 25,
+            "append_repetitions": 300,
+            "warmup": 3,
         },
     ),
     "catalogue": (

@@ -23,6 +23,7 @@ SMALL = {
     "memory": ["--lengths", "5", "70", "--batch_sizes", "2", "--default_lengths", "9", "--models", *CHECKPOINTED],
     "profile": ["--length", "70", "--num_operators", "3"],
     "streaming": ["--lengths", "3", "80"],
+    "events": ["--length", "40", "--batch_size", "2", "--lengths", "5", "70", "--append_repetitions", "1"],
     "onnx": ["--lengths", "5"],
     "quantization": ["--lengths", "5", "70", "--num_users", "9"],
     "memory-bank": ["--num_subkeys", "0", "8", "--length", "70"],
@@ -101,6 +102,13 @@ def test_other_benchmarks(tmp_path, monkeypatch):
     catalogue = measure("catalogue", tmp_path / "catalogue.json", monkeypatch)
     assert [row["num_items"] for row in catalogue["rows"]] == [40, 90]
     assert all(0 < row["index_recall@10"] <= 1 for row in catalogue["rows"])
+
+
+def test_each_kind_of_event_is_measured(tmp_path, monkeypatch):
+    results = measure("events", tmp_path / "events.json", monkeypatch)
+    kinds = ["ids", "times", "features", "times and features"]
+    assert list(results["encoding_seconds"]) == kinds
+    assert list(results["append_seconds"]) == [f"{kind}, {num_events}" for kind in kinds for num_events in (5, 70)]
 
 
 def test_quantized_programs_rank_the_test_items(tmp_path, monkeypatch):
