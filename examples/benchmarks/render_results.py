@@ -405,6 +405,17 @@ def event_costs() -> str:
     return table(header, rows)
 
 
+def added_items() -> str:
+    """How long a trained catalogue takes to get new items."""
+    results = benchmark("added-items")
+    rows = []
+    for row in results["rows"]:
+        same = "yes" if row["old_scores_are_the_same"] else "no"
+        rows.append([f"{row['num_items']:,}", f"{results['num_new_items']:,}", f"{row['seconds']:.1f}", same])
+    header = ["items trained on", "items added", "seconds", "scores of the others the same, bit for bit"]
+    return table(header, rows) if rows else NOT_MEASURED
+
+
 def service() -> str:
     """What clients of the service wait, by their number."""
     rows = []
@@ -561,6 +572,7 @@ def hardware(variant: str = "") -> str:
         "profile",
         "streaming",
         "events",
+        "added-items",
         "onnx",
         "quantization",
         "memory-bank",
@@ -892,6 +904,7 @@ TABLES = {
         default_memory,
         streaming,
         event_costs,
+        added_items,
         service,
         onnx,
         quantization,

@@ -7,6 +7,7 @@ python examples/benchmarks/run_benchmark.py profile      # which operators the t
 python examples/benchmarks/run_benchmark.py streaming    # one more item after 100 and after 100,000 of them
 python examples/benchmarks/run_benchmark.py events       # what times and features of events cost
 python examples/benchmarks/run_benchmark.py catalogue    # training and recommending with up to a million items
+python examples/benchmarks/run_benchmark.py added-items  # new items in a trained catalogue of up to a million
 python examples/benchmarks/run_benchmark.py memory-bank  # an interest memory of up to 262,144 slots against none
 python examples/benchmarks/run_benchmark.py distributed  # memory of a large catalogue in each of two processes
 python examples/benchmarks/run_benchmark.py onnx         # ONNX Runtime beside PyTorch
@@ -601,6 +602,45 @@ def benchmark_events(args: argparse.Namespace) -> None:
     report(args.output, results)
 
 
+def benchmark_added_items(args: argparse.Namespace) -> None:
+    """Measure how long a trained catalogue takes to get new items, and whether the scores of the others stay."""
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+    from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
+
+    def make_items(first: int, num_items: int) -> pa.Table:
+        vectors = np.random.default_rng(first).normal(size=num_items * 16).astype(np.float32)
+        ids = range(first, first + num_items)
+        return pa.table(
+            {
+                "item_id": [f"sku {number}" for number in ids],
+                "brand": [f"brand {number % 5_000}" for number in ids],
+                "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors), 16),
+            }
+        )
+
+    results = {**setting(args), "num_new_items": args.num_new_items, "rows": []}
+    for num_items in args.num_items:
+        items = make_items(0, num_items)
+        tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=50)
+        features = tokenizer.learn_item_features(items, ["brand", "vector"])
+        config = ElasticConfig(vocab_size=len(tokenizer), hidden_size=32, item_features=features)
+        model = ElasticForSequentialRecommendation(config).eval()
+        model.set_item_features(tokenizer.encode_item_features(items))
+        history = torch.randint(3, num_items + 3, (2, 20), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            before = model(history).logits
+            start = time.perf_counter()
+            model.add_items(tokenizer, make_items(num_items, args.num_new_items))
+            seconds = time.perf_counter() - start
+            after = model(history).logits
+        same = torch.equal(after[:, : before.shape[1]], before)
+        results["rows"].append({"num_items": num_items, "seconds": seconds, "old_scores_are_the_same": same})
+    report(args.output, results)
+
+
 # 2. data: rows in a file -> split histories
 
 
@@ -768,6 +808,7 @@ HELP = {
     "longest_in_memory": "Most rows that are loaded in memory, and written as CSV, which is read whole.",
     "quantities": "What to measure: memory alone, where the machine is not left alone.",
     "folder": "Where files are made: of 200 million rows they take 12 GB.",
+    "num_new_items": "Items that are added.",
     "append_repetitions": "Repetitions of one more event.",
     "num_slow": "Histories that take the slow path as well.",
 }
@@ -846,6 +887,7 @@ BENCHMARKS = {
             "lengths": [100, 100_000],
             "num_items": 10_000,
             "repetitions": 25,
+            "num_new_items": "Items that are added.",
             "append_repetitions": 300,
             "warmup": 3,
         },
@@ -861,6 +903,11 @@ BENCHMARKS = {
             "repetitions": 9,
             "warmup": 1,
         },
+    ),
+    "added-items": (
+        benchmark_added_items,
+        "new items in a trained catalogue, by its size",
+        {"num_items": [10_000, 100_000, 1_000_000], "num_new_items": 1_000},
     ),
     "memory-bank": (
         benchmark_memory_bank,

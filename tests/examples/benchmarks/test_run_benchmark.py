@@ -26,6 +26,7 @@ SMALL = {
     "events": ["--length", "40", "--batch_size", "2", "--lengths", "5", "70", "--append_repetitions", "1"],
     "onnx": ["--lengths", "5"],
     "quantization": ["--lengths", "5", "70", "--num_users", "9"],
+    "added-items": ["--num_items", "40", "90", "--num_new_items", "7"],
     "memory-bank": ["--num_subkeys", "0", "8", "--length", "70"],
     "catalogue": ["--num_items", "40", "90", "--length", "7", "--batch_size", "3", "--num_users", "2"],
     "distributed": ["--num_items", "3000", "--length", "7", "--batch_size", "2"],
@@ -33,8 +34,8 @@ SMALL = {
 
 
 def arguments(subject, output):
-    few = [] if subject in ("catalogue", "distributed", "quantization") else ["--num_items", "40"]
-    if subject not in ("memory", "distributed"):
+    few = [] if subject in ("added-items", "catalogue", "distributed", "quantization") else ["--num_items", "40"]
+    if subject not in ("added-items", "memory", "distributed"):
         few += ["--repetitions", "1", "--warmup", "1"]
     return [subject, *SMALL[subject], *few, "--output", str(output)]
 
@@ -109,6 +110,12 @@ def test_each_kind_of_event_is_measured(tmp_path, monkeypatch):
     kinds = ["ids", "times", "features", "times and features"]
     assert list(results["encoding_seconds"]) == kinds
     assert list(results["append_seconds"]) == [f"{kind}, {num_events}" for kind in kinds for num_events in (5, 70)]
+
+
+def test_scores_stay_when_items_are_added(tmp_path, monkeypatch):
+    results = measure("added-items", tmp_path / "added.json", monkeypatch)
+    assert [row["num_items"] for row in results["rows"]] == [40, 90] and results["num_new_items"] == 7
+    assert all(row["old_scores_are_the_same"] for row in results["rows"])
 
 
 def test_quantized_programs_rank_the_test_items(tmp_path, monkeypatch):
