@@ -13,7 +13,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from elastic_hf.data.columns import ColumnRequest, Columns, check_columns
-from elastic_hf.data.interactions import drop_duplicates, encode_rows, sort_by_time, warn_of_milliseconds
+from elastic_hf.data.interactions import (
+    drop_duplicates,
+    encode_rows,
+    sort_by_time,
+    warn_of_duplicates,
+    warn_of_milliseconds,
+)
 from elastic_hf.data.values import check_rows
 
 
@@ -190,9 +196,9 @@ def histories_of(rows: pa.Table, partition: int) -> pa.Table:
     rows = rows.sort_by("position")
     if "item_ids" not in rows.column_names:
         interactions = encode_rows(rows)
-        warn_of_milliseconds(interactions)
+        warn_of_milliseconds(interactions.timestamps.max())
         sort_by_time(interactions)
-        drop_duplicates(interactions)
+        warn_of_duplicates(drop_duplicates(interactions))
         offsets = pa.array(np.concatenate([[0], np.cumsum(np.bincount(interactions.users))]), pa.int32())
         items = interactions.item_ids.take(pa.array(interactions.items))
         return pa.table(

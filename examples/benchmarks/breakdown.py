@@ -40,8 +40,8 @@ def ndcg_of_users(folder: str, data_args: DataArguments) -> dict[str, np.ndarray
     """Return the NDCG@10 of each test user, the length of the history and how often the target was trained on."""
     with tempfile.TemporaryDirectory() as temporary:
         training_args = TrainingArguments(temporary, per_device_eval_batch_size=256, report_to="none")
-        histories, items, _ = read_histories(data_args, training_args)
-        tokenizer = make_tokenizer(folder, data_args, items)
+        histories, items, _ = read_histories(data_args, training_args, folder)
+        tokenizer = make_tokenizer(folder, data_args, items, histories["train"])
         splits = tokenize(tokenizer, histories, data_args, training_args)
         model = AutoModel.from_pretrained(folder)
         trainer = SequentialRecommendationTrainer(model, training_args, processing_class=tokenizer)
