@@ -5,6 +5,7 @@ import pyarrow as pa
 import torch
 
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
+from elastic_hf.models import modeling_elastic
 
 
 NUM_TOKENS = 31
@@ -99,3 +100,22 @@ def featured_model(**changes) -> tuple[ElasticForSequentialRecommendation, Elast
     model = elastic_model(item_features=tokenizer.learn_item_features(table, ITEM_FEATURES), **changes)
     model.set_item_features(tokenizer.encode_item_features(table))
     return model, tokenizer
+
+
+def read_in_pieces_of(monkeypatch, num_positions: int, min_items: int) -> None:
+    """Let ELASTIC read at most so many positions at once, and no fewer items of a history."""
+    monkeypatch.setattr(modeling_elastic, "MAX_POSITIONS", {"cpu": num_positions, "cuda": 0})
+    monkeypatch.setattr(modeling_elastic, "MIN_ITEMS", min_items)
+
+
+@torch.no_grad()
+def assert_pieces_change_nothing(model, batch: dict, monkeypatch, num_positions: int, min_items: int) -> None:
+    """Check scores, states and retrieved slots of histories that are read in pieces against those read at once."""
+    expected, expected_slots = model(**batch, use_cache=True), model.get_retrieved_slots(**batch)
+    read_in_pieces_of(monkeypatch, num_positions, min_items)
+    outputs = model(**batch, use_cache=True)
+    torch.testing.assert_close(outputs.logits, expected.logits)
+    assert outputs.cache.tensors.keys() == expected.cache.tensors.keys()
+    for name, tensor in expected.cache.tensors.items():
+        torch.testing.assert_close(outputs.cache.tensors[name], tensor)
+    assert torch.equal(model.get_retrieved_slots(**batch), expected_slots)

@@ -254,15 +254,8 @@ class SequentialRecommendationPipeline(Pipeline):
 
     def _times(self, tokens: list[int | None], given: dict, name: str) -> dict[str, Tensor]:
         """When the items of a history that are known came, (1, L), and for which moment to recommend, (1,)."""
-        timestamps = given.get("timestamps")
-        if hasattr(timestamps, "tolist"):
-            timestamps = timestamps.tolist()
-        if not isinstance(timestamps, list | tuple) or len(timestamps) != len(tokens):
-            found = f"{len(timestamps)}" if isinstance(timestamps, list | tuple) else repr(timestamps)
-            raise ValueError(
-                f"{name} must have as many timestamps as items, {len(tokens)}, for a model with use_timestamps=True, "
-                f"found {found}"
-            )
+        expected = f"{name} must have as many timestamps as items, {len(tokens)}, for a model with use_timestamps=True"
+        timestamps = _one_for_each(given.get("timestamps"), len(tokens), expected)
         now = time.time() if given.get("now") is None else given["now"]
         for field, seconds in (("now", now), *(("timestamps", value) for value in timestamps)):
             if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 <= seconds < math.inf:
@@ -283,15 +276,8 @@ class SequentialRecommendationPipeline(Pipeline):
         """The features of the events of a history whose items are known, (1, L, F)."""
         columns = {}
         for column in self.model.config.event_features:
-            values = given.get(column)
-            if hasattr(values, "tolist"):
-                values = values.tolist()
-            if not isinstance(values, list | tuple) or len(values) != len(tokens):
-                found = f"{len(values)}" if isinstance(values, list | tuple) else repr(values)
-                raise ValueError(
-                    f"{name} must have as many values of {column!r} as items, {len(tokens)}, found {found}"
-                )
-            columns[column] = values
+            expected = f"{name} must have as many values of {column!r} as items, {len(tokens)}"
+            columns[column] = _one_for_each(given.get(column), len(tokens), expected)
         try:
             encoded = torch.from_numpy(self.tokenizer.encode_events(columns))
         except ValueError as error:
@@ -364,6 +350,16 @@ def _numbered(histories: Iterable | TorchDataset) -> Iterator[tuple[int, Any]]:
         yield from enumerate(histories)
     else:
         yield from ((number, histories[number]) for number in range(len(histories)))
+
+
+def _one_for_each(values: Any, num_items: int, expected: str) -> list | tuple:
+    """Return the values, one for each item of a history; else fail with what was `expected` and found."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, list | tuple) or len(values) != num_items:
+        found = f"{len(values)}" if isinstance(values, list | tuple) else repr(values)
+        raise ValueError(f"{expected}, found {found}")
+    return values
 
 
 def _listed(items: Iterable) -> str:

@@ -253,6 +253,15 @@ def measure_default(length: int, dtype: str) -> dict:
     return row
 
 
+def onnx_options():
+    """Return the options of a session whose threads do not wait for more work in a loop, in the way of the others."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
 def benchmark_onnx(args: argparse.Namespace) -> None:
     """Measure exported programs beside PyTorch: whole histories by length, and one more item on top of a state."""
     import onnxruntime
@@ -264,9 +273,7 @@ def benchmark_onnx(args: argparse.Namespace) -> None:
     model = make_model("elastic", 0, args.num_items).eval().requires_grad_(False)
     results = {**setting(args), "num_items": args.num_items, "batch_size": args.batch_size, "rows": []}
     results["versions"]["onnxruntime"] = version("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    # Its threads would wait for more work in a loop, in the way of the other side.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = onnx_options()
     with tempfile.TemporaryDirectory() as folder:
         for name, lengths in (("history", args.lengths), ("step", [1])):
             with_state = name == "step"
@@ -297,8 +304,7 @@ def benchmark_quantization(args: argparse.Namespace) -> None:
     results = {**setting(args), "model": Path(args.model).name, "num_users": len(users), "rows": []}
     results["batch_size"] = args.batch_size
     results["versions"]["onnxruntime"] = version("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = onnx_options()
     with tempfile.TemporaryDirectory() as folder:
         for program, lengths in (("history", args.lengths), ("step", [1])):
             with_state = program == "step"

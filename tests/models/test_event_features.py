@@ -8,9 +8,16 @@ from transformers import AutoConfig, AutoModel
 
 import reference
 from elastic_hf import ElasticCache
-from elastic_hf.models import modeling_elastic
 from elastic_hf.models.event_features import EventFeatures
-from factories import EVENT_FEATURES, elastic_config, elastic_model, event_features, histories, times
+from factories import (
+    EVENT_FEATURES,
+    assert_pieces_change_nothing,
+    elastic_config,
+    elastic_model,
+    event_features,
+    histories,
+    times,
+)
 
 
 READERS = ("elastic", "hstu", "sasrec")
@@ -116,17 +123,10 @@ def test_the_last_position_alone_equals_the_last_of_all(model_type):
 
 
 @pytest.mark.parametrize(("num_positions", "min_items"), [(1, 1), (7, 3), (64, 50), (250, 50)])
-@torch.no_grad()
 def test_reading_in_pieces_changes_nothing(num_positions, min_items, monkeypatch):
     model = featured_model(use_timestamps=True).double()
     batch = at_last(batch_of(101, padding=43, with_times=True))
-    expected = model(**batch, use_cache=True)
-    monkeypatch.setattr(modeling_elastic, "MAX_POSITIONS", {"cpu": num_positions, "cuda": 0})
-    monkeypatch.setattr(modeling_elastic, "MIN_ITEMS", min_items)
-    outputs = model(**batch, use_cache=True)
-    torch.testing.assert_close(outputs.logits, expected.logits)
-    for name, tensor in expected.cache.tensors.items():
-        torch.testing.assert_close(outputs.cache.tensors[name], tensor)
+    assert_pieces_change_nothing(model, batch, monkeypatch, num_positions, min_items)
 
 
 @pytest.mark.parametrize("model_type", ["hstu", "sasrec"])

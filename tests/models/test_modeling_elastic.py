@@ -7,8 +7,7 @@ from transformers import AutoConfig, AutoModel
 
 import reference
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticModel
-from elastic_hf.models import modeling_elastic
-from factories import elastic_config, elastic_model, histories
+from factories import assert_pieces_change_nothing, elastic_config, elastic_model, histories, read_in_pieces_of
 
 
 FLAGS = {
@@ -25,11 +24,6 @@ FLAGS = {
     "no block on the stream": {"stream_intermediate_size": 0},
 }
 every_flag = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS.keys())
-
-
-def read_in_pieces_of(monkeypatch, num_positions, min_items):
-    monkeypatch.setattr(modeling_elastic, "MAX_POSITIONS", {"cpu": num_positions, "cuda": 0})
-    monkeypatch.setattr(modeling_elastic, "MIN_ITEMS", min_items)
 
 
 # The mathematics
@@ -78,16 +72,9 @@ def test_the_last_position_alone_equals_the_last_of_all(flags, length):
 @torch.no_grad()
 def test_reading_in_pieces_changes_nothing(num_positions, min_items, monkeypatch):
     """Pieces of some rows and some items; the first row begins behind the first pieces."""
-    model = elastic_model().double()
-    batch = histories(101, padding=43)
-    expected, expected_slots = model(*batch, use_cache=True), model.get_retrieved_slots(*batch)
-    read_in_pieces_of(monkeypatch, num_positions, min_items)
-    outputs = model(*batch, use_cache=True)
-    torch.testing.assert_close(outputs.logits, expected.logits)
-    torch.testing.assert_close(outputs.cache.recurrent_state, expected.cache.recurrent_state)
-    torch.testing.assert_close(outputs.cache.conv_state, expected.cache.conv_state)
-    assert torch.equal(outputs.cache.num_items, expected.cache.num_items)
-    assert torch.equal(model.get_retrieved_slots(*batch), expected_slots)
+    input_ids, attention_mask = histories(101, padding=43)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    assert_pieces_change_nothing(elastic_model().double(), batch, monkeypatch, num_positions, min_items)
 
 
 def test_attentions_are_refused():

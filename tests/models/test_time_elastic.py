@@ -9,8 +9,8 @@ from transformers import AutoModel
 
 import reference
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation
-from elastic_hf.models import event_time, modeling_elastic
-from factories import elastic_config, elastic_model, histories, times
+from elastic_hf.models import event_time
+from factories import assert_pieces_change_nothing, elastic_config, elastic_model, histories, times
 
 
 FLAGS = {
@@ -95,19 +95,10 @@ def test_the_last_position_alone_equals_the_last_of_all(flags, length):
 
 
 @pytest.mark.parametrize(("num_positions", "min_items"), [(1, 1), (7, 3), (64, 3), (64, 50), (250, 50)])
-@torch.no_grad()
 def test_reading_in_pieces_changes_nothing(num_positions, min_items, monkeypatch):
     """Pieces of some rows and some items; the first row begins behind the first pieces."""
-    model = timed_model().double()
     batch = at_last(batch_of(101, padding=43))
-    expected, expected_slots = model(**batch, use_cache=True), model.get_retrieved_slots(**batch)
-    monkeypatch.setattr(modeling_elastic, "MAX_POSITIONS", {"cpu": num_positions, "cuda": 0})
-    monkeypatch.setattr(modeling_elastic, "MIN_ITEMS", min_items)
-    outputs = model(**batch, use_cache=True)
-    torch.testing.assert_close(outputs.logits, expected.logits)
-    for name, tensor in expected.cache.tensors.items():
-        torch.testing.assert_close(outputs.cache.tensors[name], tensor)
-    assert torch.equal(model.get_retrieved_slots(**batch), expected_slots)
+    assert_pieces_change_nothing(timed_model().double(), batch, monkeypatch, num_positions, min_items)
 
 
 @pytest.mark.parametrize("t", [0, 31, 32, 40])
