@@ -18,12 +18,17 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import optuna
-from transformers import AutoModel
 
-from elastic_hf import SequentialRecommendationTrainer
-from elastic_hf.commands.steps import make_tokenizer, read_histories, set_up_process, tokenize
-from elastic_hf.commands.train import make_config, make_run_name, read_command_line
-from elastic_hf.data.windows import split_into_windows
+from elastic_hf.commands.steps import set_up_process
+from elastic_hf.commands.train import (
+    make_config,
+    make_model,
+    make_run_name,
+    make_trainer,
+    read_command_line,
+    read_data,
+    training_rows,
+)
 from elastic_hf.results import SUFFIXES
 
 
@@ -59,30 +64,22 @@ def search(argv: Sequence[str], num_trials: int, study: str) -> list[str]:
     kept |= {"direction": "maximize", "load_if_exists": True}
     num_before = len(optuna.create_study(**kept).trials)
     training_args.save_strategy, training_args.load_best_model_at_end = "no", False
+    training_args.early_stopping_patience = 0
     set_up_process(training_args)
-    histories, items, counts = read_histories(data_args, training_args, None)
-    tokenizer = make_tokenizer(None, data_args, items, histories["train"])
-    splits = tokenize(tokenizer, histories, data_args, training_args)
-    train_dataset = splits["train"]
-    if training_args.split_into_windows:
-        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length, [*tokenizer.event_columns])
+    tokenizer, item_features, splits, counts = read_data(model_args, data_args, training_args)
     config = make_config(model_args, tokenizer, counts)
     metric = f"eval_ndcg@10{SUFFIXES[config.exclude_seen]}"
 
     def model_init(trial: optuna.Trial | None):
         tried = deepcopy(config)
         tried.update({} if trial is None else suggest_model(trial))
-        return AutoModel.from_config(tried)
+        return make_model(model_args, tried, item_features)
 
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
-        trainer = SequentialRecommendationTrainer(
-            model_init=model_init,
-            args=training_args,
-            train_dataset=train_dataset,
-            eval_dataset=splits["validation"],
-            processing_class=tokenizer,
-        )
+        train_dataset = training_rows(splits["train"], tokenizer, training_args)
+        trainer = make_trainer(model_init(None), tokenizer, train_dataset, splits["validation"], training_args)
+        trainer.model_init = model_init
         best = trainer.hyperparameter_search(
             suggest_training,
             # A training ends with its best epoch.

@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, EarlyStoppingCallback, PreTrainedModel
@@ -134,6 +134,26 @@ def infer_exclude_seen(counts: dict[str, int]) -> bool:
     return exclude_seen
 
 
+def read_data(
+    model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments
+) -> tuple[ElasticItemTokenizer, dict[str, torch.Tensor] | None, DatasetDict, dict[str, int]]:
+    """Return the tokenizer, the encoded features of the items that a new model reads, the token ids and the counts."""
+    trained = model_args.model_name_or_path
+    histories, items, counts = read_histories(data_args, training_args, trained, model_args.reads_features)
+    tokenizer = make_tokenizer(trained, data_args, items, histories["train"])
+    item_features = learn_item_features(tokenizer, model_args, data_args, training_args)
+    return tokenizer, item_features, tokenize(tokenizer, histories, data_args, training_args), counts
+
+
+def training_rows(
+    histories: Dataset, tokenizer: ElasticItemTokenizer, training_args: SeqRecTrainingArguments
+) -> Dataset:
+    """Return the histories that are trained on, or the windows of them."""
+    if not training_args.split_into_windows:
+        return histories
+    return split_into_windows(histories, tokenizer.model_max_length, [*tokenizer.event_columns])
+
+
 def make_config(
     model_args: ModelArguments, tokenizer: ElasticItemTokenizer, counts: dict[str, int]
 ) -> RecommenderConfig:
@@ -177,12 +197,16 @@ def check_checkpoint(checkpoint: str, config: RecommenderConfig, tokenizer: Elas
         raise ValueError(f"{checkpoint} was trained with another {', '.join(changed)}: choose another output_dir")
 
 
-def make_model(model_args: ModelArguments, config: RecommenderConfig) -> PreTrainedModel:
-    """Return a new model, or the trained one."""
+def make_model(
+    model_args: ModelArguments, config: RecommenderConfig, item_features: dict[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """Return a new model, with the features of its items if it reads any, or the trained one."""
     if model_args.model_name_or_path is None:
         model = AutoModel.from_config(config)
     else:
         model = AutoModel.from_pretrained(model_args.model_name_or_path, config=config)
+    if item_features is not None:
+        model.set_item_features(item_features)
     logger.info(f"{config.model_type} with {model.num_parameters():,} parameters")
     return model
 
@@ -359,15 +383,8 @@ def run(
         logger.info(f"Resuming from {checkpoint}")
 
     # 1. Interactions -> histories -> token ids
-    histories, items, counts = read_histories(
-        data_args, training_args, model_args.model_name_or_path, model_args.reads_features
-    )
-    tokenizer = make_tokenizer(model_args.model_name_or_path, data_args, items, histories["train"])
-    item_features = learn_item_features(tokenizer, model_args, data_args, training_args)
-    splits = tokenize(tokenizer, histories, data_args, training_args)
-    train_dataset = splits["train"]
-    if training_args.split_into_windows:
-        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length, [*tokenizer.event_columns])
+    tokenizer, item_features, splits, counts = read_data(model_args, data_args, training_args)
+    train_dataset = training_rows(splits["train"], tokenizer, training_args)
 
     # 2. Model and trainer
     config = make_config(model_args, tokenizer, counts)
@@ -376,9 +393,7 @@ def run(
     )
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, tokenizer)
-    model = make_model(model_args, config)
-    if item_features is not None:
-        model.set_item_features(item_features)
+    model = make_model(model_args, config, item_features)
     trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], training_args)
     results = describe_run(trainer, counts, data_args, argv)
 

@@ -30,8 +30,7 @@ from transformers import set_seed
 from elastic_hf import ElasticItemTokenizer
 from elastic_hf.commands.arguments import SeqRecTrainingArguments
 from elastic_hf.commands.steps import read_histories, set_up_process, settings_of, tokenize
-from elastic_hf.commands.train import make_config, make_model, make_trainer, read_command_line
-from elastic_hf.data.windows import split_into_windows
+from elastic_hf.commands.train import make_config, make_model, make_trainer, read_command_line, training_rows
 from elastic_hf.results import describe_machine, git_commit, write_json
 from elastic_hf.training.trainer import SequentialRecommendationTrainer
 
@@ -92,14 +91,11 @@ def train(data: Data, with_features: bool, model_args: Any, data_args: Any, trai
         tokenizer.learn_item_features(data.known, FEATURES)
     splits = DatasetDict({name: data.histories[name] for name in ("train", "validation")})
     splits = tokenize(tokenizer, splits, data_args, training_args)
-    train_dataset = splits["train"]
-    if training_args.split_into_windows:
-        train_dataset = split_into_windows(train_dataset, tokenizer.model_max_length)
+    train_dataset = training_rows(splits["train"], tokenizer, training_args)
     config = make_config(model_args, tokenizer, data.counts)
     training_args.metric_for_best_model = "ndcg@10"
-    model = make_model(model_args, config)
-    if with_features:
-        model.set_item_features(tokenizer.encode_item_features(data.known))
+    item_features = tokenizer.encode_item_features(data.known) if with_features else None
+    model = make_model(model_args, config, item_features)
     trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], training_args)
     trainer.train()
     return trainer
@@ -174,7 +170,6 @@ def main(argv: list[str]) -> None:
             name: {targets: mean_and_error(of_targets) for targets, of_targets in found.items()}
             for name, found in results.items()
         },
-        "popularity": {"new": {"hr@10": 0.0}},
         "config": config,
         "training": features.training_settings(),
         "seed": training_args.seed,

@@ -893,7 +893,6 @@ BENCHMARKS = {
             "lengths": [100, 100_000],
             "num_items": 10_000,
             "repetitions": 25,
-            "num_new_items": "Items that are added.",
             "append_repetitions": 300,
             "warmup": 3,
         },

@@ -1,5 +1,7 @@
+import polars as pl
 import pytest
 
+from elastic_hf.commands import train
 from elastic_hf.commands.train import read_command_line
 
 
@@ -23,14 +25,14 @@ def arguments(tmp_path):
 
 def test_the_best_on_the_validation_items_is_chosen(arguments, tmp_path, monkeypatch, capsys):
     """The test items are not there; started again, the search goes on with other settings."""
-    tokenize = search_hyperparameters.tokenize
+    tokenize = train.tokenize
 
     def without_test_items(*args):
         splits = tokenize(*args)
         splits.pop("test")
         return splits
 
-    monkeypatch.setattr(search_hyperparameters, "tokenize", without_test_items)
+    monkeypatch.setattr(train, "tokenize", without_test_items)
     file = tmp_path / "trials.sqlite"
     for num_trials in (2, 1):
         command = search_hyperparameters.search(arguments, num_trials, str(file))
@@ -56,7 +58,7 @@ def test_settings_are_tried(arguments, tmp_path, monkeypatch):
         {"learning_rate": 0.01, "per_device_train_batch_size": 16, "weight_decay": 0.1, "hidden_dropout": 0.4}
     )
 
-    class Trainer(search_hyperparameters.SequentialRecommendationTrainer):
+    class Trainer(train.SequentialRecommendationTrainer):
         def train(self, *args, **kwargs):
             kwargs["trial"] = suggest
             output = super().train(*args, **kwargs)
@@ -64,9 +66,31 @@ def test_settings_are_tried(arguments, tmp_path, monkeypatch):
             trained.append((self.model.model.dropout.p, self.state.max_steps))
             return output
 
-    monkeypatch.setattr(search_hyperparameters, "SequentialRecommendationTrainer", Trainer)
+    monkeypatch.setattr(train, "SequentialRecommendationTrainer", Trainer)
     search_hyperparameters.search(arguments, 1, str(tmp_path / "trials.sqlite"))
     assert trained == [(0.01, 0.1, 0.4), (0.4, 2 * 4)]
+
+
+def test_trials_train_what_the_command_does(arguments, tmp_path, monkeypatch):
+    """With the features of items, and all that the collator is told."""
+    known = pl.read_csv(tmp_path / "shop.csv")["sku"].unique()
+    pl.DataFrame({"item_id": known, "brand": ["a", "b"] * (len(known) // 2) + ["a"] * (len(known) % 2)}).write_parquet(
+        tmp_path / "items.parquet"
+    )
+    trainers, models = [], []
+
+    def noted(made, make):
+        return lambda *args: made.append(make(*args)) or made[-1]
+
+    monkeypatch.setattr(search_hyperparameters, "make_trainer", noted(trainers, train.make_trainer))
+    monkeypatch.setattr(search_hyperparameters, "make_model", noted(models, train.make_model))
+    more = ["--items_file", str(tmp_path / "items.parquet"), "--item_features", "brand", "--mask_probability", "0.7"]
+    command = search_hyperparameters.search([*arguments, *more], 1, str(tmp_path / "trials.sqlite"))
+    assert [trainer.data_collator.mask_probability for trainer in trainers] == [0.7]
+    for model in models:
+        assert model.model.item_features.features[0].encoded[3:].unique().tolist() == [1, 2]
+    assert len(models) > 1
+    assert command[: len(arguments) + len(more)] == [*arguments, *more]
 
 
 def test_a_trained_model_is_refused(arguments, tmp_path):
