@@ -104,7 +104,7 @@ def append(
             }
             changed[user] = pack_state(outputs.cache, **others)
         query = CatalogueQuery(top_k, others["seen"][None])
-        (token_ids,) = search_catalogue(model.lm_head, others["user_embedding"], query, model.config).token_ids
+        (token_ids,) = search_catalogue(model.scoring_head(), others["user_embedding"], query, model.config).token_ids
         num_left = int((token_ids >= 0).sum())
         if num_left < top_k:
             raise ValueError(f"top_k={top_k} asks for more than the {num_left} items left to recommend to {user!r}")

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 import streaming
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation, ElasticItemTokenizer
-from factories import EVENT_FEATURES, NUM_TOKENS, elastic_model, event_features
+from factories import EVENT_FEATURES, NUM_TOKENS, elastic_model, event_features, featured_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +120,13 @@ def test_only_items_that_were_not_seen_are_recommended(store):
         with pytest.raises(ValueError, match=f"token_id must be items, from 3 to 30, found {token_id}"):
             streaming.append(model, store, "ada", token_id, 1)
     assert store.values.connection.execute("SELECT * FROM users").fetchall() == before
+
+
+def test_a_model_with_features_of_items_scores_with_them(store):
+    model, _ = featured_model()
+    for i, token_id in enumerate((3, 8, 5), start=1):
+        found = streaming.append(model, store, "ada", token_id, 5)
+        assert torch.equal(found, model.recommend(torch.tensor([[3, 8, 5][:i]]), top_k=5).token_ids[0])
 
 
 def test_states_of_another_model_are_refused(store):
