@@ -213,7 +213,7 @@ def ray_cluster(num_workers: int, object_store_memory: int) -> Iterator[None]:
     try:
         import ray
     except ImportError as error:
-        raise ImportError('score_users.py needs Ray: pip install "ray[data]"') from error
+        raise ImportError('score_users.py needs Ray: pip install -e ".[ray]"') from error
     if ray.is_initialized():
         yield
         return

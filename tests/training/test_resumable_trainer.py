@@ -1,7 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,13 +8,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-import elastic_hf
 from elastic_hf.training.checkpoints import read_record
 from elastic_hf.training.output_folder import lock_output_dir
+from launcher import TORCHRUN, launch
 from trainers import make_model, make_trainer
 
 
-ROOT = Path(elastic_hf.__file__).parents[1]
 OBJECTIVES = [
     ("group_by_length", {}),
     ("random", {}),
@@ -104,15 +101,7 @@ def run_and_resume(folder):
 
 
 def test_a_run_of_two_processes_resumed_within_an_epoch_is_the_same_run(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run(
-        [*launcher, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=1_800,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr
+    launch(TORCHRUN, __file__, tmp_path)
 
 
 def test_draws_differ_from_epoch_to_epoch(tmp_path):
