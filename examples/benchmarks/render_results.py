@@ -578,6 +578,8 @@ def hardware(variant: str = "") -> str:
         "memory-bank",
         "catalogue",
         "service",
+        "service-redis",
+        "scoring",
         "distributed",
     ):
         results = benchmark(subject, variant)
@@ -723,11 +725,20 @@ def training_cost() -> str:
     if not peaks:
         return NOT_MEASURED
     plain, checkpointed = (peaks[name][2048] / peaks[SDPA][2048] for name in ("elastic", "elastic, checkpointed"))
-    return (
+    limits = [
         "- **Training memory is what you are short of.** A training step on 2,048 items takes "
         f"{plain:.1f} times the memory of SASRec's with PyTorch's fused attention, {checkpointed:.1f} times with "
         "`gradient_checkpointing=True`."
-    )
+    ]
+    seconds = by_length("inference", "inference", "-cuda-bfloat16")
+    if seconds:
+        ratios = [seconds["elastic"][length] / seconds[SDPA][length] for length in (2_048, 32_768)]
+        limits.append(
+            f"- **Users are encoded on a GPU.** At 2,048 items ELASTIC takes {ratios[0]:.1f} times as long there as "
+            f"SASRec with fused attention, at 32,768 {ratios[1]:.1f} times "
+            "([benchmarks](docs/benchmarks.md#on-a-gpu))."
+        )
+    return "\n".join(limits)
 
 
 ENCODING = {
