@@ -27,20 +27,27 @@ TENSORS = ("recurrent_state", "conv_state", "num_items", "last_timestamps")
 _DIGESTS: WeakKeyDictionary[nn.Module, tuple[list[tuple], str]] = WeakKeyDictionary()
 
 
-def digest_weights(model: nn.Module, weights: Iterable[Tensor]) -> str:
+def digest_weights(model: nn.Module, weights: Iterable[Tensor], tables: Iterable[Tensor] = ()) -> str:
     """Return a digest of some weights of a model, which remembers it for as long as they stay the same.
 
     An exported graph, whose weights have no values yet, has the digest `""`.
+
+    Args:
+        model (`torch.nn.Module`).
+        weights (`Iterable[torch.Tensor]`).
+        tables (`Iterable[torch.Tensor]`): of shape `(V, N)`, whose last columns count as far as they hold any value.
     """
     if torch.compiler.is_exporting():
         return ""
-    weights = [*weights]
+    tables = [*tables]
+    weights = [*weights, *tables]
     if any(weight.is_meta for weight in weights):
         raise ValueError("use_cache needs weights in memory, found a model whose weights are offloaded")
     versions = versions_of(weights)
     if model not in _DIGESTS or _DIGESTS[model][0] != versions:
         sha256 = hashlib.sha256()
-        for weight in weights:
+        filled = [table[:, : int(table.any(dim=0).cumsum(dim=0).argmax()) + 1] for table in tables]
+        for weight in (*weights[: len(weights) - len(tables)], *filled):
             sha256.update(str(weight.shape).encode())
             sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         _DIGESTS[model] = (versions, sha256.hexdigest())
@@ -86,8 +93,8 @@ class ElasticCache:
             tensors["last_timestamps"].fill_(UNKNOWN)
         return cls(**tensors, model_digest=model.base_model.digest())
 
-    def check(self, model: "ElasticModel", batch_size: int) -> None:
-        """Raise a `ValueError` if this is no cache of `batch_size` users of this model."""
+    def check(self, model: "ElasticModel", batch_size: int, digest: str | None = None) -> None:
+        """Raise a `ValueError` unless this is a cache of `batch_size` users of this model, which has the `digest`."""
         shapes = _shapes(model.config, batch_size)
         if self.tensors.keys() != shapes.keys():
             raise ValueError(f"cache must hold {', '.join(shapes)}, found {', '.join(self.tensors)}")
@@ -97,7 +104,7 @@ class ElasticCache:
                 raise ValueError(
                     f"cache.{name} must be {dtype} of shape {shape}, found {found.dtype} of shape {tuple(found.shape)}"
                 )
-        digest = model.digest()
+        digest = model.digest() if digest is None else digest
         if self.model_digest != digest:
             raise ValueError(
                 f"cache.model_digest must be that of this model, {digest}, found {self.model_digest}: another model "

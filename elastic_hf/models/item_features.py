@@ -132,15 +132,14 @@ class ItemFeatures(nn.Module):
     def head(self, embed_tokens: nn.Embedding) -> nn.Linear:
         """Return the head of the catalogue. Where no gradient is needed, the vectors of a model in use are computed
         once, for as long as its weights stay the same; else they pass gradients on, as in training mode or not."""
-        size = embed_tokens.num_embeddings
-        token_ids = torch.arange(size, device=embed_tokens.weight.device)
+        size, device = embed_tokens.num_embeddings, embed_tokens.weight.device
         if torch.is_grad_enabled():
-            return linear_head(self.vectors(embed_tokens, token_ids))
+            return linear_head(self.vectors(embed_tokens, torch.arange(size, device=device)))
         weights = [embed_tokens.weight, *self.parameters(), *self.buffers()]
         versions = versions_of(weights)
         if self not in _HEADS or _HEADS[self][0] != versions:
-            filled = F.pad(token_ids, (0, -size % BLOCK))
-            with torch.autocast(token_ids.device.type, enabled=False):
+            filled = F.pad(torch.arange(size, device=device), (0, -size % BLOCK))
+            with torch.autocast(device.type, enabled=False):
                 vectors = [embed_tokens.weight[chunk] + self(chunk) for chunk in filled.split(MAX_ROWS)]
             _HEADS[self] = (versions, ItemHead(torch.cat(vectors), size))
         return _HEADS[self][1]

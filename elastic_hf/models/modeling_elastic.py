@@ -501,12 +501,15 @@ class ElasticModel(ElasticPreTrainedModel):
     @torch._dynamo.assume_constant_result
     def digest(self) -> str:
         """Return a digest of the weights behind a state: those of the items that were trained on, the stream and the
-        experts, and of the times and features of events."""
+        experts, and of the times and features of events; and of the features that these items have."""
         of_events = () if self.time is None else (self.time.pause, self.time.phases)
         further = (module for module in (self.event_features, self.item_features) if module is not None)
         modules = (self.stream, self.experts, *of_events, *further)
-        trained = self.embed_tokens.weight[: self.config.vocab_size - self.config.num_added_items]
-        return digest_weights(self, [trained, *(weight for module in modules for weight in module.parameters())])
+        num_trained = self.config.vocab_size - self.config.num_added_items
+        weights = (weight for module in modules for weight in module.parameters())
+        tables = () if self.item_features is None else self.item_features.buffers()
+        trained = [table[:num_trained] for table in (self.embed_tokens.weight, *tables)]
+        return digest_weights(self, [trained[0], *weights], trained[1:])
 
 
 class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreTrainedModel):

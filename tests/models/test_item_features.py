@@ -295,6 +295,19 @@ def test_an_index_grows_with_the_model(featured):
         index.add_items(model)
 
 
+@torch.no_grad()
+def test_a_state_belongs_to_the_features_that_it_was_made_with(featured):
+    model, _ = copy.deepcopy(featured)
+    input_ids = histories()[0]
+    cache, digest = model(input_ids, use_cache=True).cache, model.model.digest()
+    for feature in model.model.item_features.features:
+        feature.encoded[5:7] = feature.encoded[[6, 5]]
+        assert model.model.digest() != digest
+        digest = model.model.digest()
+    with pytest.raises(ValueError, match="cache.model_digest must be that of this model"):
+        model(input_ids, cache=cache)
+
+
 @pytest.mark.parametrize("missing", [(), ("model.item_features.features.1.encoded",)])
 def test_what_a_checkpoint_lacks_is_zeros_and_the_rest_is_loaded(featured, tmp_path, missing):
     model, _ = featured
