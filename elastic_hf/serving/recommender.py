@@ -8,10 +8,12 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..models.cache_elastic import ElasticCache
 from ..models.catalogue import CatalogueQuery
@@ -115,12 +117,13 @@ class Recommender:
         for index, event in enumerate(events):
             by_user.setdefault(event.user, []).append(index)
         outcomes: dict[int, str | ValueError] = {}
+        digest = self.model.base_model.digest()
 
         def change(stored: dict[str, bytes]) -> dict[str, bytes]:
             states, unread = {}, []
             for user, indices in by_user.items():
                 try:
-                    state = self._state(user, stored.get(user))
+                    state = self._state(user, stored.get(user), digest)
                 except StateError as error:
                     outcomes.update(dict.fromkeys(indices, error))
                     continue
@@ -159,13 +162,14 @@ class Recommender:
             StoreUnavailable: if the store cannot be used.
         """
         stored = self.store.read([*{request.user: None for request in requests}])
+        digest = self.model.base_model.digest()
         answers: list[list[dict] | Exception] = []
         answered, states, moments = [], [], []
         for index, request in enumerate(requests):
             try:
                 if request.user not in stored:
                     raise UnknownUser(f"no event of the user {request.user!r} is stored")
-                state = self._state(request.user, stored[request.user])
+                state = self._state(request.user, stored[request.user], digest)
                 moments.append(self._moment(request, state))
             except (UnknownUser, ValueError) as error:
                 answers.append(error)
@@ -179,13 +183,13 @@ class Recommender:
                 answers[index] = answer
         return answers
 
-    def _state(self, user: str, stored: bytes | None) -> UserState:
-        """Return the state of a user from the bytes that are stored, if any."""
+    def _state(self, user: str, stored: bytes | None, digest: str) -> UserState:
+        """Return the state of a user from the bytes that are stored, if any; `digest` is the model's."""
         if stored is None:
             return UserState(ElasticCache.empty(self.model, 1).to("cpu"))
         try:
             state = UserState.from_bytes(stored)
-            state.cache.check(self.model.base_model, 1)
+            state.cache.check(self.model.base_model, 1, digest)
         except ValueError as error:
             raise StateError(f"the state of the user {user!r} must be one of this model: {error}") from error
         return state
@@ -193,19 +197,21 @@ class Recommender:
     def _check(self, state: UserState, events: list[tuple[Event, int]]) -> list[str | ValueError]:
         """Return what is to become of events of one user, which come with their token ids."""
         outcomes: list[str | ValueError] = []
-        known = set(state.event_numbers.tolist())
+        numbers = [event_number(event.event_id) for event, _ in events]
+        are_stored = torch.isin(torch.tensor(numbers), state.event_numbers).tolist()
+        new: set[int] = set()
         latest = max(state.latest_timestamp.tolist(), default=UNKNOWN)
-        for event, token_id in events:
-            if event_number(event.event_id) in known:
+        for (event, token_id), number, is_stored in zip(events, numbers, are_stored, strict=True):
+            if is_stored or number in new:
                 outcomes.append(DUPLICATE)
                 continue
             try:
-                self._check_event(event, token_id, latest, len(known))
+                self._check_event(event, token_id, latest, len(state.event_numbers) + len(new))
             except ValueError as error:
                 outcomes.append(error)
                 continue
             outcomes.append(APPENDED)
-            known.add(event_number(event.event_id))
+            new.add(number)
             latest = UNKNOWN if event.timestamp is None else event.timestamp
         return outcomes
 
@@ -234,15 +240,11 @@ class Recommender:
         rows = [row for row, (token_ids, _) in enumerate(unread) if len(token_ids)]
         if not rows:
             return
-        length = max(len(unread[row][0]) for row in rows)
-        input_ids = torch.full((len(rows), length), self.model.config.pad_token_id)
-        timestamps = torch.full((len(rows), length), UNKNOWN, dtype=torch.double)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            token_ids, seconds = unread[row]
-            input_ids[i, length - len(token_ids) :] = token_ids
-            timestamps[i, length - len(token_ids) :] = seconds
-            mask[i, length - len(token_ids) :] = True
+        token_ids, seconds = zip(*(unread[row] for row in rows), strict=True)
+        pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+        input_ids = pad_left(token_ids, padding_value=self.model.config.pad_token_id)
+        timestamps = pad_left(seconds, padding_value=UNKNOWN)
+        mask = pad_left([torch.ones_like(ids, dtype=torch.bool) for ids in token_ids])
         device = self.model.device
         cache = ElasticCache.cat([states[row].cache for row in rows]).to(device)
         times = {"timestamps": timestamps.to(device)} if self.uses_timestamps else {}
@@ -274,7 +276,7 @@ class Recommender:
     ) -> Iterable[list[dict] | ValueError]:
         """Read the latest event of each user, in one pass, and yield what to recommend."""
         device = self.model.device
-        seen_ids = torch.nn.utils.rnn.pad_sequence(
+        seen_ids = pad_sequence(
             [state.seen_ids for state in states], batch_first=True, padding_value=self.model.config.pad_token_id
         )
         times = {}
