@@ -196,6 +196,14 @@ def test_a_card_names_the_features_of_events_that_a_model_reads():
     assert "of its event" not in plain and "nothing else about it is read, and" in plain
 
 
+def test_a_card_says_what_is_read_of_items_and_that_they_may_come():
+    features = {"brand": {"kind": "categories", "size": 2, "length": 1}, "price": {"kind": "number", "size": 1}}
+    text = make_model_card("org/x", make_results(config={"item_features": features})).text
+    assert "- Of an item, its id and its brand, price are read." in text and "by `add_items`" in text
+    assert "An item is its id" not in text
+    assert "\n\n- An item is its id" in make_model_card("org/x", make_results()).text
+
+
 def test_the_comparison_has_baselines_popularity_and_all_seeds(folder):
     card = render_model_card(folder, "org/elastic-ml1m")
     check_metadata(card)
