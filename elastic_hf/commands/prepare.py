@@ -10,8 +10,10 @@ split are then those of the training, too, which refuses others.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..data.preparation import prepare_histories
+from ..training.output_folder import make_folder
 from .arguments import ColumnArguments, parse_arguments
 
 
@@ -45,6 +47,9 @@ def main(argv: Sequence[str]) -> None:
     """Prepare the histories, and print what became of the rows."""
     (args,) = parse_arguments("prepare", __doc__, argv, PreparationArguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    make_folder(Path(args.output_dir).absolute().parent, "the folder of output_dir")
+    if args.cache_dir is not None:
+        make_folder(args.cache_dir, "cache_dir")
     counts = prepare_histories(
         args.train_file,
         args.output_dir,

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, TrainingArguments, set_seed
 
 from ..data.histories import Histories, load_histories
-from ..data.item_table import add_text_vectors, read_item_table
+from ..data.item_table import add_text_vectors, item_columns, read_item_table
 from ..data.prepared_folder import is_prepared
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
@@ -57,8 +57,8 @@ def read_histories(
         event_columns = read
     items_file = data_args.items_file
     if items_file is not None and with_item_features:
-        has_titles = "title" in read_item_table(items_file).column_names
-        if not has_titles or is_prepared(data_args.source):  # which has its titles
+        # Prepared histories have their titles.
+        if is_prepared(data_args.source) or "title" not in item_columns(items_file):
             items_file = None
     with training_args.main_process_first(local=False, desc="loading the interactions"):
         loaded = load_histories(
@@ -107,15 +107,9 @@ def learn_item_features(
     tokenizer: ElasticItemTokenizer, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> dict[str, torch.Tensor] | None:
     """Return the encoded features of the items, for [`~modeling_elastic.ElasticModel`], if a new model reads any."""
-    columns = [*(model_args.item_features or ())]
-    if (model_args.text_column is None) != (model_args.text_model is None):
-        raise ValueError("text_column and text_model must be given together, found only one of them")
-    if not columns and model_args.text_column is None:
+    if not model_args.reads_features:
         return None
-    if model_args.model_name_or_path is not None:
-        raise ValueError("item_features and text_column are for a new model, found model_name_or_path, too")
-    if data_args.items_file is None:
-        raise ValueError("item_features and text_column need items_file, the table that has them, found none")
+    columns = [*(model_args.item_features or ())]
     with args.main_process_first(local=False, desc="reading the items"):
         table = read_item_table(data_args.items_file)
         if model_args.text_column is not None:

@@ -75,6 +75,13 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
         raise ValueError(f"model_type must be one of {', '.join(MODELS)}, found {model_args.model_type!r}")
     if not training_args.do_train and model_args.model_name_or_path is None:
         raise ValueError("without do_train there is no model to evaluate: set model_name_or_path")
+    if (model_args.text_column is None) != (model_args.text_model is None):
+        raise ValueError("text_column and text_model must be given together, found only one of them")
+    if model_args.reads_features:
+        if model_args.model_name_or_path is not None:
+            raise ValueError("item_features and text_column are for a new model, found model_name_or_path, too")
+        if data_args.items_file is None:
+            raise ValueError("item_features and text_column need items_file, the table that has them, found none")
     if training_args.hub_token is not None:
         raise ValueError("hub_token would be written into the results: set HF_TOKEN, or log in with `hf auth login`")
     return model_args, data_args, training_args

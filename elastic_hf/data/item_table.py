@@ -11,11 +11,22 @@ import pyarrow.parquet as pq
 
 from .columns import ColumnRequest, check_columns
 from .encoding import integers_if_written_as_such
+from .files import PARQUET_SUFFIXES, TEXT_SUFFIXES, kind_of
+from .text_reader import TextReader
 
 
 logger = logging.getLogger(__name__)
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+ITEMS = ColumnRequest(roles=("item",))
+
+
+def item_columns(path: str | Path) -> list[str]:
+    """Return the columns of a file of items, without its rows, see [`read_item_table`].
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    return _columns_and_delimiter(Path(path))[0]
 
 
 def read_item_table(path: str | Path, columns: Sequence[str] = ()) -> pa.Table:
@@ -23,9 +34,9 @@ def read_item_table(path: str | Path, columns: Sequence[str] = ()) -> pa.Table:
 
     Args:
         path (`str` or `Path`):
-            A Parquet file, or a `.csv` or `.tsv` file with a header, also compressed (`.csv.gz`). The ids of the items
-            are in the column `item_id`, or in the one column with another common name. Empty fields of a text are
-            nulls; lists and vectors need Parquet.
+            A Parquet file, or a text file (`.csv`, `.tsv`, `.txt`) with a header, also compressed (`.csv.gz`). The ids
+            of the items are in the column `item_id`, or in the one column with another common name. Empty fields of a
+            text are nulls; lists and vectors need Parquet.
         columns (`Sequence[str]`, *optional*): columns that it must have.
 
     Returns:
@@ -35,18 +46,14 @@ def read_item_table(path: str | Path, columns: Sequence[str] = ()) -> pa.Table:
         ValueError: if the file cannot be read, or lacks a column.
     """
     path = Path(path)
-    suffix = next((suffix for suffix in path.suffixes if suffix in (".parquet", *DELIMITERS)), None)
-    if suffix is None or not path.is_file():
-        found = "another" if path.is_file() else "none"
-        raise ValueError(f"items_file must be an existing .parquet, .csv or .tsv file, found {found} at {path}")
+    names, delimiter = _columns_and_delimiter(path)
+    item = ITEMS.find(names, path).item
+    check_columns(names, columns, path)
     try:
-        names = pq.read_schema(path).names if suffix == ".parquet" else _read_header(path, DELIMITERS[suffix])
-        item = ColumnRequest(roles=("item",)).find(names, path).item
-        check_columns(names, columns, path)
-        if suffix == ".parquet":
+        if delimiter is None:
             table = pq.read_table(path, partitioning=None)
         else:
-            table = _read_text(path, DELIMITERS[suffix], pa.csv.ConvertOptions(column_types={item: pa.string()}))
+            table = _read_text(path, delimiter, pa.csv.ConvertOptions(column_types={item: pa.string()}))
             ids = table[item].combine_chunks()
             table = table.set_column(names.index(item), item, integers_if_written_as_such(ids))
     except (pa.ArrowException, OSError) as error:
@@ -54,9 +61,21 @@ def read_item_table(path: str | Path, columns: Sequence[str] = ()) -> pa.Table:
     return table.rename_columns(["item_id" if name == item else name for name in names])
 
 
-def _read_header(path: Path, delimiter: str) -> list[str]:
-    with pa.csv.open_csv(path, parse_options=pa.csv.ParseOptions(delimiter=delimiter)) as reader:
-        return reader.schema.names
+def _columns_and_delimiter(path: Path) -> tuple[list[str], str | None]:
+    """The columns of a file, and what stands between them in a text."""
+    kind = kind_of(path) if path.is_file() else None
+    if kind not in (*PARQUET_SUFFIXES, *TEXT_SUFFIXES):
+        found = "another" if path.is_file() else "none"
+        raise ValueError(f"items_file must be an existing .parquet, .csv or .tsv file, found {found} at {path}")
+    try:
+        if kind in PARQUET_SUFFIXES:
+            return pq.read_schema(path).names, None
+        reader = TextReader(path, ITEMS)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if reader.is_empty or not reader.has_header:
+        raise ValueError(f"{path} must have a header, found none")
+    return reader.names, reader.layout.delimiter
 
 
 def _read_text(path: Path, delimiter: str, options: pa.csv.ConvertOptions) -> pa.Table:
@@ -104,4 +123,4 @@ def add_text_vectors(table: pa.Table, text_column: str, text_model: str) -> pa.T
     return table.append_column(name, column)
 
 
-__all__ = ["add_text_vectors", "read_item_table"]
+__all__ = ["add_text_vectors", "item_columns", "read_item_table"]

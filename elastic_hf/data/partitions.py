@@ -187,8 +187,7 @@ def filter_partitions(partitions: Sequence[Partition], k_core: int, min_per_user
             if not is_enough.all():
                 is_changed = True
                 partition.keep(is_enough)
-                interactions.keep(~is_enough)
-                item_counts -= count_rows_of_items(interactions)
+                item_counts -= np.bincount(items[~is_enough], minlength=item_counts.size)
     num_filtered, num_filtered_users = num_rows - int(item_counts.sum()), num_users - int(num_users_left)
     check_filtered(num_rows, num_filtered, num_users, num_filtered_users, k_core, min_per_user)
     return num_filtered, num_filtered_users

@@ -7,6 +7,7 @@ What is known of a column is learned once, from training events, and is either `
 `{"mean": ..., "deviation": ...}`.
 """
 
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -49,6 +50,8 @@ def learn_event_column(name: str, values: pa.Array | pa.ChunkedArray) -> dict[st
     if kind == "numbers" or (kind == "integers" and len(distinct) > MAX_INTEGERS):
         numbers = _finite(name, values.cast(pa.float64()))
         deviation = pc.stddev(numbers).as_py()
+        if not math.isfinite(deviation):
+            raise ValueError(f"event column {name!r} must hold numbers with a finite deviation, found {deviation}")
         return {"mean": pc.mean(numbers).as_py(), "deviation": deviation if deviation > 0 else 1.0}
     if len(distinct) > MAX_CATEGORIES:
         raise ValueError(

@@ -23,10 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .configuration_recommender import ITEM_FEATURE_SIZES
+
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("categories", "number", "vector")
+KINDS = tuple(ITEM_FEATURE_SIZES)
 # The most principal components of a vector that are kept.
 MAX_COMPONENTS = 128
 # Components with a smaller share of the largest variance are rounding errors.

@@ -414,10 +414,7 @@ def _rows_of(table: pa.Table, item_ids: pa.ChunkedArray) -> pa.Table:
     given, wanted = table["item_id"].combine_chunks(), item_ids.combine_chunks()
     if pa.types.is_large_string(given.type) or pa.types.is_string(wanted.type):
         given, wanted = given.cast(pa.large_string()), wanted.cast(pa.large_string())
-    counts = given.value_counts()
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(repeated):
-        raise ValueError(f"item ids must be unique, found {repeated[0].as_py()!r} more than once")
+    _refuse_repeated(given)
     rows = pc.index_in(wanted, value_set=given)
     if rows.null_count:
         raise ValueError(
@@ -425,6 +422,13 @@ def _rows_of(table: pa.Table, item_ids: pa.ChunkedArray) -> pa.Table:
             f"{rows.null_count:,} of them, such as {wanted.filter(rows.is_null())[0].as_py()!r}"
         )
     return table.take(rows)
+
+
+def _refuse_repeated(item_ids: pa.Array) -> None:
+    counts = item_ids.value_counts()
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(repeated):
+        raise ValueError(f"item ids must be unique, found {repeated[0].as_py()!r} more than once")
 
 
 def _as_item_table(items: Any) -> pa.Table:
@@ -446,10 +450,7 @@ def _as_item_table(items: Any) -> pa.Table:
     if item_ids.null_count:
         raise ValueError(f"item ids must not be null, found {item_ids.null_count} nulls")
     item_ids = _as_int64_or_string(item_ids)
-    counts = item_ids.value_counts()
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(repeated):
-        raise ValueError(f"item ids must be unique, found {repeated[0].as_py()!r} more than once")
+    _refuse_repeated(item_ids)
     if pa.types.is_large_string(item_ids.type):
         if pc.any(pc.equal(item_ids, "")).as_py():
             raise ValueError("item ids must not be empty strings, found one")

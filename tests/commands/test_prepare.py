@@ -58,3 +58,12 @@ def test_a_training_with_other_settings_is_refused(logs, tmp_path, capsys):
     assert "k_core must be 3, with which" in capsys.readouterr().err
     assert main(["prepare", "--train_file", str(logs), "--output_dir", prepared, *columns]) == 1
     assert "output_dir must be a folder that is empty or does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["output_dir", "cache_dir"])
+def test_a_folder_that_cannot_be_written_to_is_named(logs, tmp_path, capsys, field):
+    (tmp_path / "file").write_text("")
+    folders = {"output_dir": tmp_path / "prepared", field: tmp_path / "file" / "prepared"}
+    arguments = [str(part) for name, folder in folders.items() for part in (f"--{name}", folder)]
+    assert main(["prepare", "--train_file", str(logs), *arguments]) == 1
+    assert f"{field} {tmp_path / 'file'}" in capsys.readouterr().err

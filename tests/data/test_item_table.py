@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastic_hf.data.item_table import add_text_vectors, read_item_table
+from elastic_hf.data.item_table import add_text_vectors, item_columns, read_item_table
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
@@ -25,6 +25,17 @@ def test_files_are_tables_with_item_ids(tmp_path, suffix):
 def test_ids_of_texts_are_integers_where_they_are_written_as_such(tmp_path):
     (tmp_path / "items.csv").write_text("item_id,code\n007,1\n1,2\n")
     assert read_item_table(tmp_path / "items.csv")["item_id"].to_pylist() == ["007", "1"]
+
+
+def test_files_are_of_the_kinds_that_their_names_and_headers_say(tmp_path):
+    frame = pl.DataFrame({"sku": [3, 1], "brand": ["a", "b"]})
+    frame.write_parquet(tmp_path / "a.csv.parquet")
+    frame.write_parquet(tmp_path / "b.pq")
+    frame.write_csv(tmp_path / "C.CSV")
+    frame.write_csv(tmp_path / "d.csv", separator=";")
+    for name in ("a.csv.parquet", "b.pq", "C.CSV", "d.csv"):
+        assert read_item_table(tmp_path / name).to_pydict() == {"item_id": [3, 1], "brand": ["a", "b"]}
+        assert item_columns(tmp_path / name) == ["sku", "brand"]
 
 
 def test_lists_and_vectors_come_from_parquet(tmp_path):

@@ -56,6 +56,7 @@ def test_few_distinct_integers_are_categories_and_more_are_numbers(monkeypatch):
         ([], "event column 'x' must have a value in the training events, found none"),
         ([1.0, float("nan")], "event column 'x' must hold finite numbers, found nan"),
         ([1.0, -float("inf")], "event column 'x' must hold finite numbers, found -inf"),
+        ([1e308, -1e308], "event column 'x' must hold numbers with a finite deviation, found inf"),
         ([[1], [2]], "must hold strings, booleans, integers or numbers, found type list<"),
         ([b"a"], "must hold strings, booleans, integers or numbers, found type binary"),
         ([str(i) for i in range(10_001)], "event column 'x' must have at most 10,000 categories, found 10,001"),
