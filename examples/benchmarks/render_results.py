@@ -329,7 +329,7 @@ def rounded(figure: float, digits: int) -> str:
 
 
 NOT_MEASURED = "Not measured yet."
-SDPA, NAIVE = "sasrec, sdpa", "sasrec, naive"
+SDPA, NAIVE, GRAPH = "sasrec, sdpa", "sasrec, naive", "CUDA graph"
 LENGTHS = (50, 200, 500, 2048, 8192, 32768)
 
 
@@ -610,9 +610,13 @@ def ratios(variant: str = "") -> str:
     seconds, steps = (by_length(subject, subject, variant) for subject in ("inference", "training"))
     encoding, training = (by_length("memory", wanted, variant) for wanted in ("inference", "training"))
     compiled, plain, checkpointed = "elastic, compiled", "elastic, no memory", "elastic, checkpointed"
+    graph = f"elastic, {GRAPH}"
     compared = (
         ("time to encode a user", seconds, SDPA, "elastic"),
         ("time to encode a user, both compiled", seconds, f"{SDPA}, compiled", compiled),
+        ("time to encode a user, both by a CUDA graph", seconds, f"{SDPA}, {GRAPH}", graph),
+        ("time to encode a user, naive attention", seconds, NAIVE, "elastic"),
+        ("time to encode a user, naive attention, both by a CUDA graph", seconds, f"{NAIVE}, {GRAPH}", graph),
         ("memory to encode a user", encoding, SDPA, "elastic"),
         ("memory to encode a user, naive attention", encoding, NAIVE, "elastic"),
         ("time of a training step", steps, SDPA, "elastic"),
@@ -637,8 +641,10 @@ def claims(variant: str = "") -> str:
     seconds = by_length("inference", "inference", variant)
     peaks = by_length("memory", "training", variant)
     names = ("elastic", "elastic, compiled", "elastic, checkpointed", "elastic_paper")
+    pairs = [*itertools.product((NAIVE, SDPA), names)]
+    pairs += [(f"{other}, {GRAPH}", f"elastic, {GRAPH}") for other in (NAIVE, SDPA)]
     rows = []
-    for other, name, length in itertools.product((NAIVE, SDPA), names, (200, 2048, 8192, 32768)):
+    for (other, name), length in itertools.product(pairs, (200, 2048, 8192, 32768)):
         ratio = saved = ""
         if length in seconds.get(other, {}) and length in seconds.get(name, {}):
             ratio = f"{rounded(seconds[other][length] / seconds[name][length], 2)}x"
