@@ -886,8 +886,9 @@ def new_items() -> str:
     for run in read_results("new-items*.json").values():
         for name, found in run["results"].items():
             rates = [describe_metric(found[on], "hr@10") if on in found else "" for on in ("new", "trained")]
-            rows.append([names[name], *rates, str(run["seed"])])
-    header = ["who recommends", "HR@10 where the target is new", "HR@10 where it was trained on", "seed"]
+            who, _, scale = name.partition(", id_scale ")
+            rows.append([names[who], scale, *rates, str(run["seed"])])
+    header = ["who recommends", "`id_scale`", "HR@10 where the target is new", "HR@10 where it was trained on", "seed"]
     return table(header, rows) if rows else NOT_MEASURED
 
 
