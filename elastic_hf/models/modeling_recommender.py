@@ -127,6 +127,13 @@ def validate_histories(input_ids: Tensor, attention_mask: Tensor | None, config:
     return mask
 
 
+def predicts_last_alone(labels: Tensor, config: RecommenderConfig) -> bool:
+    """Return whether prefixes are trained on, each of which predicts at its last position: (B, L)."""
+    if config.training_objective != "prefix" or torch.compiler.is_compiling() or labels.is_meta:
+        return False
+    return not bool((labels[:, :-1] >= config.num_special_tokens).any())
+
+
 def validate_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
     """Check that a tensor has one value for each position of the histories.
 
@@ -393,7 +400,8 @@ class SequentialRecommenderMixin:
             kwargs["event_features"] = event_features
         if labels is not None:
             validate_shape("labels", labels, input_ids)
-            outputs = self.model(input_ids, mask, return_dict=True, **kwargs)
+            last_only = predicts_last_alone(labels, config)
+            outputs = self.model(input_ids, mask, last_position_only=last_only, return_dict=True, **kwargs)
             read_ids = input_ids.masked_fill(~mask, config.pad_token_id)
             return SequentialRecommendationOutput(
                 loss=self.loss(outputs.last_hidden_state, read_ids, labels, num_items_in_batch),
@@ -450,7 +458,8 @@ class SequentialRecommenderMixin:
         """Return the training loss in nats per target.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(B, L, D)`): the vector of each position.
+            hidden_states (`torch.Tensor` of shape `(B, Q, D)`): the vectors of the last Q positions, which all labels
+                belong to.
             input_ids (`torch.LongTensor` of shape `(B, L)`): what was read, with padding where nothing was.
             labels (`torch.LongTensor` of shape `(B, L)`): as in `forward`.
             num_items_in_batch (`int`, *optional*): as in `forward`.
@@ -465,7 +474,9 @@ class SequentialRecommenderMixin:
         first = config.num_special_tokens
         rows, positions = (labels >= first).nonzero(as_tuple=True)
         # Several times as fast as hidden_states[rows, positions] on a processor.
-        users = hidden_states.flatten(0, 1).index_select(0, rows * labels.shape[1] + positions)  # (T, D)
+        num_read = hidden_states.shape[1]
+        indices = rows * num_read + positions - (labels.shape[1] - num_read)
+        users = hidden_states.flatten(0, 1).index_select(0, indices)  # (T, D)
         targets = labels[rows, positions]  # (T,)
         if targets.numel() and int(targets.max()) >= config.vocab_size:
             raise ValueError(f"labels must be below vocab_size ({config.vocab_size}), found {int(targets.max())}")
