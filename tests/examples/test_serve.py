@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
+from transformers import pipeline
 
 from elastic_hf import ElasticItemTokenizer, SequentialRecommendationPipeline
 from elastic_hf.serving.recommender import Recommender
@@ -30,20 +32,22 @@ from starlette.testclient import TestClient  # noqa: E402
 import serve  # noqa: E402
 
 
+def save(folder, events=None):
+    """Save a model of random weights, which reads what `events` hold, and return its folder."""
+    items = pa.table({"item_id": range(10, 7 + NUM_TOKENS), "title": [f"No. {i}" for i in range(NUM_TOKENS - 3)]})
+    tokenizer = ElasticItemTokenizer.from_items(items, 500, None if events is None else Dataset.from_dict(events))
+    model = elastic_model(event_features=tokenizer.event_features)
+    SequentialRecommendationPipeline(model, tokenizer, device="cpu").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of random weights, saved."""
-    path = tmp_path_factory.mktemp("model")
-    items = pa.table({"item_id": range(10, 7 + NUM_TOKENS), "title": [f"No. {i}" for i in range(NUM_TOKENS - 3)]})
-    tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=500)
-    SequentialRecommendationPipeline(elastic_model(), tokenizer, device="cpu").save_pretrained(path)
-    return path
+    return save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    from transformers import pipeline
-
     return pipeline("sequential-recommendation", model=str(folder), device="cpu")
 
 
@@ -52,7 +56,7 @@ def make_client(pipe, tmp_path):
     """Starts an application on an empty store."""
     clients = []
 
-    def make(token=None):
+    def make(token=None, pipe=pipe):
         client = TestClient(serve.create_app(Recommender(pipe, SQLiteStore(tmp_path / "users.sqlite")), token))
         clients.append(client.__enter__())
         return client
@@ -102,12 +106,17 @@ def test_events_come_in_and_recommendations_go_out(client, pipe):
     assert client.get("/healthz").json()["status"] == "ok"
 
 
-def test_answers_the_json_of_an_inference_endpoint(client, folder, pipe):
-    """The same request to the handler of the repository and to the service; and users have answers of that shape."""
+def load_handler():
+    """Return the handler of a repository, as a module."""
     spec = importlib.util.spec_from_file_location("handler", TEMPLATES / "handler.py")
     handler = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(handler)
-    endpoint = handler.EndpointHandler(str(folder))
+    return handler
+
+
+def test_answers_the_json_of_an_inference_endpoint(client, folder, pipe):
+    """The same request to the handler of the repository and to the service; and users have answers of that shape."""
+    endpoint = load_handler().EndpointHandler(str(folder))
     for request in (
         {"inputs": [17, "No. 3"], "parameters": {"top_k": 2}},
         {"inputs": [[17], [12, 13]], "parameters": {"candidates": [20, 21], "top_k": 1}},
@@ -118,6 +127,43 @@ def test_answers_the_json_of_an_inference_endpoint(client, folder, pipe):
     (row,) = client.get("/recommendations/ada?top_k=1").json()
     (expected,) = endpoint({"inputs": [17], "parameters": {"top_k": 1}})
     assert row == {**expected, "score": pytest.approx(expected["score"], abs=1e-4)}
+
+
+def test_events_come_with_what_the_model_reads_of_them(make_client, tmp_path):
+    """Once only, whatever is sent again; from states, from histories and from an endpoint the answers are the same."""
+    rated = save(tmp_path / "rated", {"rating": [[1, 4, 5]], "the price": [[1.5, 4.0]]})
+    client = make_client(pipe=pipeline("sequential-recommendation", model=str(rated), device="cpu"))
+    history = {"history": [17, 30, 12], "rating": [5, None, 9], "the price": [2.5, None, 7]}
+    told = [{"rating": 5, "the price": 2.5}, {"rating": None, "the price": None}, {"rating": "9", "the price": 7}]
+    events = [event(item=item, event_id=item, **more) for item, more in zip(history["history"], told, strict=True)]
+    assert post(client, *events[:2])[0] == 200
+    status, answer = post(client, *events)
+    assert status == 200 and [row["outcome"] for row in answer["events"]] == ["duplicate", "duplicate", "appended"]
+    request = {"inputs": history, "parameters": {"top_k": 4}}
+    expected = load_handler().EndpointHandler(str(rated))(json.loads(json.dumps(request)))
+    assert client.post("/recommendations", json=request).json() == expected
+    found = client.get("/recommendations/ada?top_k=4").json()
+    for row, expected_row in zip(found, expected, strict=True):
+        assert row == {**expected_row, "score": pytest.approx(expected_row["score"], abs=1e-4)}
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["EventBody"]
+    assert {"rating", "the price", "user", "item", "event_id"} <= {*schema["required"]}
+
+    for more, message in (
+        ({"rating": 5}, "body.events.0.the price: Field required"),
+        ({"rating": 5, "the price": 1, "stars": 5}, "body.events.0.stars: Extra inputs are not permitted"),
+        ({"rating": 5, "the price": 1, "feature_0": 5}, "body.events.0.feature_0: Extra inputs are not permitted"),
+    ):
+        status, answer = post(client, event(event_id="new", **more))
+        assert (status, answer) == (422, {"error": message})
+    wrong = event(event_id="wrong", **{"rating": "five", "the price": 1})
+    status, answer = post(client, wrong, event("bob", **told[0]))
+    assert status == 422 and [row["outcome"] for row in answer["events"]] == ["refused", "appended"]
+    assert answer["events"][0]["error"].startswith("event column 'rating' must hold integers, found other values: ")
+
+
+def test_features_with_the_names_of_fields_are_refused():
+    with pytest.raises(ValueError, match="event_features must not be called user, item, .*, found 'item'"):
+        serve.make_events_body(["action", "item"])
 
 
 def test_one_unknown_item_does_not_stop_the_others(client):
