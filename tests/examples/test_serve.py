@@ -1,14 +1,10 @@
 import http.client
 import importlib.util
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -21,9 +17,9 @@ from elastic_hf.serving.recommender import Recommender
 from elastic_hf.serving.stores import SQLiteStore, StoreUnavailable
 from elastic_hf.sharing.repository import TEMPLATES
 from factories import NUM_TOKENS, elastic_model
+from servers import Service, ask
 
 
-ROOT = Path(__file__).parents[2]
 for name in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(name)
 
@@ -366,48 +362,24 @@ def test_a_store_that_fails_acknowledges_nothing(client, monkeypatch):
     assert post(client, event(event_id="2"))[1]["events"][0]["outcome"] == "appended"
 
 
-class Service:
-    """`serve.py` in a process of its own."""
-
-    def __init__(self, folder, store, **environment):
-        command = [sys.executable, str(ROOT / "examples" / "serve.py"), "--port", "0"]
-        command += ["--model_name_or_path", str(folder), "--store", str(store)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        self.log = []
-        for line in self.process.stderr:
-            self.log.append(line)
-            if found := re.search(r"http://([\d.]+):(\d+)", line):
-                self.host, self.port = found[1], int(found[2])
-                break
-
-    def post(self, connection, user, item, event_id):
-        body = json.dumps({"events": [event(user, item, event_id)]})
-        connection.request("POST", "/events", body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())["events"][0]["outcome"]
-
-    def connect(self):
-        return http.client.HTTPConnection(self.host, self.port, timeout=60)
-
-    def end(self, number):
-        self.process.send_signal(number)
-        self.log += [self.process.communicate()[1]]
-        return self.process.returncode
+def append_one(connection, user, item, event_id):
+    """Send an event to a service, and return the status and what became of the event."""
+    status, answer = ask(connection, "POST", "/events", {"events": [event(user, item, event_id)]})
+    return status, json.loads(answer)["events"][0]["outcome"]
 
 
 def test_a_killed_service_loses_nothing_that_it_acknowledged(folder, pipe, store_name):
     """Four clients append when it is killed; all send everything again to the next one."""
     histories = {f"user {i}": [10 + (7 * i + 3 * j) % 20 for j in range(60)] for i in range(4)}
     acknowledged = {user: 0 for user in histories}
-    service = Service(folder, store_name)
+    service = Service(folder, store_name, OMP_NUM_THREADS="1")
     half = threading.Event()
 
     def append(user):
         connection = service.connect()
         for number, item in enumerate(histories[user]):
             try:
-                assert service.post(connection, user, item, number) == (200, "appended")
+                assert append_one(connection, user, item, number) == (200, "appended")
             except (OSError, http.client.HTTPException):
                 return
             acknowledged[user] += 1
@@ -418,28 +390,27 @@ def test_a_killed_service_loses_nothing_that_it_acknowledged(folder, pipe, store
     for one in clients:
         one.start()
     assert half.wait(60)
-    assert service.end(signal.SIGKILL) == -signal.SIGKILL
+    assert service.stop(signal.SIGKILL) == -signal.SIGKILL
     for one in clients:
         one.join()
     assert max(acknowledged.values()) >= 21 and min(acknowledged.values()) < 60
 
-    service = Service(folder, store_name)
+    service = Service(folder, store_name, OMP_NUM_THREADS="1")
     try:
         connection = service.connect()
         for user, history in histories.items():
-            outcomes = [service.post(connection, user, item, i)[1] for i, item in enumerate(history)]
+            outcomes = [append_one(connection, user, item, i)[1] for i, item in enumerate(history)]
             num_stored = outcomes.count("duplicate")
             assert acknowledged[user] <= num_stored <= acknowledged[user] + 1
             assert outcomes == ["duplicate"] * num_stored + ["appended"] * (60 - num_stored)
-            connection.request("GET", f"/recommendations/{user.replace(' ', '%20')}?top_k=3")
-            found, expected = json.loads(connection.getresponse().read()), pipe(history, top_k=3)
-            assert [row["item"] for row in found] == [row["item"] for row in expected]
+            _, found = ask(connection, "GET", f"/recommendations/{user.replace(' ', '%20')}?top_k=3")
+            assert [row["item"] for row in json.loads(found)] == [row["item"] for row in pipe(history, top_k=3)]
     finally:
-        service.end(signal.SIGTERM)
+        service.stop()
 
 
 def test_the_process_listens_here_alone_and_logs_no_token_and_no_user(folder, tmp_path):
-    service = Service(folder, tmp_path / "users.sqlite", ELASTIC_HF_TOKEN="s3cret")
+    service = Service(folder, tmp_path / "users.sqlite", OMP_NUM_THREADS="1", ELASTIC_HF_TOKEN="s3cret")
     try:
         assert service.host == "127.0.0.1"
         connection = service.connect()
@@ -449,6 +420,6 @@ def test_the_process_listens_here_alone_and_logs_no_token_and_no_user(folder, tm
             answer.read()
             assert answer.status == status
     finally:
-        service.end(signal.SIGTERM)
+        service.stop()
     log = "".join(service.log)
     assert "Application shutdown complete" in log and not re.search("s3cret|other|somebody", log)
