@@ -63,9 +63,12 @@ class Service:
         return self.process.returncode
 
 
-def ask(connection: http.client.HTTPConnection, method: str, path: str, body: dict | None = None) -> tuple[int, bytes]:
+def ask(
+    connection: http.client.HTTPConnection, method: str, path: str, body: dict | None = None, token: str | None = None
+) -> tuple[int, bytes]:
     """Send a request and return the status and the body of the answer."""
-    connection.request(method, path, None if body is None else json.dumps(body), JSON)
+    headers = JSON if token is None else {**JSON, "Authorization": f"Bearer {token}"}
+    connection.request(method, path, None if body is None else json.dumps(body), headers)
     answer = connection.getresponse()
     return answer.status, answer.read()
 
