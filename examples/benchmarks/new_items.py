@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import set_seed
 
@@ -158,10 +159,11 @@ def main(argv: list[str]) -> None:
         results["features, trained items"] = {"trained": hits(features, known_targets, data_args)}
         config = settings_of(features.model.config)
         token_ids = features.model.add_items(features.processing_class, data.new)
-        id_embeddings = features.model.get_input_embeddings().weight.data
-        borrowed = id_embeddings[token_ids].clone()
+        id_embeddings = features.model.get_input_embeddings().weight
+        borrowed = id_embeddings[token_ids].detach()
         for scale in args.id_scales:
-            id_embeddings[token_ids] = scale * borrowed
+            with torch.no_grad():
+                id_embeddings[token_ids] = scale * borrowed
             results[f"features, all items, id_scale {scale:g}"] = {"all": hits(features, test, data_args)}
     for found in results.values():
         if "all" in found:
