@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "(.+)"', source).group(1)
 
 faiss = ["faiss-cpu>=1.12"]
 onnx = ["onnx>=1.20", "onnxruntime>=1.24", "onnxscript>=0.6"]
-ray = ["ray[data,train]>=2.60"]
+ray = ["ray[data,serve,train]>=2.60"]
 serve = ["fastapi>=0.120", "prometheus-client>=0.21", "redis>=6", "uvicorn>=0.30"]
 tensorboard = ["tensorboard>=2.16"]
 demo = ["gradio>=6"]

@@ -6,7 +6,8 @@ Recommend for every user of a data set that is larger than memory, with a pool o
 
 The input is a file, or a folder of files, of Parquet or CSV: histories (`user_id`, `item_ids` and, for a model that
 reads times, `timestamps`, a row for each user) or interactions (user, item, timestamp), which are grouped by user on
-the way. Text is read with a header and divided by commas (tabs in `.tsv`); the ids of its users stay text.
+the way. A model that reads features of events finds them in the columns of their names, lists of histories as well.
+Text is read with a header and divided by commas (tabs in `.tsv`); the ids of its users stay text.
 
 Users are divided into partitions by a hash of their ids. Each partition is scored by one worker and becomes one
 file, `part-00007.parquet`, with the rows that `elastic-hf recommend` writes: `user_id`, `rank`, `item_id`, `score`. It
@@ -37,7 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import transformers
 from tqdm.auto import tqdm
-from transformers import pipeline
+from transformers import AutoConfig, pipeline
 from transformers.hf_argparser import string_to_bool
 
 from elastic_hf.commands.recommend import recommend_for_users, recommendations_schema
@@ -67,11 +68,13 @@ def load_model(settings: dict[str, Any], device: str) -> SequentialRecommendatio
 
 
 def digest_model(recommend: SequentialRecommendationPipeline) -> str:
-    """Return a digest of all that recommendations depend on: weights, configuration, items and length."""
+    """Return a digest of all that recommendations depend on: weights, configuration, items, length and events."""
     model, tokenizer = recommend.model, recommend.tokenizer
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith(("_", "transformers"))}
     weights = digest_weights(model, model.state_dict().values())
     parts = [weights, config, tokenizer.items.to_pylist(), tokenizer.model_max_length]
+    if tokenizer.event_columns:
+        parts.append(tokenizer.event_columns)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -167,9 +170,6 @@ def prepare(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     if Path(args.model).exists():  # workers may have another working directory
         settings["model"] = str(Path(args.model).absolute())
     recommend = load_model(settings, "cpu")
-    if recommend.model.config.event_features:
-        features = ", ".join(recommend.model.config.event_features)
-        raise ValueError(f"model must read no features of events here, found one that reads {features}")
     output, states = Path(args.output).absolute(), None
     earlier = read_json(output / SETTINGS_FILE) if (output / SETTINGS_FILE).exists() else {}
     settings |= {"output": str(output), "states": None, "now": _moment(args.now, earlier, recommend, source)}
@@ -293,7 +293,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     roles = {"user": args.user_column, "item": args.item_column, "timestamp": args.timestamp_column}
-    source = find_source(args.input, {role: name for role, name in roles.items() if name is not None})
+    config = AutoConfig.from_pretrained(args.model, revision=args.revision)
+    names = {role: name for role, name in roles.items() if name is not None}
+    source = find_source(args.input, names, tuple(config.event_features))
     for field in ("output", "states"):
         if getattr(args, field) is not None:
             make_folder(getattr(args, field), field)

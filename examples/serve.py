@@ -8,7 +8,8 @@ or Redis, however long the history.
         -d '{"events": [{"user": "ada", "item": "sku 17", "event_id": "order 1"}]}'
     curl localhost:8000/recommendations/ada?top_k=3
 
-    POST /events                    appends events: user, item, event_id and, for a model that reads times, timestamp
+    POST /events                    appends events: user, item, event_id and, for a model that reads them, timestamp
+                                    and the features of events, null where one is not known
     GET  /recommendations/{user}    recommends to a user whose events it has; top_k, now
     POST /recommendations           recommends from histories in the request, as an Inference Endpoint does
     GET  /healthz                   200 if the store can be read
@@ -40,7 +41,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, create_model
 from starlette.exceptions import HTTPException
 from transformers import pipeline
 
@@ -76,9 +77,27 @@ class EventBody(BaseModel):
     timestamp: Seconds | None = None
 
 
-class EventsBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    events: list[EventBody] = Field(min_length=1, max_length=MAX_EVENTS)
+def make_events_body(feature_names: list[str]) -> type[BaseModel]:
+    """Return the body of events of which each has these features, too.
+
+    Raises:
+        ValueError: if a feature has the name of another field.
+    """
+    taken = [name for name in feature_names if name in EventBody.model_fields]
+    if taken:
+        raise ValueError(f"event_features must not be called {', '.join(EventBody.model_fields)}, found {taken[0]!r}")
+    # Names of columns need not be names of Python. What their values may be is the tokenizer's to say.
+    fields: dict[str, Any] = {f"feature_{i}": (Any, Field(alias=name)) for i, name in enumerate(feature_names)}
+    event_body = create_model("EventBody", __base__=EventBody, **fields)
+    events = (list[event_body], Field(min_length=1, max_length=MAX_EVENTS))
+    return create_model("EventsBody", __config__=ConfigDict(extra="forbid"), events=events)
+
+
+def to_event(body: EventBody) -> Event:
+    """Return what a body says."""
+    given = body.model_dump(by_alias=True)
+    fields = {name: given.pop(name) for name in EventBody.model_fields}
+    return Event(**fields, features=given)
 
 
 class Metrics:
@@ -171,8 +190,12 @@ def create_app(recommender: Recommender, token: str | None = None) -> FastAPI:
     Args:
         recommender ([`Recommender`]).
         token (`str`, *optional*): what requests must bring.
+
+    Raises:
+        ValueError: as [`make_events_body`].
     """
     metrics = Metrics()
+    EventsBody = make_events_body(recommender.feature_names)
     executor = ThreadPoolExecutor(1, "model")  # the model works on one batch at a time, with all its threads
 
     def append(requests: list[list[Event]]) -> list[list[str | ValueError]]:
@@ -209,7 +232,7 @@ def create_app(recommender: Recommender, token: str | None = None) -> FastAPI:
 
     @app.post("/events")
     async def post_events(body: EventsBody) -> JSONResponse:
-        events = [Event(**event.model_dump()) for event in body.events]
+        events = [to_event(event) for event in body.events]
         outcomes = await appends(events)
         rows, status = [], 200
         for event, outcome in zip(events, outcomes, strict=True):

@@ -13,6 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from elastic_hf.data.columns import ColumnRequest, Columns, check_columns
+from elastic_hf.data.encoding import decode_events
 from elastic_hf.data.interactions import (
     drop_duplicates,
     encode_rows,
@@ -29,7 +30,7 @@ ROWS_PER_BATCH, HISTORIES_PER_BATCH = 65_536, 1_024
 
 @dataclass
 class Source:
-    """The files of the input and what their columns mean; histories have no `columns.item`."""
+    """The files of the input and what their columns mean; histories have no `columns.item`, and lists of events."""
 
     paths: list[Path]
     columns: Columns
@@ -44,10 +45,16 @@ class Source:
         return sum(path.stat().st_size for path in self.paths)
 
     @property
+    def lists(self) -> list[str]:
+        """The columns that hold a list for each user."""
+        if not self.is_histories:
+            return []
+        return ["item_ids", *(["timestamps"] if self.has_timestamps else []), *self.columns.events]
+
+    @property
     def names(self) -> list[str]:
         """The columns that are read."""
-        lists = ["item_ids", *(["timestamps"] if self.has_timestamps else [])]
-        return self.columns.wanted() + (lists if self.is_histories else [])
+        return [*dict.fromkeys([*self.columns.wanted(), *self.lists])]
 
     def describe(self) -> dict[str, Any]:
         """Return what tells this input from another one, or from its files before they changed."""
@@ -78,8 +85,9 @@ class Source:
         return pieces
 
 
-def find_source(source: str, names: dict[str, str]) -> Source:
-    """Return the files of a file or folder, with the columns that `names` gives by their role or that are recognised.
+def find_source(source: str, names: dict[str, str], events: tuple[str, ...] = ()) -> Source:
+    """Return the files of a file or folder, with the columns that `names` gives by their role or that are recognised,
+    and those of features of events.
 
     Raises:
         ValueError: if there is no such file, there are files of two kinds, or a column is missing.
@@ -96,10 +104,10 @@ def find_source(source: str, names: dict[str, str]) -> Source:
         )
     first = _schema_of(paths[0])
     if "item_ids" in first.names and "item" not in names:
-        request = ColumnRequest({role: name for role, name in names.items() if role == "user"}, ("user",))
+        request = ColumnRequest({role: name for role, name in names.items() if role == "user"}, ("user",), events)
         source = Source(paths, request.find(first.names, paths[0]), "timestamps" in first.names)
     else:
-        source = Source(paths, ColumnRequest(names).find(first.names, paths[0]), True)
+        source = Source(paths, ColumnRequest(names, events=events).find(first.names, paths[0]), True)
     for path in paths[1:]:
         schema = _schema_of(path)
         check_columns(schema.names, source.names, path)
@@ -142,9 +150,10 @@ def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[
         def position(row: int, first_row: int = first_row) -> str:
             return f"row {first_row + row + 1}"
 
-        rows = check_rows(table, source.columns, path, position)
+        columns = source.columns._replace(events=()) if source.is_histories else source.columns
+        rows = check_rows(table, columns, path, position)
         if source.is_histories:
-            for name in source.names[1:]:
+            for name in source.lists:
                 if table[name].null_count:
                     raise ValueError(f"{path}: {name} must be lists, found {table[name].null_count} nulls")
                 rows = rows.append_column(name, table[name])
@@ -188,7 +197,7 @@ def partition_of(users: pa.ChunkedArray, num_partitions: int) -> np.ndarray:
 
 def histories_of(rows: pa.Table, partition: int) -> pa.Table:
     """Return the histories of the users of a partition, in the order of their ids: `user_id`, `item_ids` and, where
-    there is time, `timestamps`.
+    there are any, `timestamps` and features of events.
 
     Raises:
         ValueError: if a user has two rows of histories.
@@ -201,13 +210,10 @@ def histories_of(rows: pa.Table, partition: int) -> pa.Table:
         warn_of_duplicates(drop_duplicates(interactions))
         offsets = pa.array(np.concatenate([[0], np.cumsum(np.bincount(interactions.users))]), pa.int32())
         items = interactions.item_ids.take(pa.array(interactions.items))
-        return pa.table(
-            {
-                "user_id": interactions.user_ids,
-                "item_ids": pa.ListArray.from_arrays(offsets, items),
-                "timestamps": pa.ListArray.from_arrays(offsets, pa.array(interactions.timestamps)),
-            }
-        )
+        events = {"item_ids": items, "timestamps": pa.array(interactions.timestamps)}
+        events |= {name: decode_events(values) for name, values in interactions.events.items()}
+        lists = {name: pa.ListArray.from_arrays(offsets, values) for name, values in events.items()}
+        return pa.table({"user_id": interactions.user_ids, **lists})
     rows = rows.rename_columns({"user": "user_id"}).sort_by("user_id")
     users = rows["user_id"]
     repeated = pc.equal(users[1:], users[:-1])
@@ -216,4 +222,4 @@ def histories_of(rows: pa.Table, partition: int) -> pa.Table:
         raise ValueError(f"partition {partition}: histories must be of distinct users, found {user!r} more than once")
     if pa.types.is_large_string(users.type):
         rows = rows.set_column(rows.column_names.index("user_id"), "user_id", users.cast(pa.string()))
-    return rows.select([name for name in ("user_id", "item_ids", "timestamps") if name in rows.column_names])
+    return rows.drop_columns(["position", "partition"])

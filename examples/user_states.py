@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from elastic_hf import ElasticCache
-from elastic_hf.commands.recommend import recommend_for_users, recommendations_schema, to_rows
+from elastic_hf.commands.recommend import recommend_for_users, recommendations_schema, to_rows, whole_histories
 from elastic_hf.models.catalogue import CatalogueQuery
 from elastic_hf.models.item_tokenizer import NUM_SPECIAL_TOKENS
 from elastic_hf.models.pipeline import SequentialRecommendationPipeline
@@ -137,7 +137,8 @@ class UserStates:
 
         Args:
             states (`pyarrow.Table`): Of n users.
-            events (`pyarrow.Table`): Of the same users, in the same order: `user_id`, `item_ids` and `timestamps`.
+            events (`pyarrow.Table`): Of the same users, in the same order: `user_id`, `item_ids`, `timestamps` and
+                the features of events that the model reads.
             writer (`pyarrow.parquet.ParquetWriter`): Of the next states.
 
         Raises:
@@ -170,16 +171,19 @@ class UserStates:
             for old, new in zip(states["seen"].to_pylist(), token_ids, strict=True)
         ]
         seen_ids = _pad([torch.as_tensor(row, dtype=torch.long) for row in seen]).to(device)
-        times = {}
-        if self.model.config.use_timestamps:
-            times["timestamps"] = _pad([row["timestamps"][0] for row in inputs]).to(device)
-            times["request_timestamps"] = torch.cat([row["now"] for row in inputs]).to(device)
+        given = {
+            name: _pad([row[name][0] for row in inputs]).to(device)
+            for name in ("timestamps", "event_features")
+            if name in inputs[0]
+        }
+        if "now" in inputs[0]:
+            given["request_timestamps"] = torch.cat([row["now"] for row in inputs]).to(device)
         outputs = self.model(
             _pad(token_ids).to(device),
             cache=self._to_cache(states).to(device),
             use_cache=True,
             query=CatalogueQuery(top_k, seen_ids, exclude_seen=self.settings["exclude_seen"]),
-            **times,
+            **given,
         )
         num_left = (outputs.token_ids >= 0).sum(dim=1).cpu()
         if num_left.min() < top_k:
@@ -206,13 +210,7 @@ class UserStates:
 
     def _to_inputs(self, events: pa.Table) -> list[dict[str, torch.Tensor]]:
         """The pipeline's inputs of each user: whatever is left to recommend is known only with the state."""
-        histories = events["item_ids"].to_pylist()
-        if self.model.config.use_timestamps:
-            times = events["timestamps"].to_pylist()
-            histories = [
-                {"history": items, "timestamps": row, "now": self.settings["now"]}
-                for items, row in zip(histories, times, strict=True)
-            ]
+        histories = whole_histories(self.recommend, events, self.settings["now"])
         unknown = self.settings["unknown"]
         return [
             self.recommend.preprocess(numbered, 1, exclude_seen=False, unknown=unknown, fallback="popularity")

@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from huggingface_hub import constants
 
 from hub_server import HubServer
-from redis_server import redis_server
+from servers import redis_server
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -33,14 +34,20 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
+@pytest.fixture
+def redis_url():
+    """The URL of an empty Redis server."""
+    pytest.importorskip("redis")
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs the program redis-server, as in Debian's package of that name")
+    with redis_server() as url:
+        yield url
+
+
 @pytest.fixture(params=["sqlite", "redis"])
 def store_name(request, tmp_path):
     """The name of an empty store of users' states."""
-    if request.param == "sqlite":
-        yield str(tmp_path / "users.sqlite")
-    else:
-        with redis_server() as url:
-            yield url
+    return str(tmp_path / "users.sqlite") if request.param == "sqlite" else request.getfixturevalue("redis_url")
 
 
 @pytest.fixture(scope="session")

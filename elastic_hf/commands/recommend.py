@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -150,6 +151,15 @@ def recommend_for_users(
     if input_ids is not None:
         outputs = recommend.forward({"input_ids": input_ids}, **recommend._forward_params)
         return to_rows(recommend, users["user_id"], outputs["token_ids"], outputs["scores"], schema)
+    histories = whole_histories(recommend, users, now)
+    recommended = recommend(histories, batch_size=len(histories))
+    return pa.Table.from_pylist([*rows_of(users["user_id"].to_pylist(), recommended)], schema)
+
+
+def whole_histories(
+    recommend: SequentialRecommendationPipeline, users: pa.Table, now: float | None
+) -> list[dict[str, Any]]:
+    """Return the histories of users, see [`recommend_for_users`], with all that the pipeline's model reads of them."""
     config = recommend.model.config
     columns = {"history": users["item_ids"].to_pylist()}
     columns |= {name: users[name].to_pylist() for name in config.event_features}
@@ -157,9 +167,7 @@ def recommend_for_users(
         has_times = "timestamps" in users.column_names
         columns["timestamps"] = users["timestamps"].to_pylist() if has_times else [None] * len(users)
         columns["now"] = [now] * len(users)
-    histories = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    recommended = recommend(histories, batch_size=len(histories))
-    return pa.Table.from_pylist([*rows_of(users["user_id"].to_pylist(), recommended)], schema)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def plain_histories(recommend: SequentialRecommendationPipeline, users: pa.Table) -> torch.Tensor | None:

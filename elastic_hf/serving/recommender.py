@@ -7,9 +7,10 @@ each request: a model that reads times is told how long ago it was.
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..models.catalogue import CatalogueQuery
 from ..models.event_time import UNKNOWN
 from ..models.pipeline import SequentialRecommendationPipeline
 from .stores import RedisStore, SQLiteStore
-from .user_state import UserState, event_number
+from .user_state import EventTensors, UserState, event_number
 
 
 MAX_EVENTS_OF_USER = 100_000
@@ -46,12 +47,15 @@ class Event:
         item (`str` or `int`): an item id.
         event_id (`str`): names the event among those of its user. Sent again, it counts once.
         timestamp (`float`, *optional*): Unix seconds, for a model with `use_timestamps`, and for no other.
+        features (`dict[str, Any]`, *optional*):
+            For a model with `event_features` the value of each of these event columns, None where it is not known.
     """
 
     user: str
     item: str | int
     event_id: str
     timestamp: float | None = None
+    features: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,19 +85,17 @@ class Recommender:
         store ([`SQLiteStore`] or [`RedisStore`]): where the states are.
 
     Raises:
-        ValueError: if the model keeps no states, or reads features of events.
+        ValueError: if the model keeps no states.
     """
 
     def __init__(self, pipeline: SequentialRecommendationPipeline, store: SQLiteStore | RedisStore) -> None:
         self.model = pipeline.model
         if not self.model.supports_cache:
             raise ValueError(f"model must keep states of users, found {type(self.model).__name__}, which keeps none")
-        if self.model.config.event_features:
-            found = ", ".join(self.model.config.event_features)
-            raise ValueError(f"model must read no features of events, which this service does not keep, found {found}")
         self.pipeline = pipeline
         self.store = store
         self.uses_timestamps = self.model.config.use_timestamps
+        self.feature_names = [*self.model.config.event_features]
 
     @torch.inference_mode()
     def append(self, events: list[Event]) -> list[str | ValueError]:
@@ -113,6 +115,7 @@ class Recommender:
             StoreUnavailable: if the store cannot be used.
         """
         token_ids = self.pipeline.tokenizer.convert_tokens_to_ids([event.item for event in events])
+        features = self._encode_features(events)
         by_user: dict[str, list[int]] = {}
         for index, event in enumerate(events):
             by_user.setdefault(event.user, []).append(index)
@@ -127,19 +130,18 @@ class Recommender:
                 except StateError as error:
                     outcomes.update(dict.fromkeys(indices, error))
                     continue
-                of_user = [(events[index], token_ids[index]) for index in indices]
-                checked = self._check(state, of_user)
+                checked = self._check(state, [(events[i], token_ids[i], features[i]) for i in indices])
                 outcomes.update(zip(indices, checked, strict=True))
-                appended = [pair for pair, outcome in zip(of_user, checked, strict=True) if outcome == APPENDED]
+                appended = [i for i, outcome in zip(indices, checked, strict=True) if outcome == APPENDED]
                 if appended:
-                    states[user] = state
-                    unread.append(
-                        state.append(
-                            [token_id for _, token_id in appended],
-                            [UNKNOWN if event.timestamp is None else event.timestamp for event, _ in appended],
-                            [event_number(event.event_id) for event, _ in appended],
-                        )
+                    times = [events[i].timestamp for i in appended]
+                    tensors = EventTensors(
+                        torch.tensor([token_ids[i] for i in appended]),
+                        torch.tensor([UNKNOWN if time is None else time for time in times], dtype=torch.double),
+                        torch.stack([features[i] for i in appended]),
                     )
+                    states[user] = state
+                    unread.append(state.append(tensors, [event_number(events[i].event_id) for i in appended]))
             self._read([*states.values()], unread)
             return {user: state.to_bytes() for user, state in states.items()}
 
@@ -186,7 +188,8 @@ class Recommender:
     def _state(self, user: str, stored: bytes | None, digest: str) -> UserState:
         """Return the state of a user from the bytes that are stored, if any; `digest` is the model's."""
         if stored is None:
-            return UserState(ElasticCache.empty(self.model, 1).to("cpu"))
+            nothing = torch.empty(0, len(self.feature_names))
+            return UserState(ElasticCache.empty(self.model, 1).to("cpu"), latest_features=nothing)
         try:
             state = UserState.from_bytes(stored)
             state.cache.check(self.model.base_model, 1, digest)
@@ -194,19 +197,37 @@ class Recommender:
             raise StateError(f"the state of the user {user!r} must be one of this model: {error}") from error
         return state
 
-    def _check(self, state: UserState, events: list[tuple[Event, int]]) -> list[str | ValueError]:
-        """Return what is to become of events of one user, which come with their token ids."""
+    def _encode_features(self, events: list[Event]) -> list[Tensor | ValueError]:
+        """Return the features of each event, (F,), or why they cannot be read."""
+        names = self.feature_names
+        try:
+            for event in events:
+                if event.features.keys() != {*names}:
+                    raise ValueError(f"features must be those of the model, {names}, found {[*event.features]}")
+            if not names:
+                return [torch.empty(0)] * len(events)
+            columns = {name: [event.features[name] for event in events] for name in names}
+            return [*torch.from_numpy(self.pipeline.tokenizer.encode_events(columns))]
+        except ValueError as error:
+            half = len(events) // 2
+            halves = (events[:half], events[half:])
+            return [row for some in halves for row in self._encode_features(some)] if half else [error]
+
+    def _check(self, state: UserState, events: list[tuple[Event, int, Tensor | ValueError]]) -> list[str | ValueError]:
+        """Return what is to become of events of one user, which come with their token ids and features."""
         outcomes: list[str | ValueError] = []
-        numbers = [event_number(event.event_id) for event, _ in events]
+        numbers = [event_number(event.event_id) for event, *_ in events]
         are_stored = torch.isin(torch.tensor(numbers), state.event_numbers).tolist()
         new: set[int] = set()
         latest = max(state.latest_timestamp.tolist(), default=UNKNOWN)
-        for (event, token_id), number, is_stored in zip(events, numbers, are_stored, strict=True):
+        for (event, token_id, features), number, is_stored in zip(events, numbers, are_stored, strict=True):
             if is_stored or number in new:
                 outcomes.append(DUPLICATE)
                 continue
             try:
                 self._check_event(event, token_id, latest, len(state.event_numbers) + len(new))
+                if isinstance(features, ValueError):
+                    raise features
             except ValueError as error:
                 outcomes.append(error)
                 continue
@@ -235,22 +256,28 @@ class Recommender:
                     f"{first} to {last:.0f}, found {event.timestamp}"
                 )
 
-    def _read(self, states: list[UserState], unread: list[tuple[Tensor, Tensor]]) -> None:
-        """Read token ids and their Unix seconds, (L,) both, into the cache of each state, all in one pass."""
-        rows = [row for row, (token_ids, _) in enumerate(unread) if len(token_ids)]
+    def _inputs(self, users: list[EventTensors]) -> dict[str, Tensor]:
+        """Return what the model reads of the events of each user, padded on the left."""
+        token_ids, timestamps, features = zip(*users, strict=True)
+        pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+        inputs = {
+            "input_ids": pad_left(token_ids, padding_value=self.model.config.pad_token_id),
+            "attention_mask": pad_left([torch.ones_like(ids, dtype=torch.bool) for ids in token_ids]),
+        }
+        if self.uses_timestamps:
+            inputs["timestamps"] = pad_left(timestamps, padding_value=UNKNOWN)
+        if self.feature_names:
+            inputs["event_features"] = pad_left(features)
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def _read(self, states: list[UserState], unread: list[EventTensors]) -> None:
+        """Read events into the cache of each state, all in one pass."""
+        rows = [row for row, events in enumerate(unread) if len(events.token_ids)]
         if not rows:
             return
-        token_ids, seconds = zip(*(unread[row] for row in rows), strict=True)
-        pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
-        input_ids = pad_left(token_ids, padding_value=self.model.config.pad_token_id)
-        timestamps = pad_left(seconds, padding_value=UNKNOWN)
-        mask = pad_left([torch.ones_like(ids, dtype=torch.bool) for ids in token_ids])
-        device = self.model.device
-        cache = ElasticCache.cat([states[row].cache for row in rows]).to(device)
-        times = {"timestamps": timestamps.to(device)} if self.uses_timestamps else {}
-        cache = self.model(
-            input_ids.to(device), mask.to(device), cache=cache, use_cache=True, query=CatalogueQuery(), **times
-        ).cache.to("cpu")
+        cache = ElasticCache.cat([states[row].cache for row in rows]).to(self.model.device)
+        inputs = self._inputs([unread[row] for row in rows])
+        cache = self.model(**inputs, cache=cache, use_cache=True, query=CatalogueQuery()).cache.to("cpu")
         for i, row in enumerate(rows):
             states[row].cache = cache.select([i])
 
@@ -279,15 +306,13 @@ class Recommender:
         seen_ids = pad_sequence(
             [state.seen_ids for state in states], batch_first=True, padding_value=self.model.config.pad_token_id
         )
-        times = {}
+        inputs = self._inputs([state.latest for state in states])
         if self.uses_timestamps:
-            times["timestamps"] = torch.stack([state.latest_timestamp for state in states]).to(device)
-            times["request_timestamps"] = torch.tensor(moments, dtype=torch.double, device=device)
+            inputs["request_timestamps"] = torch.tensor(moments, dtype=torch.double, device=device)
         outputs = self.model(
-            torch.stack([state.latest_id for state in states]).to(device),
+            **inputs,
             cache=ElasticCache.cat([state.cache for state in states]).to(device),
             query=CatalogueQuery(max(request.top_k for request in requests), seen_ids.to(device)),
-            **times,
         )
         token_ids, scores = outputs.token_ids.cpu(), outputs.scores.cpu().double()
         kept = torch.arange(token_ids.shape[1]) < torch.tensor([[request.top_k] for request in requests])

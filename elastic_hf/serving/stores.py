@@ -117,13 +117,18 @@ class RedisStore:
         self.client.close()
 
 
+def is_redis(name: str) -> bool:
+    """Return whether the name of a store is a URL of Redis, and no file of SQLite."""
+    return name.startswith(("redis://", "rediss://", "unix://"))
+
+
 def open_store(name: str) -> SQLiteStore | RedisStore:
     """Return the store of a name: a URL of Redis, or else a file of SQLite.
 
     Raises:
         StoreUnavailable: if there is none to be reached.
     """
-    return RedisStore(name) if name.startswith(("redis://", "rediss://", "unix://")) else SQLiteStore(name)
+    return RedisStore(name) if is_redis(name) else SQLiteStore(name)
 
 
 def _values(users: list[str], values: list[bytes | None]) -> dict[str, bytes]:

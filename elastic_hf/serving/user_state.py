@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import safetensors
 import safetensors.numpy
@@ -13,7 +14,8 @@ from ..models.cache_elastic import TENSORS, ElasticCache
 
 
 DIGEST = "model_digest"
-OTHERS = ("latest_id", "latest_timestamp", "seen_ids", "event_numbers")
+OTHERS = ("latest_id", "latest_timestamp", "latest_features", "seen_ids", "event_numbers")
+OPTIONAL = {"last_timestamps", "latest_features"}  # of models that read times or features of events
 
 
 def pack_state(cache: ElasticCache, **others: Tensor) -> bytes:
@@ -38,11 +40,26 @@ def unpack_state(state: bytes, *others: str) -> tuple[ElasticCache, dict[str, Te
     except safetensors.SafetensorError as error:
         raise ValueError(f"a state must be bytes of safetensors, found others: {error}") from error
     names = {DIGEST, *TENSORS, *others}
-    if tensors.keys() | {"last_timestamps"} != names:
+    if not names - OPTIONAL <= tensors.keys() <= names:
         raise ValueError(f"a state must hold {', '.join(sorted(names))}, found {', '.join(sorted(tensors))}")
     digest = bytes(tensors.pop(DIGEST).tolist()).hex()
     found = {name: tensors.pop(name) for name in TENSORS if name in tensors}
     return ElasticCache(**found, model_digest=digest), tensors
+
+
+class EventTensors(NamedTuple):
+    """
+    Events of one user, oldest first.
+
+    Attributes:
+        token_ids (`torch.LongTensor` of shape `(L,)`).
+        timestamps (`torch.DoubleTensor` of shape `(L,)`): Unix seconds, -1 without times.
+        features (`torch.FloatTensor` of shape `(L, F)`): of a model with F features of events.
+    """
+
+    token_ids: Tensor
+    timestamps: Tensor
+    features: Tensor
 
 
 def _nothing(dtype: torch.dtype = torch.long) -> Tensor:
@@ -58,6 +75,7 @@ class UserState:
         cache ([`ElasticCache`]): of one user, after all events but the latest.
         latest_id (`torch.LongTensor` of shape `(1,)`, or `(0,)` before any event): token id of the latest event.
         latest_timestamp (`torch.DoubleTensor` of the same shape): its Unix seconds, -1 without times.
+        latest_features (`torch.FloatTensor` of shape `(1, F)` or `(0, F)`): its features, by default none of any.
         seen_ids (`torch.LongTensor` of shape `(num_seen,)`): token ids of all items seen, ascending.
         event_numbers (`torch.LongTensor` of shape `(num_events,)`): of all events, see [`event_number`].
     """
@@ -65,22 +83,34 @@ class UserState:
     cache: ElasticCache
     latest_id: Tensor = field(default_factory=_nothing)
     latest_timestamp: Tensor = field(default_factory=lambda: _nothing(torch.double))
+    latest_features: Tensor | None = None
     seen_ids: Tensor = field(default_factory=_nothing)
     event_numbers: Tensor = field(default_factory=_nothing)
 
-    def append(self, token_ids: list[int], seconds: list[float], event_numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Append events to all but the cache, and return what that has to read now: the token ids and the Unix
-        seconds, (num_unread,) both, of what came before the latest event and is not yet in it."""
-        ids = torch.cat([self.latest_id, torch.tensor(token_ids)])
-        timestamps = torch.cat([self.latest_timestamp, torch.tensor(seconds, dtype=torch.double)])
-        self.seen_ids = torch.cat([self.seen_ids, ids]).unique()
+    def __post_init__(self) -> None:
+        if self.latest_features is None:
+            self.latest_features = torch.empty(len(self.latest_id), 0)
+
+    @property
+    def latest(self) -> EventTensors:
+        """The latest event, if there is one."""
+        return EventTensors(self.latest_id, self.latest_timestamp, self.latest_features)
+
+    def append(self, events: EventTensors, event_numbers: list[int]) -> EventTensors:
+        """Append events to all but the cache, and return what that has to read now: the events that came before the
+        latest one and are not yet in it."""
+        events = EventTensors(*(torch.cat(pair) for pair in zip(self.latest, events, strict=True)))
+        self.seen_ids = torch.cat([self.seen_ids, events.token_ids]).unique()
         self.event_numbers = torch.cat([self.event_numbers, torch.tensor(event_numbers)])
-        self.latest_id, self.latest_timestamp = ids[-1:].clone(), timestamps[-1:].clone()
-        return ids[:-1], timestamps[:-1]
+        self.latest_id, self.latest_timestamp, self.latest_features = (tensor[-1:].clone() for tensor in events)
+        return EventTensors(*(tensor[:-1] for tensor in events))
 
     def to_bytes(self) -> bytes:
         """Return what a store keeps."""
-        return pack_state(self.cache, **{name: getattr(self, name) for name in OTHERS})
+        others = {name: getattr(self, name) for name in OTHERS}
+        if self.latest_features.shape[1] == 0:
+            del others["latest_features"]
+        return pack_state(self.cache, **others)
 
     @classmethod
     def from_bytes(cls, state: bytes) -> "UserState":

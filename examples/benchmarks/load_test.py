@@ -1,71 +1,49 @@
 """Measure the service: requests per second, and what a client waits, by the number of clients.
 
-python examples/benchmarks/load_test.py                                       # three levels, the last for ten minutes
-python examples/benchmarks/load_test.py --store redis://localhost:6379/0      # states in Redis
+python examples/benchmarks/load_test.py                         # three levels of each store, the last for ten minutes
+python examples/benchmarks/load_test.py --seconds 20 20 20      # a minute for each store
 
-`serve.py` runs in a process of its own, with a model of random weights and the default sizes. Each client sends one
-request after the other over one connection, half of them an event of a random user and half a request for ten
-recommendations; nobody waits in between. The clients are threads of this process, on the same machine: they take their
-share of its processors. Writes `results/benchmark-service.json`, or `benchmark-service-redis.json`; any answer but 200
-counts as an error.
+`serve.py` runs in a process of its own for each store of states, with a model of random weights and the default
+sizes: with SQLite, and with a Redis server that this program starts. Both have on the disk what they acknowledge. Each
+client sends one request after the other over one connection, half of them an event of a random user and half a request
+for ten recommendations; nobody waits in between. The stores take turns, level by level. The clients are threads of
+this process, on the same machine: they take their share of its processors. Writes `results/benchmark-service.json`;
+any answer but 200 counts as an error.
 """
 
 import argparse
 import http.client
 import json
-import os
 import random
-import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from elastic_hf import ElasticItemTokenizer
-from run_benchmark import EXAMPLES, RESULTS, make_model, report, setting
+from run_benchmark import RESULTS, make_model, report, setting
+from servers import Service, ask, redis_server
 
 
-JSON = {"Content-Type": "application/json"}
+STORES = ("SQLite", "Redis")
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")  # options of Redis: on the disk, as SQLite
 EVENTS_PER_REQUEST = 1_000  # while histories are made
 SAMPLES = 20  # of the service's memory, in each level
 
 
-class Service:
-    """`serve.py` in a process of its own, on a free port."""
-
-    def __init__(self, folder: Path, store: str) -> None:
-        command = [sys.executable, EXAMPLES / "serve.py", "--model_name_or_path", folder, "--store", store]
-        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-        self.process = subprocess.Popen(
-            [*map(str, command), "--port", "0"], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        self.port = next(
-            int(found[1]) for line in self.process.stderr if (found := re.search(r"http://.*:(\d+)", line))
-        )
-
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-
-    def resident_bytes(self) -> int:
-        """Return the memory that the service holds, by its own account."""
-        status, body = ask(self.connect(), "GET", "/metrics")
-        return int(float(re.search(r"^process_resident_memory_bytes (\S+)$", body.decode(), flags=re.MULTILINE)[1]))
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.communicate()
-
-
-def ask(connection: http.client.HTTPConnection, method: str, path: str, body: dict | None = None) -> tuple[int, bytes]:
-    """Send a request and return the status and the body of the answer."""
-    connection.request(method, path, None if body is None else json.dumps(body), JSON)
-    answer = connection.getresponse()
-    return answer.status, answer.read()
+@contextmanager
+def start_service(store: str, folder: Path) -> Iterator[Service]:
+    """Yield a service of the model of a folder, whose states are in a new store of one of the `STORES`."""
+    with ExitStack() as stack:
+        name = str(folder / "users.sqlite") if store == "SQLite" else stack.enter_context(redis_server(*DURABLE))
+        service = Service(folder, name)
+        stack.callback(service.stop)
+        yield service
 
 
 def make_histories(service: Service, args: argparse.Namespace) -> None:
@@ -116,20 +94,20 @@ class Client(threading.Thread):
                 self.errors.append(f"{status}: {body[:200]!r}")
 
 
-def measure(service: Service, num_clients: int, seconds: float, args: argparse.Namespace) -> dict:
+def measure(store: str, service: Service, num_clients: int, seconds: float, args: argparse.Namespace) -> dict:
     """Let clients ask for some seconds, and return what they and the service say."""
     start = time.monotonic()
     clients = [Client(f"{num_clients}.{i}", service, start + seconds, args) for i in range(num_clients)]
     for client in clients:
         client.start()
     resident = []
-    for _ in tqdm(range(SAMPLES), desc=f"{num_clients} clients"):
+    for _ in tqdm(range(SAMPLES), desc=f"{store}, {num_clients} clients"):
         time.sleep(seconds / SAMPLES)
         resident.append(service.resident_bytes())
     for client in clients:
         client.join()
     elapsed = time.monotonic() - start
-    row = {"clients": num_clients, "seconds": elapsed, "resident_bytes": resident}
+    row = {"store": store, "clients": num_clients, "seconds": elapsed, "resident_bytes": resident}
     errors = [error for client in clients for error in client.errors]
     row |= {"errors": len(errors), "first_errors": errors[:3]}
     for kind in ("events", "recommendations"):
@@ -149,27 +127,25 @@ def main() -> None:
     parser.add_argument("--num_users", type=int, default=10_000, help="Users.")
     parser.add_argument("--history_length", type=int, default=50, help="Events of each user before the first level.")
     parser.add_argument("--num_items", type=int, default=10_000, help="Items of the catalogue.")
-    parser.add_argument("--store", help="File or URL; a file in a temporary folder by default.")
+    parser.add_argument("--stores", nargs="+", choices=STORES, default=STORES, help="Where the states are.")
     parser.add_argument("--output", type=Path, help="JSON file; one of results here by default.")
     args = parser.parse_args()
     if len(args.seconds) != len(args.clients):
         raise ValueError(f"seconds must be {len(args.clients)} numbers, one for each level, found {len(args.seconds)}")
     args.subject, args.dtype = "service", "float32"
     results = {**setting(args), "num_users": args.num_users, "num_items": args.num_items}
-    is_redis = args.store is not None and "://" in args.store
-    results |= {"history_length": args.history_length, "store": "Redis" if is_redis else "SQLite", "rows": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    results |= {"history_length": args.history_length, "rows": []}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         make_model("elastic", 0, args.num_items).save_pretrained(folder)
         ElasticItemTokenizer.from_items(range(args.num_items), model_max_length=200).save_pretrained(folder)
-        service = Service(folder, args.store or str(folder / "users.sqlite"))
-        try:
+        services = {store: stack.enter_context(start_service(store, folder)) for store in args.stores}
+        for service in services.values():
             make_histories(service, args)
-            for num_clients, seconds in zip(args.clients, args.seconds, strict=True):
-                results["rows"].append(measure(service, num_clients, seconds, args))
-        finally:
-            service.stop()
-    report(args.output or RESULTS / f"benchmark-service{'-redis' if is_redis else ''}.json", results)
+        for num_clients, seconds in zip(args.clients, args.seconds, strict=True):
+            for store, service in services.items():
+                results["rows"].append(measure(store, service, num_clients, seconds, args))
+    report(args.output or RESULTS / "benchmark-service.json", results)
 
 
 if __name__ == "__main__":

@@ -433,16 +433,12 @@ def added_items() -> str:
 def service() -> str:
     """What clients of the service wait, by their number."""
     rows = []
-    for name in ("service", "service-redis"):
-        results = benchmark(name)
-        for row in results["rows"]:
-            line = [results["store"], str(row["clients"]), f"{row['seconds'] / 60:.1f}"]
-            line += [f"{row['requests_per_second']:,.0f}"]
-            line += [
-                f"{1e3 * row[kind][f'p{p}_seconds']:.1f}" for kind in ("events", "recommendations") for p in (50, 99)
-            ]
-            first, last = (row["resident_bytes"][i] / 1e6 for i in (0, -1))
-            rows.append([*line, str(row["errors"]), f"{first:.0f}", f"{last:.0f}"])
+    for row in benchmark("service")["rows"]:
+        line = [row["store"], str(row["clients"]), f"{row['seconds'] / 60:.1f}", f"{row['requests_per_second']:,.0f}"]
+        waited = [row[kind][f"p{p}_seconds"] for kind in ("events", "recommendations") for p in (50, 99)]
+        first, last = (row["resident_bytes"][i] / 1e6 for i in (0, -1))
+        line += [*(f"{1e3 * seconds:.1f}" for seconds in waited), str(row["errors"])]
+        rows.append([*line, f"{first:.0f}", f"{last:.0f}"])
     header = ["states in", "clients", "minutes", "requests per second", "events, p50 (ms)", "p99 (ms)"]
     header += ["recommendations, p50 (ms)", "p99 (ms)", "errors", "memory at first (MB)", "at last (MB)"]
     return table(header, rows) if rows else NOT_MEASURED
@@ -592,7 +588,6 @@ def hardware(variant: str = "") -> str:
         "memory-bank",
         "catalogue",
         "service",
-        "service-redis",
         "scoring",
         "distributed",
     ):

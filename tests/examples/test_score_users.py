@@ -24,10 +24,14 @@ from user_histories import find_source, partition_of
 NUM_ITEMS, TOP_K, NUM_PARTITIONS = 97, 5, 7
 
 
-def save(folder, **changes):
-    elastic_model(vocab_size=NUM_ITEMS + 3, **changes).save_pretrained(folder)
+def save(folder, events=None, **changes):
+    """Save a model of random weights, which reads what `events` hold, and return its folder."""
     items = pl.DataFrame({"item_id": range(NUM_ITEMS), "count": range(NUM_ITEMS)})
-    ElasticItemTokenizer.from_items(items, model_max_length=200).save_pretrained(folder)
+    events = None if events is None else Dataset.from_dict(events)
+    tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=200, events=events)
+    tokenizer.save_pretrained(folder)
+    model = elastic_model(vocab_size=NUM_ITEMS + 3, event_features=tokenizer.event_features, **changes)
+    model.save_pretrained(folder)
     return str(folder)
 
 
@@ -41,9 +45,19 @@ def timed(tmp_path_factory):
     return save(tmp_path_factory.mktemp("timed"), use_timestamps=True)
 
 
+# Of the values in the log some are of no category that was trained on, and "true" is one of strings.
+LOG = {"action": [["buy", "true"]], "is_gift": [[True, False]], "price": [[1.5, 4.0]], "rating": [[1, 2, 3]]}
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("rated"), LOG, use_timestamps=True)
+
+
 @pytest.fixture(scope="module")
 def events():
-    """Interactions of 40 users in random order, with many equal times and some rows that repeat another."""
+    """Interactions of 40 users in random order, with many equal times and some rows that repeat another, and what is
+    known of each."""
     generator = np.random.default_rng(0)
     rows = [
         (user, int(generator.integers(NUM_ITEMS)), int(1e9 + 1000 * generator.integers(20)))
@@ -52,7 +66,14 @@ def events():
     ]
     rows += rows[:3]
     generator.shuffle(rows)
-    return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    of_item = {
+        "action": [("buy", "view", "true", None)[item % 4] for item in frame["item_id"]],
+        "is_gift": [(True, None, False)[item % 3] for item in frame["item_id"]],
+        "price": [None if item % 7 == 0 else item / 8 for item in frame["item_id"]],
+        "rating": [(1, 2, None, 3, 9)[item % 5] for item in frame["item_id"]],
+    }
+    return frame.with_columns(**{name: pl.Series(values) for name, values in of_item.items()})
 
 
 @pytest.fixture
@@ -105,22 +126,26 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.glob("part-*.parquet")}
 
 
-def test_every_form_of_input_gives_what_recommend_does(shop, events, model, here, run, tmp_path):
+@pytest.mark.parametrize("kind", ["model", "rated"])
+def test_every_form_of_input_gives_what_recommend_does(kind, shop, events, here, run, tmp_path, request):
     """Interactions as Parquet, as CSV in two files, whose users are text, and whole histories; several batches."""
-    wanted = expected(shop, model, tmp_path)
+    model, now, columns = request.getfixturevalue(kind), [], []
+    if kind == "rated":
+        now, columns = ["--now", "1.1e9"], [*LOG]
+    wanted = expected(shop, model, tmp_path, *now)
     assert wanted["user_id"].n_unique() == 40
-    same(run(shop, model, "--batch_size", "3"), wanted)
+    same(run(shop, model, "--batch_size", "3", *now), wanted)
     assert sorted(file.name for file in (tmp_path / "scored").glob("part*")) == [
         f"part-{number:05}.parquet" for number in range(NUM_PARTITIONS)
     ]
     (tmp_path / "folder").mkdir()
     events[:200].write_csv(tmp_path / "folder" / "1.csv")
     events[200:].write_csv(tmp_path / "folder" / "2.csv")
-    found = run(tmp_path / "folder", model, output="of csv")
+    found = run(tmp_path / "folder", model, *now, output="of csv")
     same(found.with_columns(pl.col("user_id").cast(pl.Int64)).sort("user_id", "rank"), wanted)
-    histories = load_histories(str(shop), k_core=0, split="none", cache_dir=tmp_path / "cache").histories["train"]
-    histories.to_parquet(tmp_path / "histories.parquet")
-    same(run(tmp_path / "histories.parquet", model, output="of histories"), wanted)
+    loaded = load_histories(str(shop), event_columns=columns, k_core=0, split="none", cache_dir=tmp_path / "cache")
+    loaded.histories["train"].to_parquet(tmp_path / "histories.parquet")
+    same(run(tmp_path / "histories.parquet", model, *now, output="of histories"), wanted)
 
 
 def test_a_model_that_reads_times(shop, timed, here, run, tmp_path):
@@ -169,7 +194,7 @@ def test_an_output_of_another_run_is_refused(shop, events, model, here, run, tmp
 
 def test_what_the_model_does_not_know(events, model, here, run, tmp_path):
     strange = pl.DataFrame({"user_id": [90, 91, 91], "item_id": [555, 555, 3], "timestamp": [1, 2, 3]})
-    pl.concat([events, strange]).write_parquet(tmp_path / "shop.parquet")
+    pl.concat([events, strange], how="diagonal").write_parquet(tmp_path / "shop.parquet")
     with pytest.raises(ValueError, match="must hold items that the model knows, found 555"):
         run(tmp_path / "shop.parquet", model)
     more = ["--unknown", "ignore", "--fallback", "popularity"]
@@ -202,15 +227,37 @@ def test_what_is_wrong_is_named(columns, more, message, model, here, run, tmp_pa
         run(tmp_path / "users.parquet", model, *more)
 
 
-def test_a_model_that_reads_features_of_events_is_refused(shop, here, run, tmp_path):
-    items = pl.DataFrame({"item_id": range(NUM_ITEMS), "count": range(NUM_ITEMS)})
-    rated = Dataset.from_dict({"item_ids": [[1, 2]], "rating": [["good", "bad"]]})
-    tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=200, events=rated)
-    tokenizer.save_pretrained(tmp_path / "rated")
-    model = elastic_model(vocab_size=NUM_ITEMS + 3, event_features=tokenizer.event_features)
-    model.save_pretrained(tmp_path / "rated")
-    with pytest.raises(ValueError, match="model must read no features of events here, found one that reads rating"):
-        run(shop, tmp_path / "rated")
+def test_features_of_events_that_are_refused(events, shop, rated, here, run, tmp_path):
+    """A column that is missing, values of another kind, and another number of them than items."""
+    now = ["--now", "1.1e9"]
+    events.drop("price").write_parquet(tmp_path / "without.parquet")
+    with pytest.raises(ValueError, match="without.parquet: column 'price' is missing, found"):
+        run(tmp_path / "without.parquet", rated, *now)
+    events.with_columns(rating=pl.lit("five")).write_parquet(tmp_path / "words.parquet")
+    with pytest.raises(ValueError, match="users .*: history 0: event column 'rating' must hold integers, found other"):
+        run(tmp_path / "words.parquet", rated, *now, output="words")
+    lists = {
+        "user_id": [7],
+        "item_ids": [[1, 2]],
+        "timestamps": [[5, 6]],
+        **{name: [log[0][:2]] for name, log in LOG.items()},
+    }
+    for wrong, message in (
+        ([[1.5]], "history 0 must have as many values of 'price' as items, 2, found 1"),
+        ([None], "histories.parquet: price must be lists, found 1 nulls"),
+    ):
+        pl.DataFrame({**lists, "price": wrong}).write_parquet(tmp_path / "histories.parquet")
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "histories.parquet", rated, *now, output=f"{wrong}")
+
+
+def test_an_output_of_other_categories_is_refused(shop, rated, here, run, tmp_path):
+    """Of the same weights, which take the numbers of categories alone."""
+    now = ["--now", "1.1e9"]
+    run(shop, rated, *now)
+    other = save(tmp_path / "other", {**LOG, "rating": [[1, 2, 9]]}, use_timestamps=True)
+    with pytest.raises(ValueError, match="another model: model must be '[0-9a-f]{64}', found"):
+        run(shop, other, *now)
 
 
 def test_a_row_of_text_is_named(model, here, run, tmp_path):
@@ -251,11 +298,11 @@ def days(events, tmp_path, *cuts):
         yield tmp_path / f"day{number}.parquet"
 
 
-@pytest.mark.parametrize("kind", ["model", "timed"])
+@pytest.mark.parametrize("kind", ["model", "timed", "rated"])
 def test_new_events_on_top_of_states_say_what_whole_histories_do(kind, events, shop, here, run, tmp_path, request):
     """Over three days, on each of which some users have no event and others are new."""
     model = request.getfixturevalue(kind)
-    now = ["--now", "1.1e9"] if kind == "timed" else []
+    now = ["--now", "1.1e9"] if kind != "model" else []
     wanted = expected(shop, model, tmp_path, *now)
     more = ["--states", str(tmp_path / "states"), "--batch_size", "3", *now]
     found, num_users = {}, []
@@ -373,13 +420,13 @@ class Killed(score_users.Scorer):
         super().write(histories, name)
 
 
-def test_two_workers_of_which_one_is_killed(shop, model, ray_cluster, run, tmp_path, monkeypatch):
+def test_two_workers_of_which_one_is_killed(shop, rated, ray_cluster, run, tmp_path, monkeypatch):
     """And blocks so small that each partition would be several of them, if Ray were to divide it."""
     monkeypatch.setattr(score_users, "Scorer", Killed)
     monkeypatch.setattr(score_users, "BLOCK_BYTES", 1_000)
-    found = run(shop, model, "--batch_size", "1")
+    found = run(shop, rated, "--batch_size", "1", "--now", "1.1e9")
     assert (tmp_path / "scored" / "_killed").exists()
-    same(found, expected(shop, model, tmp_path))
+    same(found, expected(shop, rated, tmp_path, "--now", "1.1e9"))
 
 
 def test_states_when_a_worker_is_killed(events, shop, model, ray_cluster, run, tmp_path, monkeypatch):

@@ -1,27 +1,25 @@
 import http.client
 import importlib.util
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
+from transformers import pipeline
 
 from elastic_hf import ElasticItemTokenizer, SequentialRecommendationPipeline
 from elastic_hf.serving.recommender import Recommender
 from elastic_hf.serving.stores import SQLiteStore, StoreUnavailable
 from elastic_hf.sharing.repository import TEMPLATES
 from factories import NUM_TOKENS, elastic_model
+from servers import Service, ask
 
 
-ROOT = Path(__file__).parents[2]
 for name in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(name)
 
@@ -30,20 +28,22 @@ from starlette.testclient import TestClient  # noqa: E402
 import serve  # noqa: E402
 
 
+def save(folder, events=None):
+    """Save a model of random weights, which reads what `events` hold, and return its folder."""
+    items = pa.table({"item_id": range(10, 7 + NUM_TOKENS), "title": [f"No. {i}" for i in range(NUM_TOKENS - 3)]})
+    tokenizer = ElasticItemTokenizer.from_items(items, 500, None if events is None else Dataset.from_dict(events))
+    model = elastic_model(event_features=tokenizer.event_features)
+    SequentialRecommendationPipeline(model, tokenizer, device="cpu").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of random weights, saved."""
-    path = tmp_path_factory.mktemp("model")
-    items = pa.table({"item_id": range(10, 7 + NUM_TOKENS), "title": [f"No. {i}" for i in range(NUM_TOKENS - 3)]})
-    tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=500)
-    SequentialRecommendationPipeline(elastic_model(), tokenizer, device="cpu").save_pretrained(path)
-    return path
+    return save(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    from transformers import pipeline
-
     return pipeline("sequential-recommendation", model=str(folder), device="cpu")
 
 
@@ -52,7 +52,7 @@ def make_client(pipe, tmp_path):
     """Starts an application on an empty store."""
     clients = []
 
-    def make(token=None):
+    def make(token=None, pipe=pipe):
         client = TestClient(serve.create_app(Recommender(pipe, SQLiteStore(tmp_path / "users.sqlite")), token))
         clients.append(client.__enter__())
         return client
@@ -102,12 +102,17 @@ def test_events_come_in_and_recommendations_go_out(client, pipe):
     assert client.get("/healthz").json()["status"] == "ok"
 
 
-def test_answers_the_json_of_an_inference_endpoint(client, folder, pipe):
-    """The same request to the handler of the repository and to the service; and users have answers of that shape."""
+def load_handler():
+    """Return the handler of a repository, as a module."""
     spec = importlib.util.spec_from_file_location("handler", TEMPLATES / "handler.py")
     handler = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(handler)
-    endpoint = handler.EndpointHandler(str(folder))
+    return handler
+
+
+def test_answers_the_json_of_an_inference_endpoint(client, folder, pipe):
+    """The same request to the handler of the repository and to the service; and users have answers of that shape."""
+    endpoint = load_handler().EndpointHandler(str(folder))
     for request in (
         {"inputs": [17, "No. 3"], "parameters": {"top_k": 2}},
         {"inputs": [[17], [12, 13]], "parameters": {"candidates": [20, 21], "top_k": 1}},
@@ -118,6 +123,43 @@ def test_answers_the_json_of_an_inference_endpoint(client, folder, pipe):
     (row,) = client.get("/recommendations/ada?top_k=1").json()
     (expected,) = endpoint({"inputs": [17], "parameters": {"top_k": 1}})
     assert row == {**expected, "score": pytest.approx(expected["score"], abs=1e-4)}
+
+
+def test_events_come_with_what_the_model_reads_of_them(make_client, tmp_path):
+    """Once only, whatever is sent again; from states, from histories and from an endpoint the answers are the same."""
+    rated = save(tmp_path / "rated", {"rating": [[1, 4, 5]], "the price": [[1.5, 4.0]]})
+    client = make_client(pipe=pipeline("sequential-recommendation", model=str(rated), device="cpu"))
+    history = {"history": [17, 30, 12], "rating": [5, None, 9], "the price": [2.5, None, 7]}
+    told = [{"rating": 5, "the price": 2.5}, {"rating": None, "the price": None}, {"rating": "9", "the price": 7}]
+    events = [event(item=item, event_id=item, **more) for item, more in zip(history["history"], told, strict=True)]
+    assert post(client, *events[:2])[0] == 200
+    status, answer = post(client, *events)
+    assert status == 200 and [row["outcome"] for row in answer["events"]] == ["duplicate", "duplicate", "appended"]
+    request = {"inputs": history, "parameters": {"top_k": 4}}
+    expected = load_handler().EndpointHandler(str(rated))(json.loads(json.dumps(request)))
+    assert client.post("/recommendations", json=request).json() == expected
+    found = client.get("/recommendations/ada?top_k=4").json()
+    for row, expected_row in zip(found, expected, strict=True):
+        assert row == {**expected_row, "score": pytest.approx(expected_row["score"], abs=1e-4)}
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["EventBody"]
+    assert {"rating", "the price", "user", "item", "event_id"} <= {*schema["required"]}
+
+    for more, message in (
+        ({"rating": 5}, "body.events.0.the price: Field required"),
+        ({"rating": 5, "the price": 1, "stars": 5}, "body.events.0.stars: Extra inputs are not permitted"),
+        ({"rating": 5, "the price": 1, "feature_0": 5}, "body.events.0.feature_0: Extra inputs are not permitted"),
+    ):
+        status, answer = post(client, event(event_id="new", **more))
+        assert (status, answer) == (422, {"error": message})
+    wrong = event(event_id="wrong", **{"rating": "five", "the price": 1})
+    status, answer = post(client, wrong, event("bob", **told[0]))
+    assert status == 422 and [row["outcome"] for row in answer["events"]] == ["refused", "appended"]
+    assert answer["events"][0]["error"].startswith("event column 'rating' must hold integers, found other values: ")
+
+
+def test_features_with_the_names_of_fields_are_refused():
+    with pytest.raises(ValueError, match="event_features must not be called user, item, .*, found 'item'"):
+        serve.make_events_body(["action", "item"])
 
 
 def test_one_unknown_item_does_not_stop_the_others(client):
@@ -320,48 +362,24 @@ def test_a_store_that_fails_acknowledges_nothing(client, monkeypatch):
     assert post(client, event(event_id="2"))[1]["events"][0]["outcome"] == "appended"
 
 
-class Service:
-    """`serve.py` in a process of its own."""
-
-    def __init__(self, folder, store, **environment):
-        command = [sys.executable, str(ROOT / "examples" / "serve.py"), "--port", "0"]
-        command += ["--model_name_or_path", str(folder), "--store", str(store)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        self.log = []
-        for line in self.process.stderr:
-            self.log.append(line)
-            if found := re.search(r"http://([\d.]+):(\d+)", line):
-                self.host, self.port = found[1], int(found[2])
-                break
-
-    def post(self, connection, user, item, event_id):
-        body = json.dumps({"events": [event(user, item, event_id)]})
-        connection.request("POST", "/events", body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())["events"][0]["outcome"]
-
-    def connect(self):
-        return http.client.HTTPConnection(self.host, self.port, timeout=60)
-
-    def end(self, number):
-        self.process.send_signal(number)
-        self.log += [self.process.communicate()[1]]
-        return self.process.returncode
+def append_one(connection, user, item, event_id):
+    """Send an event to a service, and return the status and what became of the event."""
+    status, answer = ask(connection, "POST", "/events", {"events": [event(user, item, event_id)]})
+    return status, json.loads(answer)["events"][0]["outcome"]
 
 
 def test_a_killed_service_loses_nothing_that_it_acknowledged(folder, pipe, store_name):
     """Four clients append when it is killed; all send everything again to the next one."""
     histories = {f"user {i}": [10 + (7 * i + 3 * j) % 20 for j in range(60)] for i in range(4)}
     acknowledged = {user: 0 for user in histories}
-    service = Service(folder, store_name)
+    service = Service(folder, store_name, OMP_NUM_THREADS="1")
     half = threading.Event()
 
     def append(user):
         connection = service.connect()
         for number, item in enumerate(histories[user]):
             try:
-                assert service.post(connection, user, item, number) == (200, "appended")
+                assert append_one(connection, user, item, number) == (200, "appended")
             except (OSError, http.client.HTTPException):
                 return
             acknowledged[user] += 1
@@ -372,28 +390,27 @@ def test_a_killed_service_loses_nothing_that_it_acknowledged(folder, pipe, store
     for one in clients:
         one.start()
     assert half.wait(60)
-    assert service.end(signal.SIGKILL) == -signal.SIGKILL
+    assert service.stop(signal.SIGKILL) == -signal.SIGKILL
     for one in clients:
         one.join()
     assert max(acknowledged.values()) >= 21 and min(acknowledged.values()) < 60
 
-    service = Service(folder, store_name)
+    service = Service(folder, store_name, OMP_NUM_THREADS="1")
     try:
         connection = service.connect()
         for user, history in histories.items():
-            outcomes = [service.post(connection, user, item, i)[1] for i, item in enumerate(history)]
+            outcomes = [append_one(connection, user, item, i)[1] for i, item in enumerate(history)]
             num_stored = outcomes.count("duplicate")
             assert acknowledged[user] <= num_stored <= acknowledged[user] + 1
             assert outcomes == ["duplicate"] * num_stored + ["appended"] * (60 - num_stored)
-            connection.request("GET", f"/recommendations/{user.replace(' ', '%20')}?top_k=3")
-            found, expected = json.loads(connection.getresponse().read()), pipe(history, top_k=3)
-            assert [row["item"] for row in found] == [row["item"] for row in expected]
+            _, found = ask(connection, "GET", f"/recommendations/{user.replace(' ', '%20')}?top_k=3")
+            assert [row["item"] for row in json.loads(found)] == [row["item"] for row in pipe(history, top_k=3)]
     finally:
-        service.end(signal.SIGTERM)
+        service.stop()
 
 
 def test_the_process_listens_here_alone_and_logs_no_token_and_no_user(folder, tmp_path):
-    service = Service(folder, tmp_path / "users.sqlite", ELASTIC_HF_TOKEN="s3cret")
+    service = Service(folder, tmp_path / "users.sqlite", OMP_NUM_THREADS="1", ELASTIC_HF_TOKEN="s3cret")
     try:
         assert service.host == "127.0.0.1"
         connection = service.connect()
@@ -403,6 +420,6 @@ def test_the_process_listens_here_alone_and_logs_no_token_and_no_user(folder, tm
             answer.read()
             assert answer.status == status
     finally:
-        service.end(signal.SIGTERM)
+        service.stop()
     log = "".join(service.log)
     assert "Application shutdown complete" in log and not re.search("s3cret|other|somebody", log)

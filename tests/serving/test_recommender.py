@@ -18,12 +18,17 @@ from factories import NUM_TOKENS, elastic_model
 NUM_ITEMS = NUM_TOKENS - 3
 
 
-def make_pipeline(**changes):
+LOG = {"action": [["buy", "view"]], "price": [[1.5, 4.0]], "rating": [[4, 5]]}  # what is known of events
+
+
+def make_pipeline(events=None, **changes):
     items = pa.table(
         {"item_id": [f"sku {i}" for i in range(NUM_ITEMS)], "title": [f"No. {i}" for i in range(NUM_ITEMS)]}
     )
-    tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=500)
-    return SequentialRecommendationPipeline(elastic_model(**changes), tokenizer, device="cpu")
+    events = None if events is None else Dataset.from_dict(events)
+    tokenizer = ElasticItemTokenizer.from_items(items, model_max_length=500, events=events)
+    model = elastic_model(event_features=tokenizer.event_features, **changes)
+    return SequentialRecommendationPipeline(model, tokenizer, device="cpu")
 
 
 def make(store, **changes):
@@ -47,10 +52,12 @@ def assert_same(found, expected):
     assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-4)
 
 
-@pytest.mark.parametrize("use_timestamps", [False, True])
-def test_recommends_what_the_whole_history_says(store, use_timestamps):
-    """Users come and go, one or several events at a time; some are in a batch twice."""
-    recommender = make(store, use_timestamps=use_timestamps)
+@pytest.mark.parametrize(("use_timestamps", "log"), [(False, None), (True, None), (False, LOG), (True, LOG)])
+def test_recommends_what_the_whole_history_says(store, use_timestamps, log):
+    """Users come and go, one or several events at a time; some are in a batch twice. What is told of events is of
+    several kinds, unknown or missing."""
+    recommender = make(store, use_timestamps=use_timestamps, events=log)
+    told = {"action": ["buy", "?", None], "price": [7, -0.5, None, 4.0], "rating": [4, 9, None, 5, 4]}
     generator = torch.Generator().manual_seed(3)
     histories, seconds = {}, 1e9
     for call, size in enumerate((1, 7, 2, 11, 5, 1)):
@@ -59,32 +66,51 @@ def test_recommends_what_the_whole_history_says(store, use_timestamps):
             user = f"user {int(torch.randint(5, (1,), generator=generator))}"
             item = f"sku {int(torch.randint(NUM_ITEMS, (1,), generator=generator))}"
             seconds += 10.0 ** int(torch.randint(7, (1,), generator=generator))
-            events.append(Event(user, item, f"{call}.{i}", seconds if use_timestamps else None))
-            histories.setdefault(user, []).append((item, seconds))
+            features = {name: told[name][(call + i) % len(told[name])] for name in log or ()}
+            events.append(Event(user, item, f"{call}.{i}", seconds if use_timestamps else None, features))
+            histories.setdefault(user, []).append((item, seconds, features))
         assert recommender.append(events) == ["appended"] * size
         now = seconds + 1e5 if use_timestamps else None
         users = [*histories, *histories]
         found = recommender.recommend([Request(user, 1 + row, now) for row, user in enumerate(users)])
         for row, (user, answer) in enumerate(zip(users, found, strict=True)):
-            items, times = map(list, zip(*histories[user], strict=True))
-            history = {"history": items, "timestamps": times, "now": now} if use_timestamps else items
+            items, times, features = map(list, zip(*histories[user], strict=True))
+            history = {"history": items, "timestamps": times, "now": now} if use_timestamps else {"history": items}
+            history |= {name: [row[name] for row in features] for name in log or ()}
             assert_same(answer, recommender.pipeline(history, top_k=1 + row))
     assert stored_events(recommender, "user 0") == (len(histories["user 0"]),) * 2
 
 
-def test_a_model_that_reads_features_of_events_is_refused(sqlite):
-    events = Dataset.from_dict({"rating": [[4, 5]]})
-    items = [f"sku {i}" for i in range(NUM_ITEMS)]
-    tokenizer = ElasticItemTokenizer.from_items(items, 500, events)
-    model = elastic_model(event_features=tokenizer.event_features)
-    with pytest.raises(ValueError, match="model must read no features of events, which this service .*, found rating"):
-        Recommender(SequentialRecommendationPipeline(model, tokenizer, device="cpu"), sqlite)
+def test_features_of_events_that_are_refused(sqlite):
+    """Each by itself, and what is written in another way is read."""
+    recommender = make(sqlite, events=LOG)
+    good = {"action": "buy", "price": 2.5, "rating": 4}
+    cases = [
+        (good, "appended"),
+        ({**good, "rating": "4"}, "appended"),
+        ({**good, "rating": 4.5}, "event column 'rating' must hold integers, found other values: "),
+        ({**good, "rating": 10**30}, "event column 'rating' must hold values of one kind, found [1000"),
+        ({**good, "price": math.nan}, "event column 'price' must hold finite numbers, found nan"),
+        ({**good, "action": [1]}, "event column 'action' must hold strings, found type list<"),
+        ({"price": 2.5, "rating": 4}, "features must be those of the model, ['action', 'price', 'rating'], found"),
+        ({**good, "more": 1}, "features must be those of the model, ['action', 'price', 'rating'], found"),
+        (dict.fromkeys(good), "appended"),
+    ]
+    outcomes = recommender.append([Event("ada", "sku 1", str(i), None, given) for i, (given, _) in enumerate(cases)])
+    for outcome, (_, expected) in zip(outcomes, cases, strict=True):
+        assert str(outcome).startswith(expected)
+    assert stored_events(recommender, "ada") == (3, 3)
+    assert recommender.append([Event("ada", "sku 1", "0", None, {"rating": []})]) == ["duplicate"]
+    (error,) = make(sqlite).append([Event("bob", "sku 1", "1", None, good)])
+    assert str(error) == "features must be those of the model, [], found ['action', 'price', 'rating']"
 
 
 def test_one_pass_of_the_model_for_all_users(sqlite):
     recommender = make(sqlite)
     sizes = []
-    recommender.model.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape)))
+    recommender.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     events = [Event(user, f"sku {i}", f"{i}") for i in range(3) for user in ("ada", "bob", "eve")]
     recommender.append([*events, Event("joe", "sku 1", "0")])
     recommender.append([Event("ada", "sku 9", "9"), Event("joe", "sku 9", "9")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elastic_hf import ElasticCache
-from elastic_hf.serving.user_state import UserState, event_number, pack_state, unpack_state
+from elastic_hf.serving.user_state import EventTensors, UserState, event_number, pack_state, unpack_state
 from factories import elastic_model, histories, times
 
 
@@ -21,14 +21,32 @@ def test_states_come_back_from_their_bytes(use_timestamps):
     assert others.keys() == {"more"} and others["more"].tolist() == [3, 5]
 
 
+def events(token_ids, seconds, features):
+    return EventTensors(torch.tensor(token_ids), torch.tensor(seconds, dtype=torch.double), torch.tensor(features))
+
+
 def test_events_are_noted_and_all_but_the_latest_are_to_be_read():
-    state = UserState(ElasticCache.empty(elastic_model(), 1))
+    state = UserState(ElasticCache.empty(elastic_model(), 1), latest_features=torch.empty(0, 2))
     state = UserState.from_bytes(state.to_bytes())
-    unread = [state.append([9, 5], [1.5, 2.5], [7, -7]), state.append([9], [-1], [2**63 - 1])]
-    assert [(ids.tolist(), seconds.tolist()) for ids, seconds in unread] == [([9], [1.5]), ([5], [2.5])]
+    unread = [
+        state.append(events([9, 5], [1.5, 2.5], [[1.0, 0.5], [2.0, 0.25]]), [7, -7]),
+        state.append(events([9], [-1], [[3.0, -0.5]]), [2**63 - 1]),
+    ]
+    assert [[tensor.tolist() for tensor in tensors] for tensors in unread] == [
+        [[9], [1.5], [[1.0, 0.5]]],
+        [[5], [2.5], [[2.0, 0.25]]],
+    ]
     state = UserState.from_bytes(state.to_bytes())
-    assert (state.latest_id.tolist(), state.latest_timestamp.tolist()) == ([9], [-1])
+    assert [tensor.tolist() for tensor in state.latest] == [[9], [-1], [[3.0, -0.5]]]
     assert (state.seen_ids.tolist(), state.event_numbers.tolist()) == ([5, 9], [7, -7, 2**63 - 1])
+
+
+def test_states_without_features_hold_nothing_of_them():
+    state = UserState(ElasticCache.empty(elastic_model(), 1))
+    state.append(events([9], [-1], [[]]), [7])
+    names = ("latest_id", "latest_timestamp", "seen_ids", "event_numbers")
+    assert unpack_state(state.to_bytes(), *names)[1].keys() == {*names}
+    assert UserState.from_bytes(state.to_bytes()).latest_features.shape == (1, 0)
 
 
 def test_other_bytes_are_refused():

@@ -14,14 +14,19 @@ def run(monkeypatch, *arguments):
     load_test.main()
 
 
-def test_each_level_is_measured(tmp_path, monkeypatch):
+def test_each_level_is_measured_with_each_store(tmp_path, monkeypatch, redis_url):
     """A few users of a small catalogue, some seconds: all that they ask is answered."""
     output = tmp_path / "results.json"
     sizes = ["--num_users", "7", "--history_length", "3", "--num_items", "300"]
     run(monkeypatch, *sizes, "--clients", "1", "3", "--seconds", "1", "1", "--output", str(output))
     results = json.loads(output.read_text())
-    assert (results["store"], results["num_users"], results["history_length"]) == ("SQLite", 7, 3)
-    assert [row["clients"] for row in results["rows"]] == [1, 3]
+    assert (results["num_users"], results["history_length"]) == (7, 3)
+    assert [(row["store"], row["clients"]) for row in results["rows"]] == [
+        ("SQLite", 1),
+        ("Redis", 1),
+        ("SQLite", 3),
+        ("Redis", 3),
+    ]
     for row in results["rows"]:
         assert row["errors"] == 0 and row["first_errors"] == [] and row["seconds"] >= 1
         assert len(row["resident_bytes"]) == load_test.SAMPLES and min(row["resident_bytes"]) > 0
