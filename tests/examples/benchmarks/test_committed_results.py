@@ -14,7 +14,9 @@ from elastic_hf.results import RunResults
 FOLDER = Path(elastic_hf.__file__).parents[1] / "examples" / "benchmarks" / "results"
 FILES = sorted(FOLDER.glob("*.json"))
 RESULTS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES}
-TRAINED = [name for name, results in RESULTS.items() if results.get("model_type", "popularity") != "popularity"]
+TRAINED = [
+    name for name, results in RESULTS.items() if "main_row" in results and results["model_type"] != "popularity"
+]
 
 
 def metric_of(results):
