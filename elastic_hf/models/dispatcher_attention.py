@@ -21,6 +21,7 @@ Range: with |scores| <= 10 and a half-life of at least one item, every exponent 
 most. Give float32 or float64 tensors, also under autocast.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ CHUNK_SIZE = 64
 CHUNK_SIZE_WITH_PAUSES = 32
 # A pause in a history takes no more of what an expert holds than so many of its half-lives.
 MAX_HALF_LIVES = 2.0
+# Items whose forgetting is summed at once.
+SUM_BLOCK = 8
 # So many states come from one closed form, the next ones from the last of these.
 MAX_PREFIX = 64
 
@@ -73,8 +76,20 @@ def forgetting(log_forget: Tensor, pauses: Tensor, half_lives: Tensor) -> Tensor
     Returns:
         `torch.Tensor` of shape `(B, L, M)`: log of what an expert keeps of its state when each item comes.
     """
-    num_half_lives = (pauses.clamp(min=0)[..., None] / half_lives).clamp_(max=MAX_HALF_LIVES)
-    return torch.add(log_forget, num_half_lives, alpha=-math.log(2))
+    kept = torch.addcmul(log_forget, pauses.clamp(min=0)[..., None], -math.log(2) / half_lives)
+    return kept.clamp_(min=log_forget - MAX_HALF_LIVES * math.log(2))
+
+
+def sum_later(values: Tensor) -> Tensor:
+    """Sum what comes after each position, by blocks: (B, L, M) -> (B, L, M).
+
+    Summed from the latest on: a difference of two sums over the whole would round off what is recent.
+    """
+    length = values.shape[1]
+    blocks = F.pad(values, (0, 0, 0, -length % SUM_BLOCK)).unflatten(1, (-1, SUM_BLOCK))
+    *sums, whole = itertools.accumulate(blocks.unbind(2)[::-1])  # from the last of each block on, (B, J, M)
+    after = whole.flip(1).cumsum_(1).flip(1).sub_(whole)
+    return torch.stack([*(some + after for some in reversed(sums)), after], dim=2).flatten(1, 2)[:, :length]
 
 
 def final_weights(sigmoids: Tensor, log_forget: Tensor) -> Tensor:
@@ -93,8 +108,7 @@ def final_weights(sigmoids: Tensor, log_forget: Tensor) -> Tensor:
         later_items = torch.arange(length - 1, -1, -1, device=sigmoids.device, dtype=sigmoids.dtype)
         log_kept = later_items[:, None] * log_forget
     else:
-        # Summed from the latest item on: a difference of two sums over the whole would round off what is recent.
-        log_kept = log_forget.flip(1).cumsum(dim=1).flip(1) - log_forget
+        log_kept = sum_later(log_forget)
     return to_exponent(sigmoids, log_kept).clamp_(min=MIN_EXPONENT).exp_().mT
 
 

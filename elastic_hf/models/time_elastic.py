@@ -28,13 +28,17 @@ class ElasticTime(nn.Module):
 
     def of_events(self, timestamps: Tensor, pauses: Tensor) -> Tensor:
         """Return what is added to the items' embeddings: (B, L) twice -> (B, L, D)."""
-        phases = time_phases(timestamps).to(self.pause.weight.dtype)
-        return self.pause(time_buckets(pauses)) + self.phases(phases)
+        return _add_projected(self.pause(time_buckets(pauses)), self.phases, time_phases(timestamps))
 
     def of_requests(self, request_timestamps: Tensor, last_timestamps: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is added to the reader's embedding and to the experts' logits: (B, Q) twice -> (B, Q, D) and
         (B, H, Q, E)."""
         buckets = time_buckets(elapsed_until(request_timestamps, last_timestamps))
-        phases = time_phases(request_timestamps).to(self.elapsed.weight.dtype)
         bias = self.expert_bias(buckets).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return self.elapsed(buckets) + self.request_phases(phases), bias
+        return _add_projected(self.elapsed(buckets), self.request_phases, time_phases(request_timestamps)), bias
+
+
+def _add_projected(embeddings: Tensor, projection: nn.Linear, phases: Tensor) -> Tensor:
+    """Add projected phases to embeddings, in place: (B, L, D) and (B, L, 6) -> (B, L, D)."""
+    embeddings.flatten(0, 1).addmm_(phases.flatten(0, 1).to(embeddings.dtype), projection.weight.T)
+    return embeddings
