@@ -80,15 +80,17 @@ def forgetting(log_forget: Tensor, pauses: Tensor, half_lives: Tensor) -> Tensor
     return kept.clamp_(min=log_forget - MAX_HALF_LIVES * math.log(2))
 
 
-def sum_later(values: Tensor) -> Tensor:
-    """Sum what comes after each position, by blocks: (B, L, M) -> (B, L, M).
+def sum_later(values: Tensor, start: float) -> Tensor:
+    """Add what comes after each position to `start`: (B, L, M) -> (B, L, M).
 
-    Summed from the latest on: a difference of two sums over the whole would round off what is recent.
+    Summed from the latest on: a difference of two sums over the whole would round off what is recent. Most is summed
+    for many blocks at once, which is sooner done than one after the other.
     """
     length = values.shape[1]
-    blocks = F.pad(values, (0, 0, 0, -length % SUM_BLOCK)).unflatten(1, (-1, SUM_BLOCK))
+    size = SUM_BLOCK if torch.compiler.is_compiling() else min(SUM_BLOCK, length)
+    blocks = F.pad(values, (0, 0, 0, -length % size)).unflatten(1, (-1, size))
     *sums, whole = itertools.accumulate(blocks.unbind(2)[::-1])  # from the last of each block on, (B, J, M)
-    after = whole.flip(1).cumsum_(1).flip(1).sub_(whole)
+    after = whole.flip(1).cumsum_(1).flip(1).sub_(whole).add_(start)
     return torch.stack([*(some + after for some in reversed(sums)), after], dim=2).flatten(1, 2)[:, :length]
 
 
@@ -106,10 +108,10 @@ def final_weights(sigmoids: Tensor, log_forget: Tensor) -> Tensor:
     if log_forget.dim() == 1:
         length = sigmoids.shape[1]
         later_items = torch.arange(length - 1, -1, -1, device=sigmoids.device, dtype=sigmoids.dtype)
-        log_kept = later_items[:, None] * log_forget
+        exponents = to_exponent(sigmoids, later_items[:, None] * log_forget)
     else:
-        log_kept = sum_later(log_forget)
-    return to_exponent(sigmoids, log_kept).clamp_(min=MIN_EXPONENT).exp_().mT
+        exponents = sum_later(log_forget, -SCORE_CAP).add_(sigmoids, alpha=2 * SCORE_CAP)
+    return exponents.clamp_(min=MIN_EXPONENT).exp_().mT
 
 
 def pool_history(

@@ -9,7 +9,7 @@ describes its own event, and so informs what is predicted after that event, and 
 Axis letters: B batch, L history length, F features, D hidden size.
 """
 
-import functools
+import math
 from typing import Any
 
 import torch
@@ -31,15 +31,14 @@ class EventFeatures(nn.Module):
             for size in config.event_features.values()
         )
 
-    def forward(self, event_features: Tensor) -> Tensor:
-        """Return what is added to the items' embeddings: (B, L, F) -> (B, L, D)."""
-        added = [
-            feature(values.long())
-            if isinstance(feature, nn.Embedding)
-            else values[..., None].to(feature.weight.dtype) * feature.weight[:, 0]
-            for feature, values in zip(self.features, event_features.unbind(-1), strict=True)
-        ]
-        return functools.reduce(Tensor.add_, added)
+    def forward(self, embeddings: Tensor, event_features: Tensor) -> Tensor:
+        """Return the items' embeddings and what is added to them: (B, L, D) and (B, L, F) -> (B, L, D)."""
+        for feature, values in zip(self.features, event_features.unbind(-1), strict=True):
+            if isinstance(feature, nn.Embedding):
+                embeddings = feature(values.long()).add_(embeddings)
+            else:
+                embeddings = torch.addcmul(embeddings, values[..., None].to(embeddings.dtype), feature.weight[:, 0])
+        return embeddings
 
 
 def given_event_features(event_features: Any, device: torch.device) -> Tensor | None:
@@ -116,13 +115,12 @@ def _check_values(event_features: Tensor, config: PreTrainedConfig) -> None:
         return
     is_good = torch.stack(
         [
-            values.clamp(0, size).floor() == values if size > 0 else values.isfinite()
+            values.clamp(0, size).floor() == values if size > 0 else values.abs() < math.inf
             for size, values in zip(config.event_features.values(), event_features.unbind(-1), strict=True)
-        ],
-        dim=-1,
+        ]
     )
     if not is_good.all():
-        row, position, index = (~is_good).nonzero()[0].tolist()
+        index, row, position = (~is_good).nonzero()[0].tolist()
         name, size = [*config.event_features.items()][index]
         expected = f"categories from 0 to {size}" if size else "finite numbers"
         raise ValueError(

@@ -223,7 +223,8 @@ def time_buckets(seconds: Tensor) -> Tensor:
 
 def time_phases(timestamps: Tensor) -> Tensor:
     """Return the cosines and sines of moments in their day, week and year, zeros for -1: (...) -> (..., 6)."""
-    periods = torch.stack([timestamps.double() / period for period in PERIODS], dim=-1)
-    angles = (periods - periods.floor()).float().mul_(2 * math.pi)
-    phases = torch.cat([angles.cos(), angles.sin_()], dim=-1)
-    return phases.mul_((timestamps != UNKNOWN)[..., None])
+    periods = torch.tensor(PERIODS, dtype=torch.double, device=timestamps.device)
+    turns = timestamps / periods.view(-1, *[1] * timestamps.dim())  # (3, ...): one after the other in memory
+    angles = (turns - turns.floor()).float().mul_(2 * math.pi)
+    phases = torch.cat([angles.cos(), angles.sin_()])
+    return phases.mul_(timestamps != UNKNOWN).movedim(0, -1)

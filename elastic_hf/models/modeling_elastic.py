@@ -19,7 +19,6 @@ Axis letters: B batch, L history length, D hidden size, N layers, H heads, K hea
 head, M experts of all heads (H * E).
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -355,12 +354,12 @@ class ElasticModel(ElasticPreTrainedModel):
     ) -> Tensor:
         """Return the embeddings of the items and of what is known of their events: (B, L) each and features,
         (B, L, F), -> (B, L, D)."""
-        embeddings = [self.embed_items(input_ids)]
+        embeddings = self.embed_items(input_ids)
         if pauses is not None:
-            embeddings.append(self.time.of_events(timestamps, pauses))
+            embeddings = self.time.add_events(embeddings, timestamps, pauses)
         if event_features is not None:
-            embeddings.append(self.event_features(event_features))
-        return self.dropout(functools.reduce(Tensor.add_, reversed(embeddings)))
+            embeddings = self.event_features(embeddings, event_features)
+        return self.dropout(embeddings)
 
     def embed_items(self, token_ids: Tensor) -> Tensor:
         """Return the vectors of items: (B, L) -> (B, L, D)."""

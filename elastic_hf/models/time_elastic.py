@@ -26,9 +26,10 @@ class ElasticTime(nn.Module):
         self.num_heads = config.num_attention_heads
         self.expert_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads * config.num_interest_experts)
 
-    def of_events(self, timestamps: Tensor, pauses: Tensor) -> Tensor:
-        """Return what is added to the items' embeddings: (B, L) twice -> (B, L, D)."""
-        return _add_projected(self.pause(time_buckets(pauses)), self.phases, time_phases(timestamps))
+    def add_events(self, embeddings: Tensor, timestamps: Tensor, pauses: Tensor) -> Tensor:
+        """Return the items' embeddings and what is added to them: (B, L, D) and (B, L) twice -> (B, L, D)."""
+        embeddings = self.pause(time_buckets(pauses)).add_(embeddings)
+        return _add_projected(embeddings, self.phases, time_phases(timestamps))
 
     def of_requests(self, request_timestamps: Tensor, last_timestamps: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is added to the reader's embedding and to the experts' logits: (B, Q) twice -> (B, Q, D) and
