@@ -41,7 +41,7 @@ CHUNK_SIZE = 64
 CHUNK_SIZE_WITH_PAUSES = 32
 # A pause in a history takes no more of what an expert holds than so many of its half-lives.
 MAX_HALF_LIVES = 2.0
-# Items whose forgetting is summed at once.
+# Positions of a block of [`sum_later`].
 SUM_BLOCK = 8
 # So many states come from one closed form, the next ones from the last of these.
 MAX_PREFIX = 64
@@ -81,14 +81,17 @@ def forgetting(log_forget: Tensor, pauses: Tensor, half_lives: Tensor) -> Tensor
 
 
 def sum_later(values: Tensor, start: float) -> Tensor:
-    """Add what comes after each position to `start`: (B, L, M) -> (B, L, M).
+    """Return the sum of `start` and of the values after each position: (B, L, M) -> (B, L, M).
 
-    Summed from the latest on: a difference of two sums over the whole would round off what is recent. Most is summed
-    for many blocks at once, which is sooner done than one after the other.
+    Summed from the latest on: a difference of two sums over the whole would round off what is recent. Blocks of
+    positions are summed side by side, which a processor does sooner than one long sum.
     """
     length = values.shape[1]
     size = SUM_BLOCK if torch.compiler.is_compiling() else min(SUM_BLOCK, length)
-    blocks = F.pad(values, (0, 0, 0, -length % size)).unflatten(1, (-1, size))
+    padding = -length % size
+    if not isinstance(padding, int) or padding > 0:
+        values = F.pad(values, (0, 0, 0, padding))
+    blocks = values.unflatten(1, (-1, size))
     *sums, whole = itertools.accumulate(blocks.unbind(2)[::-1])  # from the last of each block on, (B, J, M)
     after = whole.flip(1).cumsum_(1).flip(1).sub_(whole).add_(start)
     return torch.stack([*(some + after for some in reversed(sums)), after], dim=2).flatten(1, 2)[:, :length]

@@ -41,5 +41,6 @@ class ElasticTime(nn.Module):
 
 def _add_projected(embeddings: Tensor, projection: nn.Linear, phases: Tensor) -> Tensor:
     """Add projected phases to embeddings, in place: (B, L, D) and (B, L, 6) -> (B, L, D)."""
-    embeddings.flatten(0, 1).addmm_(phases.flatten(0, 1).to(embeddings.dtype), projection.weight.T)
+    rows = embeddings.view(-1, embeddings.shape[-1])
+    rows.addmm_(phases.flatten(0, 1).to(rows.dtype), projection.weight.T)
     return embeddings
