@@ -39,6 +39,7 @@ class RunResults:
         num_parameters (`int`): Weights of the model.
         max_length (`int`): Number of most recent items that the model sees.
         split_into_windows (`bool`): Whether longer histories were trained on in windows, and not the latest one alone.
+        split_into_prefixes (`bool`): Whether each prefix of a history was trained on, and not one at random.
         config (`dict`): The configuration's own fields.
         training (`dict`): As [`~training.trainer.SequentialRecommendationTrainer.training_settings`] returns it.
         epochs (`float`), steps (`int`): How long it was trained.
@@ -91,6 +92,7 @@ class RunResults:
     num_parameters: int | None = None
     max_length: int | None = None
     split_into_windows: bool | None = None
+    split_into_prefixes: bool | None = None
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     epochs: float | None = None

@@ -333,3 +333,19 @@ def item_vector(features, id_embeddings, token_id):
         for category in categories:
             vector = vector + feature.embedding.weight[category] / len(categories)
     return vector
+
+
+def borrow_ids(new, known, id_embeddings, num_nearest):
+    """Sum the id embeddings of the nearest known items by their cosines, at the mean length: (N, C), (V, C) and
+    (V, D) -> (N, D)"""
+    mean_length = sum(math.sqrt(sum(x * x for x in row.tolist())) for row in id_embeddings) / len(id_embeddings)
+    borrowed = torch.zeros(len(new), id_embeddings.shape[1])
+    for n, direction in enumerate(new):
+        cosines = [sum(a * b for a, b in zip(direction.tolist(), other.tolist(), strict=True)) for other in known]
+        nearest = sorted(range(len(known)), key=lambda v: -cosines[v])[:num_nearest]
+        for v in nearest:
+            borrowed[n] += max(cosines[v], 0.0) * id_embeddings[v]
+        length = math.sqrt(sum(x * x for x in borrowed[n].tolist()))
+        if length > 0:
+            borrowed[n] *= mean_length / length
+    return borrowed

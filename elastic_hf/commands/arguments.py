@@ -200,6 +200,10 @@ class SeqRecTrainingArguments(TrainingArguments):
     split_into_windows: bool = field(
         default=False, metadata={"help": "Train on all windows of max_length items, not on the most recent alone."}
     )
+    split_into_prefixes: bool = field(
+        default=False,
+        metadata={"help": "Train on all prefixes of each history, not on one at random (prefix objective)."},
+    )
     mask_probability: float = field(default=0.2, metadata={"help": "Share of masked items (masked_item objective)."})
     early_stopping_patience: int = field(
         default=10, metadata={"help": "Evaluations without a better validation metric before stopping; 0: never."}

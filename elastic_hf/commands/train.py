@@ -31,7 +31,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, EarlyStoppingCallback, PreTrainedModel
 
 from ..data.collator import SequentialRecommendationCollator
-from ..data.windows import split_into_windows
+from ..data.windows import split_into_prefixes, split_into_windows
 from ..models.configuration_recommender import RecommenderConfig
 from ..models.item_tokenizer import ElasticItemTokenizer
 from ..models.modeling_recommender import unsharded
@@ -82,6 +82,8 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
             raise ValueError("item_features and text_column are for a new model, found model_name_or_path, too")
         if data_args.items_file is None:
             raise ValueError("item_features and text_column need items_file, the table that has them, found none")
+    if training_args.split_into_windows and training_args.split_into_prefixes:
+        raise ValueError("split_into_windows and split_into_prefixes cut in different places, found both")
     if training_args.hub_token is not None:
         raise ValueError("hub_token would be written into the results: set HF_TOKEN, or log in with `hf auth login`")
     return model_args, data_args, training_args
@@ -155,10 +157,12 @@ def read_data(
 def training_rows(
     histories: Dataset, tokenizer: ElasticItemTokenizer, training_args: SeqRecTrainingArguments
 ) -> Dataset:
-    """Return the histories that are trained on, or the windows of them."""
-    if not training_args.split_into_windows:
-        return histories
-    return split_into_windows(histories, tokenizer.model_max_length, [*tokenizer.event_columns])
+    """Return the histories that are trained on, or the windows or prefixes of them."""
+    if training_args.split_into_windows:
+        return split_into_windows(histories, tokenizer.model_max_length, [*tokenizer.event_columns])
+    if training_args.split_into_prefixes:
+        return split_into_prefixes(histories, tokenizer.model_max_length)
+    return histories
 
 
 def make_config(
@@ -226,11 +230,16 @@ def make_trainer(
     training_args: SeqRecTrainingArguments,
 ) -> SequentialRecommendationTrainer:
     """Return the trainer, which stops early where that is asked for."""
+    objective = model.config.training_objective
+    if training_args.split_into_prefixes:
+        if objective != "prefix":
+            raise ValueError(f"split_into_prefixes needs training_objective='prefix', found {objective!r}")
+        objective = "last_item"
     collator = SequentialRecommendationCollator(
         pad_token_id=tokenizer.pad_token_id,
         mask_token_id=tokenizer.mask_token_id,
         max_length=tokenizer.model_max_length,
-        objective=model.config.training_objective,
+        objective=objective,
         use_timestamps=model.config.use_timestamps,
         event_features=[*model.config.event_features],
         mask_probability=training_args.mask_probability,
@@ -271,6 +280,7 @@ def describe_run(
         num_parameters=trainer.model.num_parameters(),
         max_length=trainer.data_collator.max_length,
         split_into_windows=args.split_into_windows,
+        split_into_prefixes=args.split_into_prefixes,
         config=settings_of(config),
         training=trainer.training_settings(),
         git_commit=git_commit(),

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 
-# The values of `training_objective` in the models' configurations.
-OBJECTIVES = ("next_item", "masked_item", "prefix")
+# The values of `training_objective` in the models' configurations, and that of rows which are prefixes already.
+OBJECTIVES = ("next_item", "masked_item", "prefix", "last_item")
 
 
 @dataclass
@@ -23,7 +23,9 @@ class SequentialRecommendationCollator:
     - `"next_item"`: every position predicts the item after it (causal models);
     - `"masked_item"`: each item is replaced by the mask token with probability `mask_probability` and predicted there;
       the last item is, where none was drawn;
-    - `"prefix"`: a random prefix of the history predicts the item after it, at its last position.
+    - `"prefix"`: a random prefix of the history predicts the item after it, at its last position;
+    - `"last_item"`: the items before the last predict it, at their last position, for rows of
+      [`~data.windows.split_into_prefixes`].
 
     Rows with a `target`, the token id of the item to rank, are evaluation rows. Their batches hold `input_ids`,
     `attention_mask`, `target_ids` (of shape `(batch_size,)`) and `seen_ids` (the whole history, left-padded).
@@ -143,11 +145,12 @@ class SequentialRecommendationCollator:
 
     def _prefix_batch(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
         ends = self._generator().integers(1, [len(history) for history in histories])  # (B,), at least one item each
-        input_ids, attention_mask = self._pad_left(
-            [history[max(0, end - self.max_length) : end] for history, end in zip(histories, ends, strict=True)]
-        )
+        return self._last_item_batch([history[: end + 1] for history, end in zip(histories, ends, strict=True)])
+
+    def _last_item_batch(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        input_ids, attention_mask = self._pad_left([history[-self.max_length - 1 : -1] for history in histories])
         labels = np.full_like(input_ids, -100)
-        labels[:, -1] = [history[end] for history, end in zip(histories, ends, strict=True)]
+        labels[:, -1] = [history[-1] for history in histories]
         return self._to_batch(input_ids, attention_mask, labels)
 
     def _evaluation_batch(self, histories: list[np.ndarray], targets: list[int]) -> dict[str, torch.Tensor]:

@@ -142,8 +142,7 @@ class Partition:
 
     def read(self) -> Interactions:
         """Return the rows that are left, with all ids."""
-        with pa.memory_map(str(self.path)) as file:
-            batch = pa.ipc.open_file(file).get_batch(0)
+        batch = self._map()
         names = batch.schema.names
         interactions = Interactions(
             user_ids=batch["user"].dictionary,
@@ -156,31 +155,42 @@ class Partition:
         interactions.keep(self._mask())
         return interactions
 
+    def read_codes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the users and the items of the rows that are left, as [`read`] does, and copy nothing else."""
+        batch, mask = self._map(), self._mask()
+        return batch["user"].indices.to_numpy()[mask], batch["item"].to_numpy()[mask]
+
     def keep(self, rows: np.ndarray) -> None:
         """Keep of the rows that are left those of a mask."""
         mask = self._mask()
         mask[mask] = rows
         self._kept = np.packbits(mask)
 
+    def _map(self) -> pa.RecordBatch:
+        with pa.memory_map(str(self.path)) as file:
+            return pa.ipc.open_file(file).get_batch(0)
+
     def _mask(self) -> np.ndarray:
         return np.unpackbits(self._kept, count=self.num_rows).view(bool)
 
 
-def filter_partitions(partitions: Sequence[Partition], k_core: int, min_per_user: int) -> tuple[int, int]:
+def filter_partitions(partitions: Sequence[Partition], k_core: int, min_per_user: int) -> tuple[int, int, np.ndarray]:
     """Remove users and items with too few rows, again and again until none is left in any partition.
 
     Returns:
-        `tuple[int, int]`: how many interactions and users that removes, as [`~interactions.filter_by_count`] does.
+        `tuple[int, int, np.ndarray]`: how many interactions and users that removes, as
+            [`~interactions.filter_by_count`] does, and how many rows of each item are left, of shape `(num_items,)`.
     """
-    item_counts = sum(count_rows_of_items(partition.read()) for partition in partitions)
+    item_counts = np.zeros(len(partitions[0].item_ids), np.int64)
+    for partition in partitions:
+        item_counts += np.bincount(partition.read_codes()[1], minlength=item_counts.size)
     num_rows = sum(partition.num_rows for partition in partitions)
     num_users = sum(partition.num_users for partition in partitions)
     is_changed = True
     while is_changed:
         is_changed, num_users_left = False, 0
         for partition in partitions:
-            interactions = partition.read()
-            users, items = interactions.users, interactions.items
+            users, items = partition.read_codes()
             is_enough = np.bincount(users)[users] >= max(k_core, min_per_user)
             is_enough &= item_counts[items] >= k_core
             num_users_left += np.count_nonzero(np.bincount(users))
@@ -190,12 +200,7 @@ def filter_partitions(partitions: Sequence[Partition], k_core: int, min_per_user
                 item_counts -= np.bincount(items[~is_enough], minlength=item_counts.size)
     num_filtered, num_filtered_users = num_rows - int(item_counts.sum()), num_users - int(num_users_left)
     check_filtered(num_rows, num_filtered, num_users, num_filtered_users, k_core, min_per_user)
-    return num_filtered, num_filtered_users
-
-
-def count_rows_of_items(interactions: Interactions) -> np.ndarray:
-    """Return how many rows each item has, of shape `(num_items,)`."""
-    return np.bincount(interactions.items, minlength=len(interactions.item_ids))
+    return num_filtered, num_filtered_users, item_counts
 
 
 def _encode(column: pa.ChunkedArray) -> pa.DictionaryArray:

@@ -21,7 +21,7 @@ from .histories import (
     request_columns,
 )
 from .interactions import MIN_INTERACTIONS, warn_of_duplicates, warn_of_milliseconds
-from .partitions import Partition, count_rows_of_items, filter_partitions, partition_rows, survey
+from .partitions import Partition, filter_partitions, partition_rows, survey
 from .prepared_folder import write_items, write_preparation, write_shard
 from .readers import iterate_files
 from .sources import find_files, read_titles
@@ -102,11 +102,11 @@ def prepare_histories(
         num_duplicates = sum(partition.num_duplicates for partition in partitions)
         warn_of_duplicates(num_duplicates)
         logger.info(f"filtering {known.num_rows - num_duplicates:,} rows")
-        num_filtered, num_filtered_users = filter_partitions(
+        num_filtered, num_filtered_users, rows_of_items = filter_partitions(
             partitions, k_core, 1 if split == "none" else MIN_INTERACTIONS
         )
         logger.info("writing the histories")
-        written = _write_histories(result, partitions, titles, split, validation_users)
+        written = _write_histories(result, partitions, rows_of_items > 0, titles, split, validation_users)
         counts = {"num_rows": known.num_rows, "num_duplicates": num_duplicates, "num_filtered": num_filtered}
         counts = {**counts, "num_filtered_users": num_filtered_users, **written}
         settings = {"k_core": k_core, "split": split, "validation_users": validation_users}
@@ -116,10 +116,16 @@ def prepare_histories(
 
 
 def _write_histories(
-    folder: Path, partitions: Sequence[Partition], titles: pa.Table | None, split: str, validation_users: int | None
+    folder: Path,
+    partitions: Sequence[Partition],
+    is_left: np.ndarray,
+    titles: pa.Table | None,
+    split: str,
+    validation_users: int | None,
 ) -> dict[str, int]:
-    """Split the histories, write the shards of every split and the items, and return what the counts say of them."""
-    lengths = [np.bincount(partition.read().users) for partition in partitions]
+    """Split the histories, write the shards of every split and the items that are left, and return what the counts say
+    of them."""
+    lengths = [np.bincount(partition.read_codes()[0]) for partition in partitions]
     lengths = np.concatenate([of_users[of_users > 0] for of_users in lengths])
     prefixes = {"train": (np.arange(lengths.size), lengths)}
     if split == "leave_one_out":
@@ -129,7 +135,6 @@ def _write_histories(
         prefixes["train"] = leave_out_short(all_train)
         warn_of_few_users(prefixes)
 
-    is_left = sum(count_rows_of_items(partition.read()) for partition in partitions) > 0
     item_ids, indices = partitions[0].item_ids.filter(pa.array(is_left)), np.cumsum(is_left, dtype=np.int32) - 1
     item_counts, num_seen_targets, first_user = np.zeros(len(item_ids), np.int64), 0, 0
     for index, partition in enumerate(partitions):

@@ -1,4 +1,4 @@
-"""Histories longer than a model's input, cut into windows of it."""
+"""Training histories cut into rows: windows of a model's input, or prefixes, one for each item to predict."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+
+
+HISTORIES_PER_BATCH = 100  # few, since the prefixes of a history are up to max_length times as long as it
 
 
 def split_into_windows(histories: Dataset, max_length: int, event_columns: Sequence[str] = ()) -> Dataset:
@@ -25,35 +28,64 @@ def split_into_windows(histories: Dataset, max_length: int, event_columns: Seque
     Returns:
         `datasets.Dataset`: The windows, with the columns of `histories`.
     """
+    return _split(histories, max_length, step=max_length, event_columns=event_columns)
+
+
+def split_into_prefixes(histories: Dataset, max_length: int) -> Dataset:
+    """
+    Cut each history into all its prefixes, so that each item but the first is the last of a row once: what is also
+    called data augmentation.
+
+    It is for models whose positions see the whole row, so that they learn one target from it, the last item: the
+    collator's objective `"last_item"`. A history of n items gives n - 1 rows, oldest first, of the `max_length + 1`
+    most recent items of each prefix of at least two items; a history of a single item is a row as it is.
+
+    The rows are written out, to the disk where `histories` are there: up to `max_length` token ids of 4 bytes for each
+    interaction. So they are exact, once each in an epoch, and of known lengths, which batches are grouped by; a row
+    that refers to its history would spare the space, and be no row that other tools can read.
+
+    Args:
+        histories (`datasets.Dataset`): Training rows with `input_ids`.
+        max_length (`int`): Number of items a model sees.
+
+    Returns:
+        `datasets.Dataset`: The prefixes, with the column `input_ids` alone.
+    """
+    return _split(histories.select_columns("input_ids"), max_length, step=1)
+
+
+def _split(histories: Dataset, max_length: int, step: int, event_columns: Sequence[str] = ()) -> Dataset:
+    """Cut each history at its end and every `step` items before it, as long as a row has two items."""
     return (
         histories.with_format("arrow")
         .map(
             _split_batch,
-            fn_kwargs={"max_length": max_length, "event_columns": [*event_columns]},
+            fn_kwargs={"max_length": max_length, "step": step, "event_columns": [*event_columns]},
             batched=True,
+            batch_size=HISTORIES_PER_BATCH,
             load_from_cache_file=False,  # a damaged file of the cache would be taken for the result
-            desc="Cutting long histories",
+            desc="Cutting histories",
         )
         .with_format(histories.format["type"])
     )
 
 
-def _split_batch(table: pa.Table, max_length: int, event_columns: list[str]) -> pa.Table:
+def _split_batch(table: pa.Table, max_length: int, step: int, event_columns: list[str]) -> pa.Table:
     histories = table["input_ids"].combine_chunks()
     lengths = pc.list_value_length(histories).to_numpy()
-    num_windows = np.maximum(1, -(-(lengths - 1) // max_length))
-    rows = np.repeat(np.arange(len(lengths)), num_windows)
-    windows_after = np.repeat(np.cumsum(num_windows), num_windows) - 1 - np.arange(len(rows))
-    ends = lengths[rows] - windows_after * max_length
+    num_rows = np.maximum(1, -(-(lengths - 1) // step))
+    rows = np.repeat(np.arange(len(lengths)), num_rows)
+    rows_after = np.repeat(np.cumsum(num_rows), num_rows) - 1 - np.arange(len(rows))
+    ends = lengths[rows] - rows_after * step
     starts = np.maximum(0, ends - max_length - 1)
 
     offsets = np.concatenate([[0], np.cumsum(ends - starts)])
     first_items = np.cumsum(lengths) - lengths
     items = np.repeat(first_items[rows] + starts - offsets[:-1], ends - starts) + np.arange(offsets[-1])
-    windows = table.take(pa.array(rows))
+    cut = table.take(pa.array(rows))
     for name in ("input_ids", "timestamps", *event_columns):
         if name in table.column_names:
             values = table[name].combine_chunks().flatten().take(pa.array(items))
             column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
-            windows = windows.set_column(table.column_names.index(name), name, column)
-    return windows
+            cut = cut.set_column(table.column_names.index(name), name, column)
+    return cut

@@ -3,7 +3,8 @@
     categories: the mean of their embeddings;   numbers and whitened vectors: a linear map
 
 Item vectors are what a history is read by, and what its user embedding is scored with. In training, the id embedding
-is left out at random, so that the features alone can stand for an item that was never trained on.
+is left out at random, so that the features alone can stand for an item. One that was never trained on takes its id
+embedding from the items that are most like it ([`~new_items.borrow_ids`]).
 
 Axis letters: V vocabulary, D hidden size.
 """
@@ -116,6 +117,15 @@ class ItemFeatures(nn.Module):
             new = encoded[name].to(old)
             width = max(old.shape[1], new.shape[1])
             feature.encoded = torch.cat([F.pad(rows, (0, width - rows.shape[1])) for rows in (old, new)])
+
+    def directions(self, token_ids: Tensor) -> Tensor:
+        """Return unit vectors by whose products items are alike: of what their features add, and of their vectors as
+        they are, (n,) -> (n, C). They are 0 for an item of which nothing is known."""
+        parts = [self(token_ids)]
+        for feature in self.features:
+            if isinstance(feature, ItemNumbers) and feature.linear.in_features > 1:
+                parts.append(feature.encoded[token_ids])
+        return F.normalize(torch.cat([F.normalize(part.float(), dim=-1) for part in parts], dim=-1), dim=-1)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Return what the features add: (n,) -> (n, D)."""

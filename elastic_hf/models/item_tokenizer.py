@@ -396,8 +396,8 @@ def _word_level(items: pa.Table) -> WordLevel:
     return WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNK_TOKEN)
 
 
-def _as_table(items: Any) -> pa.Table:
-    """A table of items, with the ids in a type they can be compared in."""
+def _read_table(items: Any) -> pa.Table:
+    """A table of items, with the ids as they are."""
     if hasattr(items, "with_format"):  # a datasets.Dataset
         items = items.with_format("arrow")[:]
     if not hasattr(items, "__arrow_c_stream__"):
@@ -405,6 +405,12 @@ def _as_table(items: Any) -> pa.Table:
     table = pa.table(items)
     if "item_id" not in table.column_names:
         raise ValueError(f"items must have the column 'item_id', found {table.column_names}")
+    return table
+
+
+def _as_table(items: Any) -> pa.Table:
+    """A table of items, with the ids in a type they can be compared in."""
+    table = _read_table(items)
     ids = _as_int64_or_string(table["item_id"].combine_chunks())
     return table.set_column(table.column_names.index("item_id"), "item_id", ids)
 
@@ -433,16 +439,12 @@ def _refuse_repeated(item_ids: pa.Array) -> None:
 
 def _as_item_table(items: Any) -> pa.Table:
     """Checks a catalogue and reduces it to `item_id` (int64 or string), `title` (string) and, if given, `count`."""
-    if hasattr(items, "with_format"):  # a datasets.Dataset
-        items = items.with_format("arrow")[:]
-    elif not hasattr(items, "__arrow_c_stream__"):
+    if not (hasattr(items, "with_format") or hasattr(items, "__arrow_c_stream__")):
         try:
             items = pa.table({"item_id": pa.array(list(items))})
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError("item ids must be all integers or all strings, found both or others") from error
-    table = pa.table(items)
-    if "item_id" not in table.column_names:
-        raise ValueError(f"items must have the column 'item_id', found {table.column_names}")
+    table = _read_table(items)
     if table.num_rows == 0:
         raise ValueError("items must list at least one item, found none")
 

@@ -63,6 +63,7 @@ from .modeling_recommender import (
     validate_histories,
     validate_outputs,
 )
+from .new_items import borrow_ids
 from .time_elastic import ElasticTime
 
 
@@ -548,21 +549,25 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         self.model.item_features.set(encoded)
 
     @torch.no_grad()
-    def add_items(self, tokenizer: "ElasticItemTokenizer", items: Any) -> Tensor:
-        """Add new items to the catalogue, whose features stand for them: nothing is trained.
+    def add_items(self, tokenizer: "ElasticItemTokenizer", items: Any, id_scale: float = 1.0) -> Tensor:
+        """Add new items to the catalogue, by their features: nothing is trained.
 
-        Items that are known keep their token ids and, bit for bit, their scores, and states of users stay valid.
+        A new item's id embedding is that of the trained items most like it, see [`~new_items.borrow_ids`]. Items
+        that are known keep their token ids and, bit for bit, their scores, and states of users stay valid.
 
         Args:
             tokenizer ([`ElasticItemTokenizer`]): of this model, which gets the items, too.
             items: a table with a row for each, see [`ElasticItemTokenizer.add_items`].
+            id_scale (`float`, defaults to 1.0): factor of the id embeddings of the new items: above 1 they are
+                recommended more, at the cost of the others; 0 leaves them to their features alone.
 
         Returns:
             `torch.LongTensor` of shape `(num_items,)`: the token ids of the items.
 
         Raises:
             ValueError: if the model has no `item_features`, since nothing else is known of a new item, if the
-                tokenizer is of another model, or as [`ElasticItemTokenizer.add_items`]. Nothing is changed then.
+                tokenizer is of another model, for an `id_scale` that is not a finite number of at least 0, or as
+                [`ElasticItemTokenizer.add_items`]. Nothing is changed then.
         """
         config, old_size = self.config, self.config.vocab_size
         if config.item_features is None:
@@ -572,10 +577,15 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
                 f"tokenizer must be that of the model, with {old_size} tokens and its item_features, found one with "
                 f"{len(tokenizer)} tokens and {'none' if tokenizer.item_features is None else 'some'}"
             )
+        if not 0 <= id_scale < math.inf:
+            raise ValueError(f"id_scale must be a finite number of at least 0, found {id_scale}")
         encoded = tokenizer.add_items(items)
         PreTrainedModel.resize_token_embeddings(self, len(tokenizer), mean_resizing=False)
-        self.model.embed_tokens.weight[old_size:] = 0
-        self.model.item_features.add(encoded)
+        features, weight = self.model.item_features, self.model.embed_tokens.weight
+        features.add(encoded)
+        trained = torch.arange(config.num_special_tokens, old_size - config.num_added_items, device=weight.device)
+        directions = features.directions(torch.arange(old_size, len(tokenizer), device=weight.device))
+        weight[old_size:] = id_scale * borrow_ids(directions, features.directions(trained), weight[trained])
         config.item_features = tokenizer.item_features
         config.num_added_items += len(tokenizer) - old_size
         return torch.arange(old_size, len(tokenizer))

@@ -107,6 +107,7 @@ def training_rows(results: RunResults) -> list[list[str]]:
     if results.epochs is not None:
         settings |= {
             "long histories cut into windows": results.split_into_windows,
+            "all prefixes of the histories": results.split_into_prefixes or None,
             "epochs": f"{results.epochs:g}",
             "batch size (histories)": training.get("batch_size"),
             "learning rate": training.get("learning_rate"),

@@ -5,7 +5,8 @@
 
 Every interaction with the items held out is taken from the training and validation data. ELASTIC is trained with the
 attributes and the vectors of the titles of the other items, and once more with ids alone. The new items are added to
-the model with features, which then ranks the test targets in the whole catalogue. Further arguments are those of
+the model with features, which then ranks the test targets in the whole catalogue, at several `--id_scales` (see
+`add_items`; 0: by their features alone). Further arguments are those of
 `elastic-hf train`, and change what the recipe says.
 
 The recipe's data are read beside `items.parquet` (item_id, attributes, title) and `title_vectors.parquet` (item_id,
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import set_seed
 
@@ -134,6 +136,7 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(RECIPE), help="YAML file of `elastic-hf train`.")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "new-items.json")
+    parser.add_argument("--id_scales", type=float, nargs="+", default=[0.0, 1.0, 1.25, 1.5, 2.0])
     args, others = parser.parse_known_args(argv)
     return args, [args.recipe, *others]
 
@@ -155,8 +158,13 @@ def main(argv: list[str]) -> None:
         features = train(data, True, model_args, data_args, training_args)
         results["features, trained items"] = {"trained": hits(features, known_targets, data_args)}
         config = settings_of(features.model.config)
-        features.model.add_items(features.processing_class, data.new)
-        results["features, all items"] = {"all": hits(features, test, data_args)}
+        token_ids = features.model.add_items(features.processing_class, data.new)
+        id_embeddings = features.model.get_input_embeddings().weight
+        borrowed = id_embeddings[token_ids].detach()
+        for scale in args.id_scales:
+            with torch.no_grad():
+                id_embeddings[token_ids] = scale * borrowed
+            results[f"features, all items, id_scale {scale:g}"] = {"all": hits(features, test, data_args)}
     for found in results.values():
         if "all" in found:
             every = found.pop("all")

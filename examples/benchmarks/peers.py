@@ -165,18 +165,20 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Train the peer, let both libraries judge both, and write what they found."""
+    """Train the peer, unless that is done in this folder, let both libraries judge both, and write what they found."""
     from transformers import AutoConfig
 
     from elastic_hf.results import describe_machine, git_commit, write_json
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         write_interactions(folder, args)
         recommend(folder, args)
         for step in ("train", "measure"):
-            command = [args.peer_python, __file__, *sys.argv[1:], "--step", step, "--folder", temporary]
-            subprocess.run(command, check=True)
+            if step == "measure" or not (folder / "peer.json").exists():
+                command = [args.peer_python, __file__, *sys.argv[1:], "--step", step, "--folder", str(folder)]
+                subprocess.run(command, check=True)
         peer = json.loads((folder / METRICS.format("peer")).read_text())
         config = AutoConfig.from_pretrained(args.model_name_or_path)
         # Where the environment of RecTools lies is of this machine alone.
@@ -222,7 +224,7 @@ def main() -> None:
     parser.add_argument("--patience", type=int, default=40, help="Epochs without a better one before the peer stops.")
     parser.add_argument("--seed", type=int, default=42, help="Seed of the peer.")
     parser.add_argument("--step", choices=("train", "measure"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="Folder that keeps what the peer has learned, to go on from it.")
     args = parser.parse_args()
     if args.step == "train":
         train_peer(args.folder, args)

@@ -20,6 +20,9 @@ CARDS = EXAMPLES.parent / "model_cards"
 NAMESPACE = "elastic-hf"
 TAG = "v1"
 
+# What a run shares with those that a card compares it with.
+SETTING = ("dataset", "protocol", "max_length")
+
 # The results file of the run behind each checkpoint.
 CHECKPOINTS = {
     "elastic-ml1m": "ml-1m-elastic-42-stream256.json",
@@ -28,7 +31,7 @@ CHECKPOINTS = {
 
 
 def render(name: str) -> ModelCard:
-    """Return the card of a checkpoint, beside all main rows of the same data and length.
+    """Return the card of a checkpoint, beside all main rows of the same data, protocol and length.
 
     Its example is made by the checkpoint where that is in `examples/`.
     """
@@ -37,7 +40,7 @@ def render(name: str) -> ModelCard:
     others = {
         file: RunResults.from_dict(other, file)
         for file, other in results.items()
-        if other.get("main_row") and all(other.get(key) == run[key] for key in ("dataset", "max_length"))
+        if other.get("main_row") and all(other.get(key) == run[key] for key in SETTING)
     }
     run = RunResults.from_dict(run, CHECKPOINTS[name])
     folder = EXAMPLES / name

@@ -49,17 +49,23 @@ def runs(pattern: str = "*.json") -> list[RunResults]:
     return [RunResults.from_dict(results, name) for name, results in files if "main_row" in results]
 
 
-def main_rows(pattern: str = "*.json", with_times: bool = False, with_events: bool = False) -> list[RunResults]:
-    """The runs of the main rows, of models that read times, or features of events, or of those that do not."""
-    wanted = (with_times, with_events)
-    read = ("use_timestamps", "event_features")
-    return [run for run in runs(pattern) if run.main_row and tuple(bool(run.config.get(it)) for it in read) == wanted]
+def main_rows(
+    pattern: str = "*.json", with_times: bool = False, with_events: bool = False, split: str = "leave_one_out"
+) -> list[RunResults]:
+    """The runs of the main rows of a split, of models that read times, or features of events, or that do not."""
+    wanted = (with_times, with_events, split)
+
+    def kind(run: RunResults) -> tuple[bool, bool, str]:
+        read = (bool(run.config.get(name)) for name in ("use_timestamps", "event_features"))
+        return (*read, run.protocol.split(",")[0])
+
+    return [run for run in runs(pattern) if run.main_row and kind(run) == wanted]
 
 
 # What figures are under unless a table says otherwise.
 USUAL_PROTOCOL = "leave_one_out, full ranking"
 ACCURACY = ["HR@10", "NDCG@10", "seeds", "parameters", "minutes"]
-HEADERS = {"model_type": "model", "max_length": "length"}
+HEADERS = {"model_type": "model", "max_length": "length", "num_test_users": "test users"}
 
 
 def with_protocol(chosen: list[RunResults], first: str, *keys: str) -> tuple[str, ...]:
@@ -70,6 +76,11 @@ def with_protocol(chosen: list[RunResults], first: str, *keys: str) -> tuple[str
 def protocol(run: RunResults) -> str:
     """How the data were split and ranked, and whether seen items could be recommended."""
     return str(run.protocol) if run.exclude_seen else f"{run.protocol}, seen items kept"
+
+
+def regime(run: RunResults) -> str:
+    """The dataset and, where not all users were validated, that."""
+    return f"{run.dataset}, sampled validation" if "sampled validation" in run.protocol else run.dataset
 
 
 def headers(keys: tuple[str, ...]) -> list[str]:
@@ -110,6 +121,12 @@ def accuracy() -> str:
     return accuracy_table(main_rows(), "model_type", "max_length")
 
 
+def temporal() -> str:
+    """The main rows of the temporal split, which is for data with times alone."""
+    chosen = main_rows(split="temporal")
+    return accuracy_table(chosen, "model_type", "max_length", "num_test_users") if chosen else NOT_MEASURED
+
+
 def published() -> str:
     """What others report for our datasets, beside ELASTIC and the best baseline here under their regime."""
     rows = []
@@ -141,8 +158,7 @@ def times() -> str:
     models = {}
     for is_timed in (False, True):
         for run in main_rows(with_times=is_timed):
-            if run.protocol.split(",")[0] == "leave_one_out":
-                models.setdefault((run.dataset, run.model_type), {}).setdefault(is_timed, []).append(run)
+            models.setdefault((regime(run), run.model_type), {}).setdefault(is_timed, []).append(run)
     rows = []
     for (dataset, model), of_model in sorted(
         models.items(), key=lambda entry: (entry[0][0], entry[0][1] != "elastic")
@@ -163,12 +179,10 @@ def events() -> str:
     """Models that read features of events, beside the same models without them."""
     without, with_them = {}, {}
     for run in main_rows():
-        without.setdefault((run.dataset, run.model_type, run.max_length, run.protocol), []).append(ndcg_of(run))
+        without.setdefault((regime(run), run.model_type, run.max_length), []).append(ndcg_of(run))
     for run in main_rows(with_events=True):
         names = " and ".join(run.config["event_features"])
-        protocol = run.protocol.removesuffix(f", events with {names}")
-        setting = (run.dataset, run.model_type, run.max_length, protocol)
-        with_them.setdefault((*setting, names), []).append(ndcg_of(run))
+        with_them.setdefault((regime(run), run.model_type, run.max_length, names), []).append(ndcg_of(run))
     rows = []
     for (*setting, names), values in sorted(with_them.items()):
         if plain := without.get(tuple(setting)):
@@ -315,7 +329,7 @@ def rounded(figure: float, digits: int) -> str:
 
 
 NOT_MEASURED = "Not measured yet."
-SDPA, NAIVE = "sasrec, sdpa", "sasrec, naive"
+SDPA, NAIVE, GRAPH = "sasrec, sdpa", "sasrec, naive", "CUDA graph"
 LENGTHS = (50, 200, 500, 2048, 8192, 32768)
 
 
@@ -596,9 +610,13 @@ def ratios(variant: str = "") -> str:
     seconds, steps = (by_length(subject, subject, variant) for subject in ("inference", "training"))
     encoding, training = (by_length("memory", wanted, variant) for wanted in ("inference", "training"))
     compiled, plain, checkpointed = "elastic, compiled", "elastic, no memory", "elastic, checkpointed"
+    graph = f"elastic, {GRAPH}"
     compared = (
         ("time to encode a user", seconds, SDPA, "elastic"),
         ("time to encode a user, both compiled", seconds, f"{SDPA}, compiled", compiled),
+        ("time to encode a user, both by a CUDA graph", seconds, f"{SDPA}, {GRAPH}", graph),
+        ("time to encode a user, naive attention", seconds, NAIVE, "elastic"),
+        ("time to encode a user, naive attention, both by a CUDA graph", seconds, f"{NAIVE}, {GRAPH}", graph),
         ("memory to encode a user", encoding, SDPA, "elastic"),
         ("memory to encode a user, naive attention", encoding, NAIVE, "elastic"),
         ("time of a training step", steps, SDPA, "elastic"),
@@ -623,8 +641,10 @@ def claims(variant: str = "") -> str:
     seconds = by_length("inference", "inference", variant)
     peaks = by_length("memory", "training", variant)
     names = ("elastic", "elastic, compiled", "elastic, checkpointed", "elastic_paper")
+    pairs = [*itertools.product((NAIVE, SDPA), names)]
+    pairs += [(f"{other}, {GRAPH}", f"elastic, {GRAPH}") for other in (NAIVE, SDPA)]
     rows = []
-    for other, name, length in itertools.product((NAIVE, SDPA), names, (200, 2048, 8192, 32768)):
+    for (other, name), length in itertools.product(pairs, (200, 2048, 8192, 32768)):
         ratio = saved = ""
         if length in seconds.get(other, {}) and length in seconds.get(name, {}):
             ratio = f"{rounded(seconds[other][length] / seconds[name][length], 2)}x"
@@ -866,8 +886,9 @@ def new_items() -> str:
     for run in read_results("new-items*.json").values():
         for name, found in run["results"].items():
             rates = [describe_metric(found[on], "hr@10") if on in found else "" for on in ("new", "trained")]
-            rows.append([names[name], *rates, str(run["seed"])])
-    header = ["who recommends", "HR@10 where the target is new", "HR@10 where it was trained on", "seed"]
+            who, _, scale = name.partition(", id_scale ")
+            rows.append([names[who], scale, *rates, str(run["seed"])])
+    header = ["who recommends", "`id_scale`", "HR@10 where the target is new", "HR@10 where it was trained on", "seed"]
     return table(header, rows) if rows else NOT_MEASURED
 
 
@@ -893,6 +914,7 @@ TABLES = {
     for function in (
         accuracy,
         differences,
+        temporal,
         times,
         events,
         published,

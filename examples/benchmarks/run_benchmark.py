@@ -64,17 +64,22 @@ MODELS = {
     "elastic, 4 layers": ("elastic", {"num_hidden_layers": 4}),
     "elastic, checkpointed": ("elastic", {}),
     "elastic, compiled": ("elastic", {}),
+    "elastic, CUDA graph": ("elastic", {}),
     "elastic_paper": ("elastic_paper", {}),
     "sasrec, sdpa": ("sasrec", {}),
     "sasrec, sdpa, checkpointed": ("sasrec", {}),
     "sasrec, sdpa, compiled": ("sasrec", {}),
+    "sasrec, sdpa, CUDA graph": ("sasrec", {}),
     "sasrec, naive": ("sasrec", {}),
+    "sasrec, naive, CUDA graph": ("sasrec", {}),
     "hstu": ("hstu", {}),
     "lrurec": ("lrurec", {}),
     "linrec": ("linrec", {}),
     "lightsans": ("lightsans", {}),
 }
-NAIVE = ("sasrec, naive", "hstu")  # these hold a number for each pair of items
+NAIVE = ("sasrec, naive", "sasrec, naive, CUDA graph", "hstu")  # these hold a number for each pair of items
+
+PROGRAMS = ("compiled", "CUDA graph")  # a program for each length
 
 
 def device() -> str:
@@ -106,10 +111,12 @@ def make_model(name: str, length: int, num_items: int, **changes):
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{key: value for key, value in settings.items() if key in known})
-    attention = {"attn_implementation": "eager"} if name == "sasrec, naive" else {}
+    attention = {"attn_implementation": "eager"} if name.startswith("sasrec, naive") else {}
     model = AutoModel.from_config(config, **attention)
     if name.endswith("compiled"):
         model.model.compile()
+    if name.endswith("CUDA graph"):
+        model.model.compile(backend="cudagraphs")
     if name.endswith("checkpointed"):
         model.activation_checkpointing_enable()
     return model.to(device())
@@ -220,7 +227,8 @@ def benchmark_models(args: argparse.Namespace) -> None:
         raise ValueError(f"batch_sizes must be 1 or {len(args.lengths)} numbers, found {len(batch_sizes)}")
     for length, batch_size in zip(args.lengths, batch_sizes, strict=True):
         names = [name for name in args.models if length <= args.longest_naive or name not in NAIVE]
-        names = [name for name in names if length in args.compiled_lengths or not name.endswith("compiled")]
+        names = [name for name in names if length in args.compiled_lengths or not name.endswith(PROGRAMS)]
+        names = [name for name in names if torch.cuda.is_available() or not name.endswith("CUDA graph")]
         for subject in passes:
             steps = {}
             for name in names:
@@ -803,7 +811,7 @@ LONG = [1_024, 2_048, 4_096]
 HELP = {
     "lengths": "Items in a history.",
     "batch_sizes": "Histories in a batch: one number for each length, or one for all.",
-    "compiled_lengths": "Lengths to compile for.",
+    "compiled_lengths": "Lengths to compile and to record CUDA graphs for.",
     "longest_naive": "Longest history of attention that holds a number for each pair of items.",
     "default_lengths": "Lengths of one user's training with the defaults of the configuration.",
     "models": "Models to measure.",

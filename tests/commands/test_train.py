@@ -585,6 +585,17 @@ def test_a_baseline(shop, finished, tmp_path, monkeypatch, model_type, overrides
     assert results.get("memory_slots") == (36 if model_type == "elastic_paper" else None)
 
 
+def test_a_run_on_all_prefixes(shop, tmp_path):
+    arguments = arguments_for(shop, tmp_path, model_type="elastic_paper", split_into_prefixes=True)
+    arguments["config_overrides"] = "hidden_size=16,num_memory_subkeys=6,num_interest_experts=8"
+    run(command_line(arguments))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    num_rows = results["num_interactions"] - 3 * results["num_users"]  # not the first, nor the two held out
+    assert results["split_into_prefixes"] is True and results["split_into_windows"] is False
+    assert results["steps"] == 2 * -(-num_rows // 8)
+    assert "| all prefixes of the histories | yes |" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("launcher", "module"),
     [
@@ -642,6 +653,11 @@ def test_a_run_that_is_pushed_ends_with_its_results(shop, tmp_path, hub):
         ({"config_overrides": "vocab_size=16"}, "vocab_size must be the tokenizer's"),
         ({"config_overrides": "training_loss=mse"}, "training_loss must be one of"),
         ({"item_column": "article"}, "article"),
+        (
+            {"split_into_windows": True, "split_into_prefixes": True},
+            "cut in different places, found both",
+        ),
+        ({"split_into_prefixes": True}, "split_into_prefixes needs training_objective='prefix', found 'next_item'"),
     ],
 )
 def test_bad_arguments_are_named(shop, tmp_path, changes, message):

@@ -66,6 +66,13 @@ def test_prefixes_end_everywhere_and_predict_the_item_after_them():
         assert tokens == [0] * (5 - len(prefix)) + prefix
 
 
+def test_the_last_item_is_predicted_from_those_before_it():
+    batch = collator("last_item")(rows(LONG, SHORT))
+    assert batch["input_ids"].tolist() == [[4, 5, 6, 7, 8], [0, 0, 0, 13, 14]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 0, 1, 1]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [9], [-100] * 4 + [15]]
+
+
 @pytest.mark.parametrize("objective", ["masked_item", "prefix"])
 def test_the_global_generator_decides_the_draw(objective):
     draws = []
@@ -89,7 +96,7 @@ def test_processes_in_the_same_state_draw_differently(objective, monkeypatch):
     assert not torch.equal(*draws)
 
 
-@pytest.mark.parametrize("objective", ["next_item", "masked_item", "prefix"])
+@pytest.mark.parametrize("objective", ["next_item", "masked_item", "prefix", "last_item"])
 def test_evaluation_rows_keep_the_whole_history(objective):
     batch = collator(objective)(rows(LONG, [13], target=[np.int32(30), np.int32(31)]))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [0, 0, 0, 0, 13]]
@@ -191,7 +198,7 @@ def test_bad_times_are_named(features, message):
         collator(use_timestamps=True)(features)
 
 
-@pytest.mark.parametrize("objective", ["masked_item", "prefix"])
+@pytest.mark.parametrize("objective", ["masked_item", "prefix", "last_item"])
 def test_times_are_for_the_next_item_alone(objective):
     with pytest.raises(ValueError, match=f"use_timestamps needs objective='next_item', found '{objective}'"):
         collator(objective, use_timestamps=True)
@@ -233,11 +240,11 @@ def test_bad_features_of_events_are_named(features, message):
         collator(event_features=["rating"])(features)
 
 
-@pytest.mark.parametrize("objective", ["masked_item", "prefix"])
+@pytest.mark.parametrize("objective", ["masked_item", "prefix", "last_item"])
 def test_features_of_events_are_for_the_next_item_alone(objective):
     with pytest.raises(ValueError, match=f"event_features needs objective='next_item', found '{objective}'"):
         collator(objective, event_features=["rating"])
 
 
-def test_the_objectives_are_those_of_the_models():
-    assert OBJECTIVES == TRAINING_OBJECTIVES
+def test_the_objectives_are_those_of_the_models_and_that_of_prefixes():
+    assert OBJECTIVES == (*TRAINING_OBJECTIVES, "last_item")

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 from datasets import Dataset
 
-from elastic_hf.data.windows import split_into_windows
+from elastic_hf.data.windows import split_into_prefixes, split_into_windows
 
 
 @pytest.mark.parametrize("num_items", [1, 2, 5, 6, 7, 11, 12, 23])
@@ -18,16 +19,38 @@ def test_windows_make_every_item_but_the_first_a_target_once(num_items):
         assert all(len(window) == 6 for window in mine[1:])
 
 
-def test_an_earlier_result_is_not_trusted(tmp_path):
+def test_prefixes_are_all_and_hold_the_most_recent_items():
+    """Of histories of one item, of fewer than the model sees and one more, and of more."""
+    histories = [[*range(50, 59)], [99], [*range(20, 24)], [*range(3, 9)], [*range(70, 77)]]
+    dataset = Dataset.from_dict({"user_id": [*range(5)], "input_ids": histories, "timestamps": histories})
+    prefixes = split_into_prefixes(dataset.select([1, 4, 3, 2]), max_length=5)
+    expected = [[99]]
+    for history in (histories[4], histories[3], histories[2]):
+        expected += [history[max(0, end - 6) : end] for end in range(2, len(history) + 1)]
+    assert prefixes.column_names == ["input_ids"] and prefixes["input_ids"][:] == expected
+
+
+@pytest.mark.parametrize("split", [split_into_windows, split_into_prefixes])
+def test_histories_are_cut_alike_in_any_number_of_batches(split, monkeypatch):
+    dataset = Dataset.from_dict({"input_ids": [[*range(3, 5 + n)] for n in range(9)]}).with_format("numpy")
+    whole = split(dataset, 4)
+    monkeypatch.setattr("elastic_hf.data.windows.HISTORIES_PER_BATCH", 2)
+    parts = split(dataset, 4)
+    assert whole.format["type"] == "numpy" and len(whole) == len(parts)
+    assert all(np.array_equal(one, other) for one, other in zip(whole["input_ids"], parts["input_ids"], strict=True))
+
+
+@pytest.mark.parametrize("split", [split_into_windows, split_into_prefixes])
+def test_an_earlier_result_is_not_trusted(tmp_path, split):
     histories = Dataset.from_dict({"input_ids": [list(range(3, 30))]})
     histories.save_to_disk(tmp_path)
     histories = Dataset.load_from_disk(tmp_path)
-    first = split_into_windows(histories, max_length=5)
+    first = split(histories, max_length=5)
     expected = first["input_ids"][:]
     for file in first.cache_files:
         with open(file["filename"], "r+b") as stream:
             stream.truncate(100)
-    assert first.cache_files and split_into_windows(histories, max_length=5)["input_ids"][:] == expected
+    assert first.cache_files and split(histories, max_length=5)["input_ids"][:] == expected
 
 
 def test_timestamps_and_event_columns_are_cut_in_the_same_places():

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pyarrow as pa
 import pytest
@@ -8,6 +9,7 @@ import reference
 from elastic_hf import ElasticForSequentialRecommendation, ElasticItemTokenizer, ItemIndex
 from elastic_hf.baselines import SASRecConfig
 from elastic_hf.models import item_features
+from elastic_hf.models.new_items import borrow_ids
 from factories import ITEM_FEATURES, NUM_TOKENS, elastic_config, elastic_model, featured_model, histories, item_table
 
 
@@ -229,7 +231,35 @@ def test_a_new_item_is_what_its_features_say(featured):
     (token_id,) = model.add_items(tokenizer, known.set_column(0, "item_id", pa.array([9])))
     features = model.model.item_features
     torch.testing.assert_close(features(torch.tensor([token_id])), features(torch.tensor([12])))
-    assert not model.get_input_embeddings().weight[token_id].any()
+
+
+@torch.no_grad()
+def test_a_new_item_takes_the_id_of_those_that_are_like_it(featured):
+    model, tokenizer = copy.deepcopy(featured)
+    known = item_table(range(100, 128))
+    twin = known.slice(9, 1).set_column(0, "item_id", pa.array([9]))
+    (token_id,) = model.add_items(tokenizer, twin)
+    weight = model.get_input_embeddings().weight
+    directions = model.model.item_features.directions(torch.arange(NUM_TOKENS + 1))
+    torch.testing.assert_close(directions[token_id], directions[12])
+    expected = borrow_ids(directions[token_id:], directions[3:NUM_TOKENS], weight[3:NUM_TOKENS])
+    torch.testing.assert_close(weight[token_id], expected[0])
+    (again,) = model.add_items(tokenizer, twin.set_column(0, "item_id", pa.array([10])))
+    weight = model.get_input_embeddings().weight
+    torch.testing.assert_close(weight[again], weight[token_id])  # a new item borrows from no new one
+    (larger,) = model.add_items(tokenizer, twin.set_column(0, "item_id", pa.array([11])), id_scale=1.5)
+    (alone,) = model.add_items(tokenizer, twin.set_column(0, "item_id", pa.array([12])), id_scale=0)
+    weight = model.get_input_embeddings().weight
+    torch.testing.assert_close(weight[larger], 1.5 * weight[token_id])
+    assert not weight[alone].any()
+
+
+@pytest.mark.parametrize("id_scale", [-1.0, math.inf, math.nan])
+def test_id_scales_are_checked(featured, id_scale):
+    model, tokenizer = copy.deepcopy(featured)
+    with pytest.raises(ValueError, match="id_scale must be a finite number of at least 0, found"):
+        model.add_items(tokenizer, item_table([1]), id_scale)
+    assert len(tokenizer) == model.config.vocab_size == NUM_TOKENS
 
 
 @torch.no_grad()

@@ -507,6 +507,8 @@ def test_render_cards_writes_cards_and_draws_their_figures(tmp_path, monkeypatch
     run = results_file(log_history=[{"epoch": 1.0, "loss": 2.0}], expert_half_lives=[[2.0, 300.0]], main_row=True)
     others = {"ml-1m-sasrec-42.json": run | {"model_type": "sasrec", "config": {}}}
     others |= {"trial.json": run | {"model_type": "gru4rec", "main_row": False}, "benchmark-data.json": {"rows": 1}}
+    of_another_split = {"model_type": "hstu", "protocol": "temporal, full ranking"}
+    others["ml-1m-hstu-42-temporal.json"] = run | {"config": {}} | of_another_split
     files = {"ml-1m-elastic-42.json": run, **others}
     monkeypatch.setattr(render_cards, "CHECKPOINTS", {"elastic-ml1m": "ml-1m-elastic-42.json"})
     monkeypatch.setattr(render_cards, "read_results", lambda pattern: dict(files))
@@ -518,7 +520,7 @@ def test_render_cards_writes_cards_and_draws_their_figures(tmp_path, monkeypatch
     links = re.findall(r"\]\((?!https://)(.*?)\)", text)
     assert links == ["elastic-ml1m/training_curve.png", "elastic-ml1m/expert_horizons.png"]
     assert all((tmp_path / "model_cards" / link).read_bytes().startswith(b"\x89PNG") for link in links)
-    assert "| sasrec |" in text and "gru4rec" not in text
+    assert "| sasrec |" in text and "gru4rec" not in text and "hstu" not in text
 
 
 def test_templates_and_data_ship_with_the_package(tmp_path):

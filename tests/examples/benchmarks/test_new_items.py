@@ -31,7 +31,7 @@ def results(tmp_path_factory):
     recipe |= {"config_overrides": sizes, "num_train_epochs": 1, "disable_tqdm": True, "seed": 7}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     arguments = ["--recipe", str(folder / "recipe.json"), "--output", str(folder / "out.json")]
-    new_items.main(["--num_train_epochs", "2", *arguments])
+    new_items.main(["--num_train_epochs", "2", "--id_scales", "0", "1.5", *arguments])
     return json.loads((folder / "out.json").read_text())
 
 
@@ -48,7 +48,8 @@ def test_every_model_is_measured_where_it_can_be(results):
         "nearest titles": {"new", "trained"},
         "ids, trained items": {"trained"},
         "features, trained items": {"trained"},
-        "features, all items": {"new", "trained"},
+        "features, all items, id_scale 0": {"new", "trained"},
+        "features, all items, id_scale 1.5": {"new", "trained"},
     }
     # The next item is the second nearest to the last one: none but those before it is nearer.
     assert results["results"]["nearest titles"]["new"]["hr@10"] == 1

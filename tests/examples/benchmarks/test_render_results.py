@@ -103,6 +103,26 @@ def test_figures_of_two_protocols_are_not_mixed(results, tmp_path):
     assert [len(seeds) for seeds in render_results.main_runs("ml-1m").values()] == [2, 1]
 
 
+def test_the_temporal_split_has_a_table_of_its_own(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(render_results, "PUBLISHED", tmp_path / "published.yaml")
+    render_results.PUBLISHED.write_text(json.dumps({"ml-1m": []}))
+    for model, ndcg in (("elastic", 0.25), ("sasrec", 0.2)):
+        write_run(tmp_path, f"ml-1m-{model}-42", ndcg, model_type=model)
+    assert render_results.temporal() == "Not measured yet."
+    names = ("accuracy", "differences", "published", "times", "events")
+    tables = {name: render_results.TABLES[name]() for name in names}
+    split = {"protocol": "temporal, full ranking", "num_test_users": 5}
+    for model, seed, ndcg in (("elastic", 42, 0.5), ("elastic", 43, 0.25), ("sasrec", 42, 0.75)):
+        write_run(tmp_path, f"ml-1m-{model}-{seed}-temporal", ndcg, model_type=model, seed=seed, **split)
+    timed = {"protocol": "temporal, full ranking, target times given", "config": {"use_timestamps": True}}
+    write_run(tmp_path, "ml-1m-elastic-42-temporal-timed", 0.5, **timed)
+    elastic, sasrec = rows_of(render_results.temporal())
+    assert (elastic["model"], elastic["NDCG@10"], elastic["seeds"]) == ("elastic", "**0.3750 ± 0.1768**", "2")
+    assert (sasrec["model"], sasrec["HR@10"], sasrec["test users"]) == ("sasrec", "0.7500", "5")
+    assert elastic["protocol"] == "temporal, full ranking"
+    assert {name: render_results.TABLES[name]() for name in tables} == tables
+
+
 def test_published_figures_stand_beside_ours_of_each_protocol(results, tmp_path, monkeypatch):
     monkeypatch.setattr(render_results, "PUBLISHED", tmp_path / "published.yaml")
     report = {"model": "Theirs", "hr@10": 0.5, "ndcg@10": 0.25, "source": "a table", "differs": "other users"}
@@ -131,6 +151,14 @@ def test_models_with_times_stand_beside_the_same_without(results, tmp_path):
     assert row["with times, not told the target's"] == "0.1875 ± 0.0884"
     assert row["told the target's"] == "0.3750 ± 0.1768" and row["told against without"] == "+50.0%"
 
+    sampled = "leave_one_out, sampled validation, full ranking"
+    write_run(tmp_path, "ml-1m-elastic-42-sampled", 0.5, protocol=sampled)
+    timed |= {"protocol": f"{sampled}, target times given", "untimed_ndcg@10": 0.5}
+    write_run(tmp_path, "ml-1m-elastic-42-sampled-timed", 0.75, **timed)
+    first, of_sampled = rows_of(render_results.times())
+    assert first == row and of_sampled["dataset"] == "ml-1m, sampled validation"
+    assert of_sampled["without times"] == "0.5000" and of_sampled["told the target's"] == "0.7500"
+
 
 def test_models_with_features_of_events_stand_beside_the_same_without(results, tmp_path):
     write_run(tmp_path, "ml-1m-elastic-42", 0.25)
@@ -147,6 +175,14 @@ def test_models_with_features_of_events_stand_beside_the_same_without(results, t
     assert row["event features"] == "rating" and row["without"] == "0.2500" and row["seeds"] == "1 and 2"
     assert row["with"] == "0.3750 ± 0.1768" and row["with against without"] == "+50.0%"
     assert render_results.accuracy() == accuracy
+
+    sampled = "leave_one_out, sampled validation, full ranking"
+    write_run(tmp_path, "ml-1m-elastic-42-sampled", 0.5, protocol=sampled)
+    featured["protocol"] = f"{sampled}, events with rating"
+    write_run(tmp_path, "ml-1m-elastic-42-sampled-with-rating", 0.75, **featured)
+    first, of_sampled = rows_of(render_results.events())
+    assert first == row and of_sampled["dataset"] == "ml-1m, sampled validation"
+    assert (of_sampled["without"], of_sampled["with"]) == ("0.5000", "0.7500")
 
 
 def test_runs_that_keep_seen_items_are_told_by_that_and_say_so(results, tmp_path):

@@ -15,7 +15,7 @@ from test_imports import OTHERS
 
 
 ROOT = Path(__file__).parents[3]
-ALL = [name for name in run_benchmark.MODELS if not name.endswith("compiled")]
+ALL = [name for name in run_benchmark.MODELS if not name.endswith(run_benchmark.PROGRAMS)]
 CHECKPOINTED = [name for name in ALL if name.endswith("checkpointed")]
 SMALL = {
     "inference": ["--lengths", "5", "70", "--batch_sizes", "3", "2", "--models", *ALL],
@@ -75,7 +75,7 @@ def test_naive_attention_and_compilation_end_at_some_length(tmp_path, monkeypatc
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     models = ["elastic", "elastic, compiled", "sasrec, naive"]
-    only = ["--models", *models, "--longest_naive", "5", "--compiled_lengths", "5"]
+    only = ["--models", *models, "elastic, CUDA graph", "--longest_naive", "5", "--compiled_lengths", "5"]
     results = measure("inference", tmp_path / "results.json", monkeypatch, *only)
     assert [list(row["seconds"]) for row in results["rows"]] == [models, ["elastic"]]
     assert [type(module).__name__ for module in compiled] == ["ElasticModel"]

@@ -1,0 +1,22 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import reference
+from elastic_hf.models import catalogue
+from elastic_hf.models.new_items import borrow_ids
+
+
+@pytest.mark.parametrize("rows", [2, 16])
+@pytest.mark.parametrize("num_nearest", [1, 2, 5, 30])
+def test_ids_are_borrowed_from_the_nearest_items(num_nearest, rows, monkeypatch):
+    monkeypatch.setattr(catalogue, "MAX_SCORES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(catalogue, "MIN_ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    new, known = (F.normalize(torch.randn(n, 5, generator=generator), dim=-1) for n in (7, 11))
+    ids = torch.randn(11, 3, generator=generator)
+    new[4] = 0  # nothing is known of it
+    new[5] = -F.normalize(known.sum(dim=0), dim=-1)
+    found = borrow_ids(new, known, ids, num_nearest)
+    torch.testing.assert_close(found, reference.borrow_ids(new, known, ids, num_nearest))
+    assert not found[4].any()
