@@ -34,10 +34,10 @@ class EventFeatures(nn.Module):
     def forward(self, embeddings: Tensor, event_features: Tensor) -> Tensor:
         """Return the items' embeddings and what is added to them: (B, L, D) and (B, L, F) -> (B, L, D)."""
         for feature, values in zip(self.features, event_features.unbind(-1), strict=True):
-            if isinstance(feature, nn.Embedding):
-                embeddings = feature(values.long()).add_(embeddings)
-            else:
+            if isinstance(feature, nn.Linear):
                 embeddings = torch.addcmul(embeddings, values[..., None].to(embeddings.dtype), feature.weight[:, 0])
+            else:
+                embeddings = feature(values.long()).add_(embeddings)
         return embeddings
 
 
