@@ -129,7 +129,7 @@ class ItemEmbeddings(nn.Module):
         (B, L, D)"""
         embeddings = self.embed_tokens(input_ids)
         if event_features is not None:
-            embeddings = embeddings + self.event_features(event_features)
+            embeddings = self.event_features(embeddings, event_features)
         return embeddings * scale + self.positions(input_ids)
 
 

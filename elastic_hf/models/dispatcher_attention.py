@@ -21,6 +21,7 @@ Range: with |scores| <= 10 and a half-life of at least one item, every exponent 
 most. Give float32 or float64 tensors, also under autocast.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ CHUNK_SIZE = 64
 CHUNK_SIZE_WITH_PAUSES = 32
 # A pause in a history takes no more of what an expert holds than so many of its half-lives.
 MAX_HALF_LIVES = 2.0
+# Positions of a block of [`sum_later`].
+SUM_BLOCK = 8
 # So many states come from one closed form, the next ones from the last of these.
 MAX_PREFIX = 64
 
@@ -73,8 +76,25 @@ def forgetting(log_forget: Tensor, pauses: Tensor, half_lives: Tensor) -> Tensor
     Returns:
         `torch.Tensor` of shape `(B, L, M)`: log of what an expert keeps of its state when each item comes.
     """
-    num_half_lives = (pauses.clamp(min=0)[..., None] / half_lives).clamp_(max=MAX_HALF_LIVES)
-    return torch.add(log_forget, num_half_lives, alpha=-math.log(2))
+    kept = torch.addcmul(log_forget, pauses.clamp(min=0)[..., None], -math.log(2) / half_lives)
+    return kept.clamp_(min=log_forget - MAX_HALF_LIVES * math.log(2))
+
+
+def sum_later(values: Tensor, start: float) -> Tensor:
+    """Return the sum of `start` and of the values after each position: (B, L, M) -> (B, L, M).
+
+    Summed from the latest on: a difference of two sums over the whole would round off what is recent. Blocks of
+    positions are summed side by side, which a processor does sooner than one long sum.
+    """
+    length = values.shape[1]
+    size = SUM_BLOCK if torch.compiler.is_compiling() else min(SUM_BLOCK, length)
+    padding = -length % size
+    if not isinstance(padding, int) or padding > 0:
+        values = F.pad(values, (0, 0, 0, padding))
+    blocks = values.unflatten(1, (-1, size))
+    *sums, whole = itertools.accumulate(blocks.unbind(2)[::-1])  # from the last of each block on, (B, J, M)
+    after = whole.flip(1).cumsum_(1).flip(1).sub_(whole).add_(start)
+    return torch.stack([*(some + after for some in reversed(sums)), after], dim=2).flatten(1, 2)[:, :length]
 
 
 def final_weights(sigmoids: Tensor, log_forget: Tensor) -> Tensor:
@@ -91,11 +111,10 @@ def final_weights(sigmoids: Tensor, log_forget: Tensor) -> Tensor:
     if log_forget.dim() == 1:
         length = sigmoids.shape[1]
         later_items = torch.arange(length - 1, -1, -1, device=sigmoids.device, dtype=sigmoids.dtype)
-        log_kept = later_items[:, None] * log_forget
+        exponents = to_exponent(sigmoids, later_items[:, None] * log_forget)
     else:
-        # Summed from the latest item on: a difference of two sums over the whole would round off what is recent.
-        log_kept = log_forget.flip(1).cumsum(dim=1).flip(1) - log_forget
-    return to_exponent(sigmoids, log_kept).clamp_(min=MIN_EXPONENT).exp_().mT
+        exponents = sum_later(log_forget, -SCORE_CAP).add_(sigmoids, alpha=2 * SCORE_CAP)
+    return exponents.clamp_(min=MIN_EXPONENT).exp_().mT
 
 
 def pool_history(

@@ -31,15 +31,14 @@ class EventFeatures(nn.Module):
             for size in config.event_features.values()
         )
 
-    def forward(self, event_features: Tensor) -> Tensor:
-        """Return what is added to the items' embeddings: (B, L, F) -> (B, L, D)."""
-        added = [
-            feature(values[..., 0].long())
-            if isinstance(feature, nn.Embedding)
-            else feature(values.to(feature.weight.dtype))
-            for feature, values in zip(self.features, event_features.split(1, dim=-1), strict=True)
-        ]
-        return sum(added[1:], start=added[0])
+    def forward(self, embeddings: Tensor, event_features: Tensor) -> Tensor:
+        """Return the items' embeddings and what is added to them: (B, L, D) and (B, L, F) -> (B, L, D)."""
+        for feature, values in zip(self.features, event_features.unbind(-1), strict=True):
+            if isinstance(feature, nn.Linear):
+                embeddings = torch.addcmul(embeddings, values[..., None].to(embeddings.dtype), feature.weight[:, 0])
+            else:
+                embeddings = feature(values.long()).add_(embeddings)
+        return embeddings
 
 
 def given_event_features(event_features: Any, device: torch.device) -> Tensor | None:
@@ -86,8 +85,9 @@ def read_event_features(
     check_shape(event_features, attention_mask.shape, config)
     if event_features is None:
         return {}
-    _check_values(event_features, attention_mask, config)
-    return {"event_features": torch.where(attention_mask[..., None], event_features, 0.0)}
+    event_features = torch.where(attention_mask[..., None], event_features, 0.0)
+    _check_values(event_features, config)
+    return {"event_features": event_features}
 
 
 def check_shape(event_features: Tensor | None, shape: torch.Size, config: PreTrainedConfig) -> None:
@@ -110,15 +110,17 @@ def check_shape(event_features: Tensor | None, shape: torch.Size, config: PreTra
     raise ValueError(f"event_features ({names}) must be a floating tensor of shape {wanted}, found {found}")
 
 
-def _check_values(event_features: Tensor, attention_mask: Tensor, config: PreTrainedConfig) -> None:
+def _check_values(event_features: Tensor, config: PreTrainedConfig) -> None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or event_features.is_meta:
         return
-    sizes = event_features.new_tensor([*config.event_features.values()])
-    is_category = (event_features >= 0) & (event_features <= sizes) & (event_features == event_features.floor())
-    is_good = torch.where(sizes > 0, is_category, event_features.abs() < math.inf)
-    is_bad = attention_mask[..., None] & ~is_good
-    if is_bad.any():
-        row, position, index = is_bad.nonzero()[0].tolist()
+    is_good = torch.stack(
+        [
+            values.clamp(0, size).floor() == values if size > 0 else values.abs() < math.inf
+            for size, values in zip(config.event_features.values(), event_features.unbind(-1), strict=True)
+        ]
+    )
+    if not is_good.all():
+        index, row, position = (~is_good).nonzero()[0].tolist()
         name, size = [*config.event_features.items()][index]
         expected = f"categories from 0 to {size}" if size else "finite numbers"
         raise ValueError(

@@ -200,13 +200,14 @@ def pauses_before(timestamps: Tensor, attention_mask: Tensor, last_timestamps: T
     Returns:
         `torch.FloatTensor` of shape `(B, L)`: -1 for the first event of a user, and at padding.
     """
-    before = torch.cat([timestamps[:, :1], timestamps[:, :-1]], dim=1)
-    has_event = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
+    pauses = torch.where(attention_mask[:, :-1], timestamps[:, 1:] - timestamps[:, :-1], UNKNOWN).float()
+    pauses = F.pad(pauses, (1, 0), value=UNKNOWN)
     if last_timestamps is not None:
-        is_first = attention_mask & ~has_event
-        before = torch.where(is_first, last_timestamps[:, None].to(before.dtype), before)
-        has_event = has_event | (is_first & (last_timestamps[:, None] != UNKNOWN))
-    return torch.where(has_event, timestamps - before, UNKNOWN).float()
+        last_timestamps = last_timestamps[:, None].to(timestamps.dtype)
+        is_first = attention_mask & ~F.pad(attention_mask[:, :-1], (1, 0))
+        is_after = is_first & (last_timestamps != UNKNOWN)
+        pauses = torch.where(is_after, (timestamps - last_timestamps).float(), pauses)
+    return pauses
 
 
 def elapsed_until(request_timestamps: Tensor, last_timestamps: Tensor) -> Tensor:
@@ -222,7 +223,8 @@ def time_buckets(seconds: Tensor) -> Tensor:
 
 def time_phases(timestamps: Tensor) -> Tensor:
     """Return the cosines and sines of moments in their day, week and year, zeros for -1: (...) -> (..., 6)."""
-    periods = torch.tensor(PERIODS, device=timestamps.device)
-    angles = (timestamps[..., None] % periods / periods).float().mul_(2 * math.pi)
-    phases = torch.cat([angles.cos(), angles.sin_()], dim=-1)
-    return phases.mul_((timestamps != UNKNOWN)[..., None])
+    periods = torch.tensor(PERIODS, dtype=torch.double, device=timestamps.device)
+    turns = timestamps / periods.view(-1, *[1] * timestamps.dim())  # (3, ...): one after the other in memory
+    angles = (turns - turns.floor()).float().mul_(2 * math.pi)
+    phases = torch.cat([angles.cos(), angles.sin_()])
+    return phases.mul_(timestamps != UNKNOWN).movedim(0, -1)

@@ -357,9 +357,9 @@ class ElasticModel(ElasticPreTrainedModel):
         (B, L, F), -> (B, L, D)."""
         embeddings = self.embed_items(input_ids)
         if pauses is not None:
-            embeddings = embeddings + self.time.of_events(timestamps, pauses)
+            embeddings = self.time.add_events(embeddings, timestamps, pauses)
         if event_features is not None:
-            embeddings = embeddings + self.event_features(event_features)
+            embeddings = self.event_features(embeddings, event_features)
         return self.dropout(embeddings)
 
     def embed_items(self, token_ids: Tensor) -> Tensor:

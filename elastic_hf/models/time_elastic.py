@@ -26,15 +26,21 @@ class ElasticTime(nn.Module):
         self.num_heads = config.num_attention_heads
         self.expert_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads * config.num_interest_experts)
 
-    def of_events(self, timestamps: Tensor, pauses: Tensor) -> Tensor:
-        """Return what is added to the items' embeddings: (B, L) twice -> (B, L, D)."""
-        phases = time_phases(timestamps).to(self.pause.weight.dtype)
-        return self.pause(time_buckets(pauses)) + self.phases(phases)
+    def add_events(self, embeddings: Tensor, timestamps: Tensor, pauses: Tensor) -> Tensor:
+        """Return the items' embeddings and what is added to them: (B, L, D) and (B, L) twice -> (B, L, D)."""
+        embeddings = self.pause(time_buckets(pauses)).add_(embeddings)
+        return _add_projected(embeddings, self.phases, time_phases(timestamps))
 
     def of_requests(self, request_timestamps: Tensor, last_timestamps: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is added to the reader's embedding and to the experts' logits: (B, Q) twice -> (B, Q, D) and
         (B, H, Q, E)."""
         buckets = time_buckets(elapsed_until(request_timestamps, last_timestamps))
-        phases = time_phases(request_timestamps).to(self.elapsed.weight.dtype)
         bias = self.expert_bias(buckets).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return self.elapsed(buckets) + self.request_phases(phases), bias
+        return _add_projected(self.elapsed(buckets), self.request_phases, time_phases(request_timestamps)), bias
+
+
+def _add_projected(embeddings: Tensor, projection: nn.Linear, phases: Tensor) -> Tensor:
+    """Add projected phases to embeddings, in place: (B, L, D) and (B, L, 6) -> (B, L, D)."""
+    rows = embeddings.view(-1, embeddings.shape[-1])
+    rows.addmm_(phases.flatten(0, 1).to(rows.dtype), projection.weight.T)
+    return embeddings

@@ -19,6 +19,7 @@ from elastic_hf.models.dispatcher_attention import (
     prefix_states,
     prepare_chunks,
     read_chunks,
+    sum_later,
     to_exponent,
 )
 
@@ -344,6 +345,13 @@ def test_the_weights_of_recent_items_are_exact_after_many_pauses():
     expected = final_weights(sigmoids.detach(), forget)
     found = final_weights(sigmoids.detach().float(), forget.float())
     torch.testing.assert_close(found[..., -30:].double(), expected[..., -30:], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 65])
+def test_sums_of_what_comes_later_equal_the_loop(length):
+    values = torch.randn(B, length, M, dtype=torch.float64)
+    expected = torch.stack([values[:, t + 1 :].sum(dim=1) - 10 for t in range(length)], dim=1)
+    torch.testing.assert_close(sum_later(values, -10), expected)
 
 
 @pytest.mark.parametrize("length", [1, 33])

@@ -65,11 +65,13 @@ def test_what_is_added_equals_the_loop():
     torch.manual_seed(0)
     module = EventFeatures(elastic_config(event_features=EVENT_FEATURES)).double()
     features = event_features(padding=0).double()
+    items = torch.randn(*features.shape[:2], 24, dtype=torch.float64)
     expected = torch.stack([reference.event_vector(module, event) for event in features.flatten(0, 1)])
-    reference.assert_equal_with_gradients(module(features).flatten(0, 1), expected, [module.features[1].weight])
+    expected = items.clone() + expected.unflatten(0, items.shape[:2])
+    reference.assert_equal_with_gradients(module(items, features), expected, [module.features[1].weight])
     found, wanted = (
         torch.autograd.grad(output.square().sum(), module.features[2].weight)
-        for output in (module(features), expected)
+        for output in (module(items, features), expected)
     )
     torch.testing.assert_close(found[0][1:], wanted[0][1:])
     assert (found[0][0] == 0).all() and (wanted[0][0] != 0).any()  # the embedding of what is unknown stays as it is
