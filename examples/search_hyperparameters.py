@@ -67,7 +67,7 @@ def search(argv: Sequence[str], num_trials: int, study: str) -> list[str]:
     training_args.early_stopping_patience = 0
     set_up_process(training_args)
     tokenizer, item_features, splits, counts = read_data(model_args, data_args, training_args)
-    config = make_config(model_args, tokenizer, counts)
+    config = make_config(model_args, tokenizer, counts, training_args)
     metric = f"eval_ndcg@10{SUFFIXES[config.exclude_seen]}"
 
     def model_init(trial: optuna.Trial | None):

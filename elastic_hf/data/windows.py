@@ -36,9 +36,12 @@ def split_into_prefixes(histories: Dataset, max_length: int) -> Dataset:
     Cut each history into all its prefixes, so that each item but the first is the last of a row once: what is also
     called data augmentation.
 
-    It is for models whose positions see the whole row, so that they learn one target from it, the last item: the
-    collator's objective `"last_item"`. A history of n items gives n - 1 rows, oldest first, of the `max_length + 1`
-    most recent items of each prefix of at least two items; a history of a single item is a row as it is.
+    Each row has one target, its last item: the collator's objective `"last_item"`. Models whose positions see the
+    whole row can learn no more from it. Causal models learn as many targets from whole histories in fewer steps; here
+    each target has a dropout of its own, which helps where histories are short.
+
+    A history of n items gives n - 1 rows, oldest first, of the `max_length + 1` most recent items of each prefix of at
+    least two items; a history of a single item is a row as it is.
 
     The rows are written out, to the disk where `histories` are there: up to `max_length` token ids of 4 bytes for each
     interaction. So they are exact, once each in an epoch, and of known lengths, which batches are grouped by; a row

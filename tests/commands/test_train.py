@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
-from elastic_hf import ElasticItemTokenizer, plots
+from elastic_hf import ElasticItemTokenizer, ElasticModel, plots
 from elastic_hf.baselines import HSTUConfig
 from elastic_hf.commands import evaluate, train
 from elastic_hf.commands.arguments import (
@@ -413,7 +413,11 @@ def test_whether_seen_items_are_kept_is_inferred_unless_it_is_said(
 ):
     tokenizer = elastic_hf.ElasticItemTokenizer.from_items(range(NUM_ITEMS), model_max_length=10)
     counts = {"num_seen_targets": num_seen_targets, "num_validation_users": 100}
-    config = train.make_config(ModelArguments("elastic", config_overrides=overrides), tokenizer, counts)
+    model_args, training_args = (
+        ModelArguments("elastic", config_overrides=overrides),
+        SeqRecTrainingArguments(use_cpu=True),
+    )
+    config = train.make_config(model_args, tokenizer, counts, training_args)
     assert (config.exclude_seen, config.masks_seen) == (exclude_seen, masks_seen)
 
 
@@ -432,7 +436,11 @@ def test_a_checkpoint_whose_loss_was_set_by_name_is_gone_on_from(finished, tmp_p
 def test_a_trained_model_keeps_its_own_setting(finished):
     tokenizer = AutoTokenizer.from_pretrained(finished[0])
     counts = {"num_seen_targets": 100, "num_validation_users": 100}
-    assert train.make_config(ModelArguments(model_name_or_path=str(finished[0])), tokenizer, counts).exclude_seen
+    model_args, training_args = (
+        ModelArguments(model_name_or_path=str(finished[0])),
+        SeqRecTrainingArguments(use_cpu=True),
+    )
+    assert train.make_config(model_args, tokenizer, counts, training_args).exclude_seen
 
 
 def test_nothing_is_overwritten(shop, finished):
@@ -596,6 +604,65 @@ def test_a_run_on_all_prefixes(shop, tmp_path):
     assert "| all prefixes of the histories | yes |" in (tmp_path / "README.md").read_text()
 
 
+def test_a_causal_model_is_trained_on_all_prefixes_at_their_last_position(shop, tmp_path, monkeypatch):
+    """No objective is named; the layers never run at the other positions."""
+    lasts = set()
+    forward = ElasticModel.forward
+
+    def spy(self, *args, **kwargs):
+        lasts.add(kwargs["last_position_only"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ElasticModel, "forward", spy)
+    run(command_line(arguments_for(shop, tmp_path, split_into_prefixes=True, num_train_epochs=1)))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    num_rows = results["num_interactions"] - 3 * results["num_users"]
+    assert results["steps"] == -(-num_rows // 8) and lasts == {True}
+    assert results["config"]["training_objective"] == "prefix" and results["split_into_prefixes"] is True
+    assert AutoConfig.from_pretrained(tmp_path).training_objective == "prefix"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "positions"),
+    [
+        ("sasrec", None, 10),
+        ("bert4rec", "hidden_size=32", 10),
+        ("linrec", "is_causal=False", 10),
+        ("gru4rec", "hidden_size=32,training_objective=prefix", None),
+    ],
+)
+def test_prefixes_set_the_objective_of_new_models(model_type, overrides, positions):
+    """Which needs no position for a mask."""
+    tokenizer = ElasticItemTokenizer.from_items(range(NUM_ITEMS), model_max_length=10)
+    counts = {"num_seen_targets": 0, "num_validation_users": 100}
+    training_args = SeqRecTrainingArguments(split_into_prefixes=True, use_cpu=True)
+    config = train.make_config(
+        ModelArguments(model_type, config_overrides=overrides), tokenizer, counts, training_args
+    )
+    assert config.training_objective == "prefix"
+    assert getattr(config, "max_position_embeddings", None) == positions
+
+
+def test_prefixes_set_the_objective_of_a_model_that_is_trained_further(shop, finished, tmp_path):
+    """And of none that is evaluated alone, which may read a mask at the end."""
+    changes = {"config_overrides": None, "model_name_or_path": str(finished[0]), "num_train_epochs": 1}
+    run(command_line(arguments_for(shop, tmp_path, split_into_prefixes=True, **changes)))
+    assert AutoConfig.from_pretrained(tmp_path).training_objective == "prefix"
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    training_args = SeqRecTrainingArguments(split_into_prefixes=True, do_eval=True, use_cpu=True)
+    config = train.make_config(ModelArguments(model_name_or_path=str(finished[0])), tokenizer, {}, training_args)
+    assert config.training_objective == "next_item"
+
+
+@pytest.mark.parametrize("further", [{}, {"model_name_or_path": "trained"}])
+@pytest.mark.parametrize("objective", ["next_item", "masked_item"])
+def test_another_objective_than_that_of_prefixes_is_refused_before_data_are_read(further, objective):
+    arguments = {"split_into_prefixes": True, "train_file": "none", "output_dir": "none", "use_cpu": True, **further}
+    overrides = f"hidden_size=16,training_objective={objective},num_negatives=3"
+    with pytest.raises(ValueError, match=f"split_into_prefixes needs training_objective='prefix', .*'{objective}' in"):
+        train.read_command_line(command_line({**arguments, "config_overrides": overrides}))
+
+
 @pytest.mark.parametrize(
     ("launcher", "module"),
     [
@@ -657,7 +724,6 @@ def test_a_run_that_is_pushed_ends_with_its_results(shop, tmp_path, hub):
             {"split_into_windows": True, "split_into_prefixes": True},
             "cut in different places, found both",
         ),
-        ({"split_into_prefixes": True}, "split_into_prefixes needs training_objective='prefix', found 'next_item'"),
     ],
 )
 def test_bad_arguments_are_named(shop, tmp_path, changes, message):
