@@ -77,7 +77,7 @@ def search(argv: Sequence[str], num_trials: int, study: str) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
-        train_dataset = training_rows(splits["train"], tokenizer, training_args)
+        train_dataset = training_rows(splits["train"], tokenizer, config, training_args)
         trainer = make_trainer(model_init(None), tokenizer, train_dataset, splits["validation"], training_args)
         trainer.model_init = model_init
         best = trainer.hyperparameter_search(

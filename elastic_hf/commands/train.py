@@ -166,13 +166,17 @@ def read_data(
 
 
 def training_rows(
-    histories: Dataset, tokenizer: ElasticItemTokenizer, training_args: SeqRecTrainingArguments
+    histories: Dataset,
+    tokenizer: ElasticItemTokenizer,
+    config: RecommenderConfig,
+    training_args: SeqRecTrainingArguments,
 ) -> Dataset:
     """Return the histories that are trained on, or the windows or prefixes of them."""
     if training_args.split_into_windows:
         return split_into_windows(histories, tokenizer.model_max_length, [*tokenizer.event_columns])
     if training_args.split_into_prefixes:
-        return split_into_prefixes(histories, tokenizer.model_max_length)
+        columns = [*(["timestamps"] if config.use_timestamps else []), *config.event_features]
+        return split_into_prefixes(histories, tokenizer.model_max_length, columns)
     return histories
 
 
@@ -416,7 +420,6 @@ def run(
 
     # 1. Interactions -> histories -> token ids
     tokenizer, item_features, splits, counts = read_data(model_args, data_args, training_args)
-    train_dataset = training_rows(splits["train"], tokenizer, training_args)
 
     # 2. Model and trainer
     config = make_config(model_args, tokenizer, counts, training_args)
@@ -426,6 +429,7 @@ def run(
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, tokenizer)
     model = make_model(model_args, config, item_features)
+    train_dataset = training_rows(splits["train"], tokenizer, config, training_args)
     trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], training_args)
     results = describe_run(trainer, counts, data_args, argv)
 

@@ -345,12 +345,20 @@ def test_models_that_read_no_features_of_events_refuse_them(shop, tmp_path):
         run(command_line(arguments))
 
 
-def test_a_source_without_times_is_refused_for_a_model_that_reads_them(shop, tmp_path):
+@pytest.mark.parametrize(
+    ("split_into_prefixes", "message"),
+    [
+        (False, "train_dataset must have the column timestamps for a model with use_timestamps=True"),
+        (True, "histories must have the columns input_ids, timestamps, found "),
+    ],
+)
+def test_a_source_without_times_is_refused_for_a_model_that_reads_them(shop, tmp_path, split_into_prefixes, message):
     (tmp_path / "lines.txt").write_text("".join(f"{user} {item}\n" for user in range(9) for item in range(5)))
-    arguments = arguments_for(shop, tmp_path / "run", train_file=str(tmp_path / "lines.txt"), use_timestamps=True)
+    changes = {"train_file": str(tmp_path / "lines.txt"), "split_into_prefixes": split_into_prefixes}
+    arguments = arguments_for(shop, tmp_path / "run", use_timestamps=True, **changes)
     for name in ("items_file", "user_column", "item_column", "timestamp_column"):
         del arguments[name]
-    with pytest.raises(ValueError, match="train_dataset must have the column timestamps for a model with use_timesta"):
+    with pytest.raises(ValueError, match=message):
         run(command_line(arguments))
 
 
@@ -620,6 +628,24 @@ def test_a_causal_model_is_trained_on_all_prefixes_at_their_last_position(shop, 
     assert results["steps"] == -(-num_rows // 8) and lasts == {True}
     assert results["config"]["training_objective"] == "prefix" and results["split_into_prefixes"] is True
     assert AutoConfig.from_pretrained(tmp_path).training_objective == "prefix"
+
+
+@pytest.mark.parametrize("model_type", ["elastic", "hstu"])
+@pytest.mark.parametrize("split_into_prefixes", [True, False])
+def test_prefixes_are_trained_on_with_times_and_features_of_events(shop, tmp_path, model_type, split_into_prefixes):
+    """All of them, or one of each history at random."""
+    overrides = TINY if model_type == "elastic" else "hidden_size=16,num_hidden_layers=1"
+    changes = {"use_timestamps": True, "event_columns": ["stars", "paid"], "model_type": model_type, "max_length": 5}
+    changes |= {"split_into_prefixes": split_into_prefixes, "num_train_epochs": 1}
+    changes["config_overrides"] = overrides + ("" if split_into_prefixes else ",training_objective=prefix")
+    run(command_line(arguments_for(shop, tmp_path, **changes)))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.training_objective == "prefix" and config.use_timestamps
+    assert config.event_features == {"paid": 0, "stars": 5}
+    num_rows = results["num_interactions"] - 3 * NUM_USERS if split_into_prefixes else NUM_USERS
+    assert results["steps"] == -(-num_rows // 8)
+    assert results["untimed_ndcg@10"] is not None and results["protocol"].endswith("events with paid and stars")
 
 
 @pytest.mark.parametrize(
