@@ -432,6 +432,37 @@ def test_what_forward_cannot_combine_is_refused(model, input_ids):
         model(input_ids, query=CatalogueQuery(target_ids=torch.tensor([3])))
 
 
+@pytest.mark.parametrize("model_type", ["elastic", "sasrec"])
+def test_prefixes_are_read_at_their_last_position_alone(model_type, monkeypatch):
+    model = make_model(model_type, training_objective="prefix")
+    input_ids = torch.tensor([[0, 0, 4, 5, 6], [0, 7, 8, 9, 4], [3, 5, 9, 6, 7]])
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -1] = torch.tensor([9, 5, 20])
+    calls = []
+    forward = type(model.model).forward
+
+    def spy(self, *args, **kwargs):
+        calls.append(kwargs["last_position_only"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", spy)
+    model(input_ids, labels=labels).loss.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    everywhere = model.model(input_ids, last_position_only=False).last_hidden_state
+    loss = model.loss(everywhere, input_ids, labels)
+    torch.testing.assert_close(model(input_ids, labels=labels).loss, loss)
+    loss.backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+    assert calls == [True, False, True]
+    labels[1, 3] = 4  # a label of another position
+    model(input_ids, labels=labels)
+    assert calls[-1] is False
+
+
 # One forward for all
 
 
@@ -696,33 +727,3 @@ def test_token_ids_that_are_no_items_are_not_added(model, input_ids):
 
 if __name__ == "__main__":
     shard_and_recommend()
-
-
-@pytest.mark.parametrize("model_type", ["elastic", "sasrec"])
-def test_prefixes_are_read_at_their_last_position_alone(model_type, monkeypatch):
-    model = make_model(model_type, training_objective="prefix")
-    input_ids = torch.tensor([[0, 0, 4, 5, 6], [0, 7, 8, 9, 4], [3, 5, 9, 6, 7]])
-    labels = torch.full_like(input_ids, -100)
-    labels[:, -1] = torch.tensor([9, 5, 20])
-    calls = []
-    forward = type(model.model).forward
-
-    def spy(self, *args, **kwargs):
-        calls.append(kwargs["last_position_only"])
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model.model), "forward", spy)
-    model(input_ids, labels=labels).loss.backward()
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    model.zero_grad()
-    everywhere = model.model(input_ids, last_position_only=False).last_hidden_state
-    loss = model.loss(everywhere, input_ids, labels)
-    torch.testing.assert_close(model(input_ids, labels=labels).loss, loss)
-    loss.backward()
-    for name, weight in model.named_parameters():
-        if name in found and weight.grad is not None:
-            torch.testing.assert_close(found[name], weight.grad, msg=name)
-    assert calls == [True, False, True]
-    labels[1, 3] = 4  # a label of another position
-    model(input_ids, labels=labels)
-    assert calls[-1] is False
