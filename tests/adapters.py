@@ -20,7 +20,7 @@ class LowRankAdapter(nn.Module):
 
 
 def adapted(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
-    """Return copies of a model with an adapter around one of its linear layers: beside it, and merged into its weight."""
+    """Return copies of a model with an adapter of one of its linear layers, beside its weight and merged into it."""
     beside, merged = copy.deepcopy(model), copy.deepcopy(model)
     adapter = LowRankAdapter(beside.get_submodule(name))
     beside.set_submodule(name, adapter)
