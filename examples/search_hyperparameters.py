@@ -67,7 +67,7 @@ def search(argv: Sequence[str], num_trials: int, study: str) -> list[str]:
     training_args.early_stopping_patience = 0
     set_up_process(training_args)
     tokenizer, item_features, splits, counts = read_data(model_args, data_args, training_args)
-    config = make_config(model_args, tokenizer, counts)
+    config = make_config(model_args, tokenizer, counts, training_args)
     metric = f"eval_ndcg@10{SUFFIXES[config.exclude_seen]}"
 
     def model_init(trial: optuna.Trial | None):
@@ -77,7 +77,7 @@ def search(argv: Sequence[str], num_trials: int, study: str) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
-        train_dataset = training_rows(splits["train"], tokenizer, training_args)
+        train_dataset = training_rows(splits["train"], tokenizer, config, training_args)
         trainer = make_trainer(model_init(None), tokenizer, train_dataset, splits["validation"], training_args)
         trainer.model_init = model_init
         best = trainer.hyperparameter_search(

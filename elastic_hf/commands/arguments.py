@@ -202,7 +202,10 @@ class SeqRecTrainingArguments(TrainingArguments):
     )
     split_into_prefixes: bool = field(
         default=False,
-        metadata={"help": "Train on all prefixes of each history, not on one at random (prefix objective)."},
+        metadata={
+            "help": "Train on all prefixes of each history, each of which predicts the item after it, and not on one "
+            "at random: training_objective=prefix, which need not be set."
+        },
     )
     mask_probability: float = field(default=0.2, metadata={"help": "Share of masked items (masked_item objective)."})
     early_stopping_patience: int = field(

@@ -84,9 +84,20 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
             raise ValueError("item_features and text_column need items_file, the table that has them, found none")
     if training_args.split_into_windows and training_args.split_into_prefixes:
         raise ValueError("split_into_windows and split_into_prefixes cut in different places, found both")
+    if training_args.split_into_prefixes and named_objective(model_args) not in (None, "prefix"):
+        raise ValueError(
+            "split_into_prefixes needs training_objective='prefix', which need not be named, found "
+            f"{named_objective(model_args)!r} in config_overrides"
+        )
     if training_args.hub_token is not None:
         raise ValueError("hub_token would be written into the results: set HF_TOKEN, or log in with `hf auth login`")
     return model_args, data_args, training_args
+
+
+def named_objective(model_args: ModelArguments) -> str | None:
+    """Return the training objective that the overrides of the configuration name, if they do."""
+    overrides = (override.partition("=") for override in (model_args.config_overrides or "").split(","))
+    return {name: value for name, _, value in overrides}.get("training_objective")
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
@@ -155,20 +166,31 @@ def read_data(
 
 
 def training_rows(
-    histories: Dataset, tokenizer: ElasticItemTokenizer, training_args: SeqRecTrainingArguments
+    histories: Dataset,
+    tokenizer: ElasticItemTokenizer,
+    config: RecommenderConfig,
+    training_args: SeqRecTrainingArguments,
 ) -> Dataset:
     """Return the histories that are trained on, or the windows or prefixes of them."""
     if training_args.split_into_windows:
         return split_into_windows(histories, tokenizer.model_max_length, [*tokenizer.event_columns])
     if training_args.split_into_prefixes:
-        return split_into_prefixes(histories, tokenizer.model_max_length)
+        columns = [*(["timestamps"] if config.use_timestamps else []), *config.event_features]
+        return split_into_prefixes(histories, tokenizer.model_max_length, columns)
     return histories
 
 
 def make_config(
-    model_args: ModelArguments, tokenizer: ElasticItemTokenizer, counts: dict[str, int]
+    model_args: ModelArguments,
+    tokenizer: ElasticItemTokenizer,
+    counts: dict[str, int],
+    training_args: SeqRecTrainingArguments,
 ) -> RecommenderConfig:
-    """Return the configuration with the overrides; whether a new model leaves out seen items is inferred."""
+    """Return the configuration with the overrides.
+
+    Whether a new model leaves out seen items is inferred. A model that is trained on all prefixes gets their
+    objective, whether it is new or was trained by another one before.
+    """
     is_new = model_args.model_name_or_path is None
     if is_new:
         config = AutoConfig.for_model(model_args.model_type, vocab_size=len(tokenizer))
@@ -177,6 +199,8 @@ def make_config(
     config.use_timestamps = config.use_timestamps or model_args.use_timestamps
     config.item_features = tokenizer.item_features
     config.event_features = tokenizer.event_features
+    if training_args.do_train and training_args.split_into_prefixes:
+        config.training_objective = "prefix"
     try:
         overrides = model_args.config_overrides or ""
         if is_new and "exclude_seen" not in overrides:
@@ -230,16 +254,11 @@ def make_trainer(
     training_args: SeqRecTrainingArguments,
 ) -> SequentialRecommendationTrainer:
     """Return the trainer, which stops early where that is asked for."""
-    objective = model.config.training_objective
-    if training_args.split_into_prefixes:
-        if objective != "prefix":
-            raise ValueError(f"split_into_prefixes needs training_objective='prefix', found {objective!r}")
-        objective = "last_item"
     collator = SequentialRecommendationCollator(
         pad_token_id=tokenizer.pad_token_id,
         mask_token_id=tokenizer.mask_token_id,
         max_length=tokenizer.model_max_length,
-        objective=objective,
+        objective="last_item" if training_args.split_into_prefixes else model.config.training_objective,
         use_timestamps=model.config.use_timestamps,
         event_features=[*model.config.event_features],
         mask_probability=training_args.mask_probability,
@@ -401,16 +420,16 @@ def run(
 
     # 1. Interactions -> histories -> token ids
     tokenizer, item_features, splits, counts = read_data(model_args, data_args, training_args)
-    train_dataset = training_rows(splits["train"], tokenizer, training_args)
 
     # 2. Model and trainer
-    config = make_config(model_args, tokenizer, counts)
+    config = make_config(model_args, tokenizer, counts, training_args)
     training_args.metric_for_best_model = (
         training_args.metric_for_best_model or f"ndcg@10{SUFFIXES[config.exclude_seen]}"
     )
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, tokenizer)
     model = make_model(model_args, config, item_features)
+    train_dataset = training_rows(splits["train"], tokenizer, config, training_args)
     trainer = make_trainer(model, tokenizer, train_dataset, splits["validation"], training_args)
     results = describe_run(trainer, counts, data_args, argv)
 

@@ -31,8 +31,8 @@ class SequentialRecommendationCollator:
     `attention_mask`, `target_ids` (of shape `(batch_size,)`) and `seen_ids` (the whole history, left-padded).
 
     With `use_timestamps` a row holds `timestamps`, as many as items, and a batch `timestamps` (0 at padding) and
-    `request_timestamps`: in training when each label came, in evaluation when the target came, the row's
-    `target_timestamp`, or -1, with `know_request=False`: a time that the model is not told.
+    `request_timestamps`: in training when the item after each position came, in evaluation when the target came, the
+    row's `target_timestamp`, or -1, with `know_request=False`: a time that the model is not told.
 
     With `event_features` a row holds a column of each of these names, as many values as items, as the tokenizer makes
     them, and a batch `event_features`, of shape `(batch_size, length, num_features)`, 0 at padding: those of the items
@@ -47,10 +47,11 @@ class SequentialRecommendationCollator:
         max_length (`int`): Number of items a model sees, the most recent ones.
         objective (`str`, *optional*, defaults to `"next_item"`): One of the objectives above.
         mask_probability (`float`, *optional*, defaults to 0.2): Share of masked items, in (0, 1].
-        use_timestamps (`bool`, *optional*, defaults to `False`): Whether the model reads times; `"next_item"` only.
+        use_timestamps (`bool`, *optional*, defaults to `False`): Whether the model reads times; not with
+            `"masked_item"`.
         know_request (`bool`, *optional*, defaults to `True`): Whether an evaluation tells when the target came.
-        event_features (`Sequence[str]`, *optional*): Those of the model's configuration, in its order; `"next_item"`
-            only.
+        event_features (`Sequence[str]`, *optional*): Those of the model's configuration, in its order; not with
+            `"masked_item"`.
 
     Raises:
         `ValueError`: for an unknown objective, a `max_length` below 1, a `mask_probability` outside (0, 1], a training
@@ -74,10 +75,9 @@ class SequentialRecommendationCollator:
             raise ValueError(f"max_length must be at least 1 item, found {self.max_length}")
         if not 0 < self.mask_probability <= 1:
             raise ValueError(f"mask_probability must be in (0, 1], found {self.mask_probability}")
-        if self.use_timestamps and self.objective != "next_item":
-            raise ValueError(f"use_timestamps needs objective='next_item', found {self.objective!r}")
-        if self.event_features and self.objective != "next_item":
-            raise ValueError(f"event_features needs objective='next_item', found {self.objective!r}")
+        for name in ("use_timestamps", "event_features"):
+            if getattr(self, name) and self.objective == "masked_item":
+                raise ValueError(f"{name} needs an objective that predicts the next item, found 'masked_item'")
 
     def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor]:
         num_targets = sum("target" in feature for feature in features)
@@ -96,7 +96,12 @@ class SequentialRecommendationCollator:
             return batch | self._event_features(events, slice(-self.max_length, None))
         if shortest < 2:
             raise ValueError(f"a training history must have at least 2 items, found one of {shortest}")
-        batch = getattr(self, f"_{self.objective}_batch")(histories)
+        objective = self.objective
+        if objective == "prefix":
+            objective, ends = "last_item", self._random_ends(histories)
+            histories, events = _until(ends, histories), [_until(ends, values) for values in events]
+            timestamps = None if timestamps is None else _until(ends, timestamps)
+        batch = getattr(self, f"_{objective}_batch")(histories)
         if timestamps is not None:
             batch |= self._next_item_times(timestamps)
         return batch | self._event_features(events, slice(-self.max_length - 1, -1))
@@ -111,7 +116,7 @@ class SequentialRecommendationCollator:
         return {"event_features": torch.from_numpy(np.stack(columns, axis=-1, dtype=np.float32))}
 
     def _next_item_times(self, timestamps: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        """Return when the inputs of training rows and their labels came."""
+        """Return when the inputs of training rows, and the items after them, came."""
         times, is_item = pad_left([times[-self.max_length - 1 :] for times in timestamps], 0)
         requests = np.where(is_item[:, :-1], times[:, 1:], -1)
         return {
@@ -143,9 +148,9 @@ class SequentialRecommendationCollator:
         input_ids = np.where(is_masked, self.mask_token_id, tokens)
         return self._to_batch(input_ids, is_item, np.where(is_masked, tokens, -100))
 
-    def _prefix_batch(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        ends = self._generator().integers(1, [len(history) for history in histories])  # (B,), at least one item each
-        return self._last_item_batch([history[: end + 1] for history, end in zip(histories, ends, strict=True)])
+    def _random_ends(self, histories: list[np.ndarray]) -> np.ndarray:
+        """Return where a random prefix of each history ends, after two items or more: (B,)."""
+        return 1 + self._generator().integers(1, [len(history) for history in histories])
 
     def _last_item_batch(self, histories: list[np.ndarray]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = self._pad_left([history[-self.max_length - 1 : -1] for history in histories])
@@ -181,6 +186,11 @@ class SequentialRecommendationCollator:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         return np.random.default_rng([int(torch.randint(2**62, ())), rank])
+
+
+def _until(ends: np.ndarray, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the values of each row before its end."""
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def _aligned(features: Sequence[dict], histories: list[np.ndarray], name: str) -> list[np.ndarray]:

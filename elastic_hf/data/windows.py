@@ -28,39 +28,54 @@ def split_into_windows(histories: Dataset, max_length: int, event_columns: Seque
     Returns:
         `datasets.Dataset`: The windows, with the columns of `histories`.
     """
-    return _split(histories, max_length, step=max_length, event_columns=event_columns)
+    columns = [name for name in ("input_ids", "timestamps", *event_columns) if name in histories.column_names]
+    return _split(histories, max_length, step=max_length, columns=columns)
 
 
-def split_into_prefixes(histories: Dataset, max_length: int) -> Dataset:
+def split_into_prefixes(histories: Dataset, max_length: int, columns: Sequence[str] = ()) -> Dataset:
     """
     Cut each history into all its prefixes, so that each item but the first is the last of a row once: what is also
     called data augmentation.
 
-    It is for models whose positions see the whole row, so that they learn one target from it, the last item: the
-    collator's objective `"last_item"`. A history of n items gives n - 1 rows, oldest first, of the `max_length + 1`
-    most recent items of each prefix of at least two items; a history of a single item is a row as it is.
+    Each row has one target, its last item: the collator's objective `"last_item"`. Models whose positions see the
+    whole row can learn no more from it. Causal models learn as many targets from whole histories in fewer steps; here
+    each target has a dropout of its own, which helps where histories are short.
+
+    A history of n items gives n - 1 rows, oldest first, of the `max_length + 1` most recent items of each prefix of at
+    least two items; a history of a single item is a row as it is.
 
     The rows are written out, to the disk where `histories` are there: up to `max_length` token ids of 4 bytes for each
-    interaction. So they are exact, once each in an epoch, and of known lengths, which batches are grouped by; a row
-    that refers to its history would spare the space, and be no row that other tools can read.
+    interaction, and as many values of each other column. So they are exact, once each in an epoch, and of known
+    lengths, which batches are grouped by; a row that refers to its history would spare the space, and be no row that
+    other tools can read.
 
     Args:
-        histories (`datasets.Dataset`): Training rows with `input_ids`.
+        histories (`datasets.Dataset`): Training rows with `input_ids` and `columns`.
         max_length (`int`): Number of items a model sees.
+        columns (`Sequence[str]`, *optional*):
+            What a model reads beside the items, cut in the same places: `timestamps` and event columns.
 
     Returns:
-        `datasets.Dataset`: The prefixes, with the column `input_ids` alone.
+        `datasets.Dataset`: The prefixes, with `input_ids` and `columns` alone.
+
+    Raises:
+        ValueError: if a column is missing.
     """
-    return _split(histories.select_columns("input_ids"), max_length, step=1)
+    kept = ["input_ids", *columns]
+    if not {*kept} <= {*histories.column_names}:
+        raise ValueError(
+            f"histories must have the columns {', '.join(kept)}, found {', '.join(histories.column_names)}"
+        )
+    return _split(histories.select_columns(kept), max_length, step=1, columns=kept)
 
 
-def _split(histories: Dataset, max_length: int, step: int, event_columns: Sequence[str] = ()) -> Dataset:
-    """Cut each history at its end and every `step` items before it, as long as a row has two items."""
+def _split(histories: Dataset, max_length: int, step: int, columns: list[str]) -> Dataset:
+    """Cut `columns` of each history at its end and every `step` items before it, as long as a row has two items."""
     return (
         histories.with_format("arrow")
         .map(
             _split_batch,
-            fn_kwargs={"max_length": max_length, "step": step, "event_columns": [*event_columns]},
+            fn_kwargs={"max_length": max_length, "step": step, "columns": columns},
             batched=True,
             batch_size=HISTORIES_PER_BATCH,
             load_from_cache_file=False,  # a damaged file of the cache would be taken for the result
@@ -70,7 +85,7 @@ def _split(histories: Dataset, max_length: int, step: int, event_columns: Sequen
     )
 
 
-def _split_batch(table: pa.Table, max_length: int, step: int, event_columns: list[str]) -> pa.Table:
+def _split_batch(table: pa.Table, max_length: int, step: int, columns: list[str]) -> pa.Table:
     histories = table["input_ids"].combine_chunks()
     lengths = pc.list_value_length(histories).to_numpy()
     num_rows = np.maximum(1, -(-(lengths - 1) // step))
@@ -83,9 +98,8 @@ def _split_batch(table: pa.Table, max_length: int, step: int, event_columns: lis
     first_items = np.cumsum(lengths) - lengths
     items = np.repeat(first_items[rows] + starts - offsets[:-1], ends - starts) + np.arange(offsets[-1])
     cut = table.take(pa.array(rows))
-    for name in ("input_ids", "timestamps", *event_columns):
-        if name in table.column_names:
-            values = table[name].combine_chunks().flatten().take(pa.array(items))
-            column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
-            cut = cut.set_column(table.column_names.index(name), name, column)
+    for name in columns:
+        values = table[name].combine_chunks().flatten().take(pa.array(items))
+        column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+        cut = cut.set_column(table.column_names.index(name), name, column)
     return cut

@@ -156,13 +156,12 @@ class RecommenderConfig(PreTrainedConfig):
             raise ValueError("training_objective='masked_item' reads both sides and needs is_causal=False")
 
     def validate_timestamps(self):
-        """Only some models read times, and only where each position predicts the next event."""
+        """Only some models read times, and only where positions predict the next event."""
         if not self.use_timestamps:
             return
         if not self.supports_timestamps:
             raise ValueError(f"use_timestamps must be False for {self.model_type}, which reads no times, found True")
-        if self.training_objective != "next_item":
-            raise ValueError(f"use_timestamps needs training_objective='next_item', found {self.training_objective!r}")
+        self._validate_predicts_next("use_timestamps")
 
     def validate_item_features(self):
         """Only some models read features, each of which has a kind and a size."""
@@ -186,7 +185,7 @@ class RecommenderConfig(PreTrainedConfig):
                 )
 
     def validate_event_features(self):
-        """Only some models read features of events, and only where each position predicts the next event."""
+        """Only some models read features of events, and only where positions predict the next event."""
         for name, size in self.event_features.items():
             if name in HISTORY_KEYS:
                 raise ValueError(f"event_features must not be called {', '.join(HISTORY_KEYS)}, found {name!r}")
@@ -197,8 +196,11 @@ class RecommenderConfig(PreTrainedConfig):
         names = ", ".join(self.event_features)
         if not self.supports_event_features:
             raise ValueError(f"event_features must be empty for {self.model_type}, which reads none, found {names}")
-        if self.training_objective != "next_item":
-            raise ValueError(f"event_features needs training_objective='next_item', found {self.training_objective!r}")
+        self._validate_predicts_next("event_features")
+
+    def _validate_predicts_next(self, name: str):
+        if self.training_objective == "masked_item":
+            raise ValueError(f"{name} needs training_objective='next_item' or 'prefix', found 'masked_item'")
 
     def _validate_at_least(self, smallest: int, *names: str):
         for name in names:

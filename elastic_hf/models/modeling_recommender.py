@@ -381,8 +381,9 @@ class SequentialRecommenderMixin:
             timestamps (`torch.LongTensor` or `torch.DoubleTensor`, `(batch_size, history_length)`, *optional*):
                 When the items came, in Unix seconds, for a model with `use_timestamps`, and for no other.
             request_timestamps (`torch.LongTensor` or `torch.DoubleTensor`, *optional*):
-                When the next item comes or is asked for: of shape `(batch_size, history_length)` with `labels`, and
-                else `(batch_size,)`. -1, as without it, is a time that is not known.
+                When the next item comes or is asked for: of shape `(batch_size, history_length)` with `labels`, of
+                which prefixes take the last one, and else `(batch_size,)`. -1, as without it, is a time that is not
+                known.
             event_features (`torch.FloatTensor`, `(batch_size, history_length, num_features)`, *optional*):
                 What the events carry beside their items and times, as the tokenizer makes it of event columns, for a
                 model with `event_features`, and for no other: categories, 0 where unknown, and standardised numbers,
@@ -401,6 +402,9 @@ class SequentialRecommenderMixin:
         if labels is not None:
             validate_shape("labels", labels, input_ids)
             last_only = predicts_last_alone(labels, config)
+            if last_only and request_timestamps is not None:
+                validate_shape("request_timestamps", request_timestamps, input_ids)
+                kwargs["request_timestamps"] = request_timestamps[:, -1]
             outputs = self.model(input_ids, mask, last_position_only=last_only, return_dict=True, **kwargs)
             read_ids = input_ids.masked_fill(~mask, config.pad_token_id)
             return SequentialRecommendationOutput(

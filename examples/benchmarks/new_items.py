@@ -92,8 +92,8 @@ def train(data: Data, with_features: bool, model_args: Any, data_args: Any, trai
         tokenizer.learn_item_features(data.known, FEATURES)
     splits = DatasetDict({name: data.histories[name] for name in ("train", "validation")})
     splits = tokenize(tokenizer, splits, data_args, training_args)
-    train_dataset = training_rows(splits["train"], tokenizer, training_args)
-    config = make_config(model_args, tokenizer, data.counts)
+    config = make_config(model_args, tokenizer, data.counts, training_args)
+    train_dataset = training_rows(splits["train"], tokenizer, config, training_args)
     training_args.metric_for_best_model = "ndcg@10"
     item_features = tokenizer.encode_item_features(data.known) if with_features else None
     model = make_model(model_args, config, item_features)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser
 
 import elastic_hf
-from elastic_hf import ElasticItemTokenizer, plots
+from elastic_hf import ElasticItemTokenizer, ElasticModel, plots
 from elastic_hf.baselines import HSTUConfig
 from elastic_hf.commands import evaluate, train
 from elastic_hf.commands.arguments import (
@@ -345,12 +345,20 @@ def test_models_that_read_no_features_of_events_refuse_them(shop, tmp_path):
         run(command_line(arguments))
 
 
-def test_a_source_without_times_is_refused_for_a_model_that_reads_them(shop, tmp_path):
+@pytest.mark.parametrize(
+    ("split_into_prefixes", "message"),
+    [
+        (False, "train_dataset must have the column timestamps for a model with use_timestamps=True"),
+        (True, "histories must have the columns input_ids, timestamps, found "),
+    ],
+)
+def test_a_source_without_times_is_refused_for_a_model_that_reads_them(shop, tmp_path, split_into_prefixes, message):
     (tmp_path / "lines.txt").write_text("".join(f"{user} {item}\n" for user in range(9) for item in range(5)))
-    arguments = arguments_for(shop, tmp_path / "run", train_file=str(tmp_path / "lines.txt"), use_timestamps=True)
+    changes = {"train_file": str(tmp_path / "lines.txt"), "split_into_prefixes": split_into_prefixes}
+    arguments = arguments_for(shop, tmp_path / "run", use_timestamps=True, **changes)
     for name in ("items_file", "user_column", "item_column", "timestamp_column"):
         del arguments[name]
-    with pytest.raises(ValueError, match="train_dataset must have the column timestamps for a model with use_timesta"):
+    with pytest.raises(ValueError, match=message):
         run(command_line(arguments))
 
 
@@ -413,7 +421,11 @@ def test_whether_seen_items_are_kept_is_inferred_unless_it_is_said(
 ):
     tokenizer = elastic_hf.ElasticItemTokenizer.from_items(range(NUM_ITEMS), model_max_length=10)
     counts = {"num_seen_targets": num_seen_targets, "num_validation_users": 100}
-    config = train.make_config(ModelArguments("elastic", config_overrides=overrides), tokenizer, counts)
+    model_args, training_args = (
+        ModelArguments("elastic", config_overrides=overrides),
+        SeqRecTrainingArguments(use_cpu=True),
+    )
+    config = train.make_config(model_args, tokenizer, counts, training_args)
     assert (config.exclude_seen, config.masks_seen) == (exclude_seen, masks_seen)
 
 
@@ -432,7 +444,11 @@ def test_a_checkpoint_whose_loss_was_set_by_name_is_gone_on_from(finished, tmp_p
 def test_a_trained_model_keeps_its_own_setting(finished):
     tokenizer = AutoTokenizer.from_pretrained(finished[0])
     counts = {"num_seen_targets": 100, "num_validation_users": 100}
-    assert train.make_config(ModelArguments(model_name_or_path=str(finished[0])), tokenizer, counts).exclude_seen
+    model_args, training_args = (
+        ModelArguments(model_name_or_path=str(finished[0])),
+        SeqRecTrainingArguments(use_cpu=True),
+    )
+    assert train.make_config(model_args, tokenizer, counts, training_args).exclude_seen
 
 
 def test_nothing_is_overwritten(shop, finished):
@@ -596,6 +612,83 @@ def test_a_run_on_all_prefixes(shop, tmp_path):
     assert "| all prefixes of the histories | yes |" in (tmp_path / "README.md").read_text()
 
 
+def test_a_causal_model_is_trained_on_all_prefixes_at_their_last_position(shop, tmp_path, monkeypatch):
+    """No objective is named; the layers never run at the other positions."""
+    lasts = set()
+    forward = ElasticModel.forward
+
+    def spy(self, *args, **kwargs):
+        lasts.add(kwargs["last_position_only"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ElasticModel, "forward", spy)
+    run(command_line(arguments_for(shop, tmp_path, split_into_prefixes=True, num_train_epochs=1)))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    num_rows = results["num_interactions"] - 3 * results["num_users"]
+    assert results["steps"] == -(-num_rows // 8) and lasts == {True}
+    assert results["config"]["training_objective"] == "prefix" and results["split_into_prefixes"] is True
+    assert AutoConfig.from_pretrained(tmp_path).training_objective == "prefix"
+
+
+@pytest.mark.parametrize("model_type", ["elastic", "hstu"])
+@pytest.mark.parametrize("split_into_prefixes", [True, False])
+def test_prefixes_are_trained_on_with_times_and_features_of_events(shop, tmp_path, model_type, split_into_prefixes):
+    """All of them, or one of each history at random."""
+    overrides = TINY if model_type == "elastic" else "hidden_size=16,num_hidden_layers=1"
+    changes = {"use_timestamps": True, "event_columns": ["stars", "paid"], "model_type": model_type, "max_length": 5}
+    changes |= {"split_into_prefixes": split_into_prefixes, "num_train_epochs": 1}
+    changes["config_overrides"] = overrides + ("" if split_into_prefixes else ",training_objective=prefix")
+    run(command_line(arguments_for(shop, tmp_path, **changes)))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.training_objective == "prefix" and config.use_timestamps
+    assert config.event_features == {"paid": 0, "stars": 5}
+    num_rows = results["num_interactions"] - 3 * NUM_USERS if split_into_prefixes else NUM_USERS
+    assert results["steps"] == -(-num_rows // 8)
+    assert results["untimed_ndcg@10"] is not None and results["protocol"].endswith("events with paid and stars")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "positions"),
+    [
+        ("sasrec", None, 10),
+        ("bert4rec", "hidden_size=32", 10),
+        ("linrec", "is_causal=False", 10),
+        ("gru4rec", "hidden_size=32,training_objective=prefix", None),
+    ],
+)
+def test_prefixes_set_the_objective_of_new_models(model_type, overrides, positions):
+    """Which needs no position for a mask."""
+    tokenizer = ElasticItemTokenizer.from_items(range(NUM_ITEMS), model_max_length=10)
+    counts = {"num_seen_targets": 0, "num_validation_users": 100}
+    training_args = SeqRecTrainingArguments(split_into_prefixes=True, use_cpu=True)
+    config = train.make_config(
+        ModelArguments(model_type, config_overrides=overrides), tokenizer, counts, training_args
+    )
+    assert config.training_objective == "prefix"
+    assert getattr(config, "max_position_embeddings", None) == positions
+
+
+def test_prefixes_set_the_objective_of_a_model_that_is_trained_further(shop, finished, tmp_path):
+    """And of none that is evaluated alone, which may read a mask at the end."""
+    changes = {"config_overrides": None, "model_name_or_path": str(finished[0]), "num_train_epochs": 1}
+    run(command_line(arguments_for(shop, tmp_path, split_into_prefixes=True, **changes)))
+    assert AutoConfig.from_pretrained(tmp_path).training_objective == "prefix"
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    training_args = SeqRecTrainingArguments(split_into_prefixes=True, do_eval=True, use_cpu=True)
+    config = train.make_config(ModelArguments(model_name_or_path=str(finished[0])), tokenizer, {}, training_args)
+    assert config.training_objective == "next_item"
+
+
+@pytest.mark.parametrize("further", [{}, {"model_name_or_path": "trained"}])
+@pytest.mark.parametrize("objective", ["next_item", "masked_item"])
+def test_another_objective_than_that_of_prefixes_is_refused_before_data_are_read(further, objective):
+    arguments = {"split_into_prefixes": True, "train_file": "none", "output_dir": "none", "use_cpu": True, **further}
+    overrides = f"hidden_size=16,training_objective={objective},num_negatives=3"
+    with pytest.raises(ValueError, match=f"split_into_prefixes needs training_objective='prefix', .*'{objective}' in"):
+        train.read_command_line(command_line({**arguments, "config_overrides": overrides}))
+
+
 @pytest.mark.parametrize(
     ("launcher", "module"),
     [
@@ -657,7 +750,6 @@ def test_a_run_that_is_pushed_ends_with_its_results(shop, tmp_path, hub):
             {"split_into_windows": True, "split_into_prefixes": True},
             "cut in different places, found both",
         ),
-        ({"split_into_prefixes": True}, "split_into_prefixes needs training_objective='prefix', found 'next_item'"),
     ],
 )
 def test_bad_arguments_are_named(shop, tmp_path, changes, message):

@@ -63,6 +63,18 @@ def test_a_trained_model_reads_features_wherever_it_is(shop, tmp_path):
         files_to_publish(tmp_path / "run", "ada/shop")
 
 
+def test_prefixes_are_trained_on_with_features_of_items(shop, tmp_path):
+    """One row for each interaction but the first and the two held out of each user."""
+    features = ("--items_file", shop / "items.parquet", "--item_features", "brand", "price")
+    run(shop, tmp_path, *features, "--split_into_prefixes", True)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["config"]["training_objective"] == "prefix" and results["config"]["item_id_dropout"] == 0.3
+    assert results["steps"] == -(-NUM_USERS * 6 // 8)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert {*model.config.item_features} == {"brand", "price"}
+    model.add_items(AutoTokenizer.from_pretrained(tmp_path), item_table(range(NUM_ITEMS + 3)).slice(NUM_ITEMS))
+
+
 def test_texts_and_csv(shop, tmp_path, monkeypatch):
     class SentenceTransformer:
         def __init__(self, name):

@@ -198,10 +198,12 @@ def test_bad_times_are_named(features, message):
         collator(use_timestamps=True)(features)
 
 
-@pytest.mark.parametrize("objective", ["masked_item", "prefix", "last_item"])
-def test_times_are_for_the_next_item_alone(objective):
-    with pytest.raises(ValueError, match=f"use_timestamps needs objective='next_item', found '{objective}'"):
-        collator(objective, use_timestamps=True)
+@pytest.mark.parametrize("name", ["use_timestamps", "event_features"])
+def test_times_and_features_of_events_are_for_the_next_item_alone(name):
+    with pytest.raises(
+        ValueError, match=f"{name} needs an objective that predicts the next item, found 'masked_item'"
+    ):
+        collator("masked_item", **{name: True if name == "use_timestamps" else ["rating"]})
 
 
 # Features of events
@@ -240,10 +242,32 @@ def test_bad_features_of_events_are_named(features, message):
         collator(event_features=["rating"])(features)
 
 
-@pytest.mark.parametrize("objective", ["masked_item", "prefix", "last_item"])
-def test_features_of_events_are_for_the_next_item_alone(objective):
-    with pytest.raises(ValueError, match=f"event_features needs objective='next_item', found '{objective}'"):
-        collator(objective, event_features=["rating"])
+def test_the_last_item_is_predicted_from_the_times_and_features_of_those_before_it():
+    """And from when it came itself."""
+    features = rows(LONG, SHORT, timestamps=[WHEN, WHEN_SHORT], rating=RATINGS)
+    batch = collator("last_item", use_timestamps=True, event_features=["rating"])(features)
+    assert batch["labels"].tolist() == [[-100] * 4 + [9], [-100] * 4 + [15]]
+    assert batch["timestamps"].tolist() == [[20, 30, 40, 50, 60], [0, 0, 0, 5, 6]]
+    assert batch["request_timestamps"].tolist() == [[30, 40, 50, 60, 70], [-1, -1, -1, 6, 6]]
+    assert batch["event_features"][..., 0].tolist() == [[2, 3, 4, 5, 0], [0, 0, 0, 6, 7]]
+
+
+def test_random_prefixes_are_cut_with_their_times_and_features():
+    """Of items that can be told from them: nothing of the label is read but when it came."""
+    columns = {"timestamps": [[10 * item for item in LONG]] * 200, "rating": [[item / 2 for item in LONG]] * 200}
+    features = rows(*[LONG] * 200, **columns)
+    torch.manual_seed(0)
+    batch = collator("prefix", use_timestamps=True, event_features=["rating"])(features)
+    torch.manual_seed(0)
+    plain = collator("prefix")(features)
+    assert all(torch.equal(batch[name], plain[name]) for name in plain)
+    input_ids, labels = batch["input_ids"], batch["labels"][:, -1]
+    assert labels.unique().tolist() == LONG[1:]
+    assert torch.equal(batch["timestamps"], 10 * input_ids)
+    assert torch.equal(batch["request_timestamps"][:, -1], 10 * labels)
+    nexts = torch.where(input_ids[:, :-1] == 0, -1, 10 * input_ids[:, 1:])
+    assert torch.equal(batch["request_timestamps"][:, :-1], nexts)
+    assert torch.equal(batch["event_features"][..., 0], input_ids / 2)
 
 
 def test_the_objectives_are_those_of_the_models_and_that_of_prefixes():

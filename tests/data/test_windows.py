@@ -65,3 +65,22 @@ def test_timestamps_and_event_columns_are_cut_in_the_same_places():
         assert row["timestamps"] == [item / 2 for item in row["input_ids"]]
         assert row["rating"] == [-item for item in row["input_ids"]]
         assert row["tags"] == ([] if row["input_ids"] == [99] else [2, 3])
+
+
+def test_prefixes_hold_the_columns_that_are_asked_for():
+    histories = [[*range(50, 59)], [*range(20, 24)], [99]]
+    columns = {
+        name: [[part * item for item in items] for items in histories] for name, part in (("a", 2), ("b", -0.5))
+    }
+    columns |= {"timestamps": [[item / 4 for item in items] for items in histories], "user_id": [7, 8, 9]}
+    dataset = Dataset.from_dict({**columns, "input_ids": histories})
+    prefixes = split_into_prefixes(dataset, 5, ["timestamps", "b"])
+    assert prefixes.column_names == ["input_ids", "timestamps", "b"]
+    assert prefixes["input_ids"][:] == split_into_prefixes(dataset, 5)["input_ids"][:]
+    for row in prefixes:
+        assert row["timestamps"] == [item / 4 for item in row["input_ids"]]
+        assert row["b"] == [-item / 2 for item in row["input_ids"]]
+    with pytest.raises(
+        ValueError, match="must have the columns input_ids, c, found a, b, timestamps, user_id, input_ids"
+    ):
+        split_into_prefixes(dataset, 5, ["c"])

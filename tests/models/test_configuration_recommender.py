@@ -84,14 +84,16 @@ def test_the_setting_is_saved_and_a_file_without_it_leaves_seen_items_out(tmp_pa
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_some_models_read_times_and_only_where_each_position_predicts_the_next_event(model_type):
+def test_some_models_read_times_and_only_where_positions_predict_the_next_event(model_type):
     config_class = MODELS[model_type].config_class
     assert config_class().use_timestamps is False
     assert config_class.supports_timestamps == (model_type in ("elastic", "hstu"))
     if config_class.supports_timestamps:
-        assert config_class(use_timestamps=True).use_timestamps
-        with pytest.raises(StrictDataclassError, match="use_timestamps needs training_objective='next_item'"):
-            config_class(use_timestamps=True, training_objective="prefix")
+        for objective in ("next_item", "prefix"):
+            assert config_class(use_timestamps=True, training_objective=objective).use_timestamps
+        message = "use_timestamps needs training_objective='next_item' or 'prefix', found 'masked_item'"
+        with pytest.raises(StrictDataclassError, match=message):
+            config_class(use_timestamps=True, training_objective="masked_item")
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -104,7 +106,16 @@ def test_some_models_read_features_of_events(model_type, tmp_path):
         with pytest.raises(StrictDataclassError, match=message):
             config_class(event_features={"rating": 5, "price": 0})
         return
-    config_class(event_features={"rating": 5, "price": 0}).save_pretrained(tmp_path)
+    config_class(event_features={"rating": 5, "price": 0}, training_objective="prefix").save_pretrained(tmp_path)
     assert [*config_class.from_pretrained(tmp_path).event_features.items()] == [("price", 0), ("rating", 5)]
-    with pytest.raises(StrictDataclassError, match="event_features needs training_objective='next_item'"):
-        config_class(event_features={"rating": 5}, training_objective="prefix")
+    message = "event_features needs training_objective='next_item' or 'prefix', found 'masked_item'"
+    with pytest.raises(StrictDataclassError, match=message):
+        config_class(event_features={"rating": 5}, training_objective="masked_item")
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_models_that_read_times_or_features_of_events_are_causal(model_type):
+    config_class = MODELS[model_type].config_class
+    for settings in ({"use_timestamps": True}, {"event_features": {"rating": 5}}):
+        with pytest.raises(StrictDataclassError):
+            config_class(is_causal=False, training_objective="prefix", **settings)

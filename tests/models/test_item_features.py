@@ -93,6 +93,30 @@ def test_sampled_losses_compute_the_vectors_of_sampled_items_alone(loss, monkeyp
     assert of_input == 3 and of_loss <= 3
 
 
+@pytest.mark.parametrize("item_id_dropout", [0.4, 1.0])
+@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
+def test_prefixes_leave_ids_out_as_all_positions_do(loss, item_id_dropout):
+    """Loss and gradients of the last position; without any id, all that is learned is what the features add."""
+    changes = {"training_loss": loss, "item_id_dropout": item_id_dropout, "num_memory_subkeys": 0}
+    model, _ = featured_model(training_objective="prefix", hidden_dropout=0.0, **changes)
+    model.train().double()
+    input_ids, mask = histories()
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -1] = torch.tensor([9, 5, 20])
+    torch.manual_seed(5)
+    alone = model(input_ids, mask, labels=labels).loss
+    torch.manual_seed(5)
+    everywhere = model.model(input_ids, mask, last_position_only=False).last_hidden_state
+    expected = model.loss(everywhere, input_ids, labels)
+    torch.testing.assert_close(alone, expected)
+    weights = dict(model.named_parameters())
+    found, wanted = (torch.autograd.grad(total, [*weights.values()]) for total in (alone, expected))
+    for name, one, other in zip(weights, found, wanted, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+        assert one.isfinite().all()
+        assert (one.abs().sum() > 0) == (item_id_dropout < 1 or "embed_tokens" not in name), name
+
+
 def test_ids_are_left_out_in_training_alone():
     model, _ = featured_model(item_id_dropout=1.0)
     features, embed = model.model.item_features, model.get_input_embeddings()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import BatchEncoding
+from transformers import AutoConfig, AutoModel, BatchEncoding
 
 import reference
 from adapters import LowRankAdapter
@@ -28,6 +28,7 @@ from elastic_hf.models.modeling_recommender import (
     leave_out_special_tokens,
     validate_histories,
 )
+from factories import EVENT_FEATURES, elastic_model, event_features, histories, times
 from launcher import TORCHRUN, launch
 
 
@@ -432,37 +433,6 @@ def test_what_forward_cannot_combine_is_refused(model, input_ids):
         model(input_ids, query=CatalogueQuery(target_ids=torch.tensor([3])))
 
 
-@pytest.mark.parametrize("model_type", ["elastic", "sasrec"])
-def test_prefixes_are_read_at_their_last_position_alone(model_type, monkeypatch):
-    model = make_model(model_type, training_objective="prefix")
-    input_ids = torch.tensor([[0, 0, 4, 5, 6], [0, 7, 8, 9, 4], [3, 5, 9, 6, 7]])
-    labels = torch.full_like(input_ids, -100)
-    labels[:, -1] = torch.tensor([9, 5, 20])
-    calls = []
-    forward = type(model.model).forward
-
-    def spy(self, *args, **kwargs):
-        calls.append(kwargs["last_position_only"])
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model.model), "forward", spy)
-    model(input_ids, labels=labels).loss.backward()
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    model.zero_grad()
-    everywhere = model.model(input_ids, last_position_only=False).last_hidden_state
-    loss = model.loss(everywhere, input_ids, labels)
-    torch.testing.assert_close(model(input_ids, labels=labels).loss, loss)
-    loss.backward()
-    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
-    assert calls == [True, False, True]
-    labels[1, 3] = 4  # a label of another position
-    model(input_ids, labels=labels)
-    assert calls[-1] is False
-
-
 # One forward for all
 
 
@@ -723,6 +693,110 @@ def test_token_ids_that_are_no_items_are_not_added(model, input_ids):
     assert model.config.vocab_size == model.lm_head.out_features == 25
     recommended = model.recommend(input_ids, top_k=22, exclude_seen=False).token_ids
     assert recommended.sort().values.tolist() == [list(range(3, 25))] * 2
+
+
+# Prefixes
+
+
+@pytest.mark.parametrize("model_type", ["elastic", "sasrec"])
+def test_prefixes_are_read_at_their_last_position_alone(model_type, monkeypatch):
+    model = make_model(model_type, training_objective="prefix")
+    input_ids = torch.tensor([[0, 0, 4, 5, 6], [0, 7, 8, 9, 4], [3, 5, 9, 6, 7]])
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -1] = torch.tensor([9, 5, 20])
+    calls = []
+    forward = type(model.model).forward
+
+    def spy(self, *args, **kwargs):
+        calls.append(kwargs["last_position_only"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", spy)
+    model(input_ids, labels=labels).loss.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    everywhere = model.model(input_ids, last_position_only=False).last_hidden_state
+    loss = model.loss(everywhere, input_ids, labels)
+    torch.testing.assert_close(model(input_ids, labels=labels).loss, loss)
+    loss.backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+    assert calls == [True, False, True]
+    labels[1, 3] = 4  # a label of another position
+    model(input_ids, labels=labels)
+    assert calls[-1] is False
+
+
+def prefix_batch(model):
+    """Rows of a time, three features and a label at the last position alone, for a model that reads what it reads."""
+    input_ids, attention_mask = histories()
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -1] = torch.tensor([9, 5, 20])
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if model.config.use_timestamps:
+        batch["timestamps"], batch["request_timestamps"] = times()
+    if model.config.event_features:
+        batch["event_features"] = event_features()
+    return batch, labels
+
+
+@pytest.mark.parametrize("request_dropout", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("model_type", "reads"),
+    [
+        ("elastic", {"use_timestamps": True}),
+        ("elastic", {"event_features": EVENT_FEATURES}),
+        ("elastic", {"use_timestamps": True, "event_features": EVENT_FEATURES}),
+        ("hstu", {"use_timestamps": True, "event_features": EVENT_FEATURES}),
+        ("sasrec", {"event_features": EVENT_FEATURES}),
+    ],
+)
+def test_the_last_position_of_prefixes_reads_times_and_features_as_all_positions_do(
+    model_type, reads, request_dropout
+):
+    """Loss and gradients, in training mode, with the same requests dropped."""
+    torch.manual_seed(0)
+    settings = {"training_objective": "prefix", "hidden_dropout": 0.0, "request_dropout": request_dropout, **reads}
+    if model_type == "elastic":
+        model = elastic_model(num_memory_subkeys=0, **settings).double()
+    else:
+        sizes = {"vocab_size": 31, "hidden_size": 12, "max_position_embeddings": 13}
+        model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes, **settings)).double()
+    model.train()
+    batch, labels = prefix_batch(model)
+    torch.manual_seed(2)
+    found = model(**batch, labels=labels).loss
+    found_gradients = torch.autograd.grad(found, [*model.parameters()], allow_unused=True)
+    torch.manual_seed(2)
+    everywhere = model.model(**batch, last_position_only=False).last_hidden_state
+    assert everywhere.shape[1] == labels.shape[1]
+    expected = model.loss(everywhere, batch["input_ids"], labels)
+    gradients = torch.autograd.grad(expected, [*model.parameters()], allow_unused=True)
+    torch.testing.assert_close(found, expected)
+    for (name, weight), one, other in zip(model.named_parameters(), found_gradients, gradients, strict=True):
+        one, other = (torch.zeros_like(weight) if gradient is None else gradient for gradient in (one, other))
+        torch.testing.assert_close(one, other, msg=name)
+    if model.config.use_timestamps:
+        requests = torch.cat(
+            [batch["request_timestamps"][:, :-1], batch["request_timestamps"][:, -1:] + 90_000], dim=1
+        )
+        torch.manual_seed(2)
+        later = model(**batch | {"request_timestamps": requests}, labels=labels).loss
+        assert torch.equal(later, found) == (request_dropout == 1)
+
+
+def test_the_requests_of_prefixes_have_the_shape_of_the_items():
+    model = elastic_model(training_objective="prefix", use_timestamps=True)
+    batch, labels = prefix_batch(model)
+    for wrong in (batch["request_timestamps"][:, -1], 3):
+        with pytest.raises(ValueError, match=r"request_timestamps must have the shape of input_ids \(3, 7\), found"):
+            model(**batch | {"request_timestamps": wrong}, labels=labels)
+    del batch["request_timestamps"]
+    unknown = model(**batch, labels=labels).loss
+    requests = torch.full_like(batch["timestamps"], -1)
+    assert torch.equal(model(**batch, request_timestamps=requests, labels=labels).loss, unknown)
 
 
 if __name__ == "__main__":
