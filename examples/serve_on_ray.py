@@ -6,8 +6,11 @@ spreads the requests over them and replaces those that end. They share the state
     python examples/serve_on_ray.py --model_name_or_path outputs/shop --store redis://localhost:6379/0 --num_replicas 4
 
 Requests, answers, the token and the address to listen on are those of `serve.py`; `/metrics` are those of the process
-that answers. It needs `pip install -e ".[ray,serve]"` in a clone, and starts Ray on this machine, or joins the cluster
-of `RAY_ADDRESS`, where all machines must reach the model and Redis. It serves until it is stopped.
+that answers. Where too many requests wait, Ray Serve answers 503 itself, in its own words.
+
+It needs `pip install -e ".[ray,serve]"` in a clone, and starts Ray on this machine, or joins the cluster of
+`RAY_ADDRESS`, where all machines must have the clone and a model's folder at the same path, and must reach Redis. It
+serves until it is stopped.
 """
 
 import argparse
@@ -26,14 +29,15 @@ def deploy(args: argparse.Namespace, blocking: bool = True) -> None:
     """Start the processes, and return when they answer or, if `blocking`, when they are stopped.
 
     Raises:
-        ValueError: if the store is none that processes of several machines may share.
+        ValueError: if the store is not one that processes of several machines may share.
         StoreUnavailable: if it cannot be reached.
     """
     if not is_redis(args.store):
         raise ValueError(f"store must be a URL of Redis, which all replicas share, found {args.store!r}")
     open_store(args.store).close()
-    is_folder = Path(args.model_name_or_path).exists()  # of which replicas may not know the working directory
-    model = str(Path(args.model_name_or_path).absolute()) if is_folder else args.model_name_or_path
+    model = args.model_name_or_path
+    if Path(model).exists():  # replicas may have another working directory
+        model = str(Path(model).absolute())
     token = read_token()
 
     def build() -> FastAPI:
@@ -44,7 +48,8 @@ def deploy(args: argparse.Namespace, blocking: bool = True) -> None:
     service = ray.serve.deployment(
         ray.serve.ingress(build)(),
         num_replicas=args.num_replicas,
-        max_ongoing_requests=MAX_WAITING,  # what arrives while the model works is answered together
+        max_ongoing_requests=MAX_WAITING,  # of a replica: what arrives while the model works is answered together
+        max_queued_requests=MAX_WAITING,  # of all: Ray Serve's own default has no bound
     )
     ray.serve.run(service.bind(), name="elastic_hf", blocking=blocking)
 
@@ -56,7 +61,9 @@ def main() -> None:
     parser.add_argument("--store", required=True, help="redis:// URL of the users' states.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
     parser.add_argument("--port", type=int, default=8000, help="Port to listen on.")
-    parser.add_argument("--num_replicas", type=int, default=2, help="Processes, each with a model of its own.")
+    parser.add_argument(
+        "--num_replicas", type=int, default=2, help="Processes, each with a model and a processor core of its own."
+    )
     deploy(parser.parse_args())
 
 

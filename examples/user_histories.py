@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from elastic_hf.data.columns import ColumnRequest, Columns, check_columns
+from elastic_hf.data.columns import EVENT_PREFIX, ColumnRequest, Columns, check_columns
 from elastic_hf.data.encoding import decode_events
 from elastic_hf.data.interactions import (
     drop_duplicates,
@@ -86,8 +86,12 @@ class Source:
 
 
 def find_source(source: str, names: dict[str, str], events: tuple[str, ...] = ()) -> Source:
-    """Return the files of a file or folder, with the columns that `names` gives by their role or that are recognised,
-    and those of features of events.
+    """Return the files of a file or folder, with their columns.
+
+    Args:
+        source (`str`): A file or a folder.
+        names (`dict[str, str]`): Columns by their role; common names are recognised where it does not say.
+        events (`tuple[str]`): Columns of features of events.
 
     Raises:
         ValueError: if there is no such file, there are files of two kinds, or a column is missing.
@@ -156,7 +160,8 @@ def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[
             for name in source.lists:
                 if table[name].null_count:
                     raise ValueError(f"{path}: {name} must be lists, found {table[name].null_count} nulls")
-                rows = rows.append_column(name, table[name])
+                prefix = EVENT_PREFIX if name in source.columns.events else ""
+                rows = rows.append_column(prefix + name, table[name])
         else:
             rows = rows.set_column(2, "timestamp", rows["timestamp"].cast(pa.float64()))
         places = (values["file"] << 40) + first_row + np.arange(len(rows))
@@ -222,4 +227,5 @@ def histories_of(rows: pa.Table, partition: int) -> pa.Table:
         raise ValueError(f"partition {partition}: histories must be of distinct users, found {user!r} more than once")
     if pa.types.is_large_string(users.type):
         rows = rows.set_column(rows.column_names.index("user_id"), "user_id", users.cast(pa.string()))
-    return rows.drop_columns(["position", "partition"])
+    rows = rows.drop_columns(["position", "partition"])
+    return rows.rename_columns([name.removeprefix(EVENT_PREFIX) for name in rows.column_names])

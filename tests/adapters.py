@@ -1,5 +1,8 @@
-"""Heads that are more than a linear layer."""
+"""Layers that are more than a linear layer."""
 
+import copy
+
+import torch
 from torch import nn
 
 
@@ -14,3 +17,13 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, states):
         return self.base(states) + self.up(self.down(states))
+
+
+def adapted(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
+    """Return copies of a model with an adapter of one of its linear layers, beside its weight and merged into it."""
+    beside, merged = copy.deepcopy(model), copy.deepcopy(model)
+    adapter = LowRankAdapter(beside.get_submodule(name))
+    beside.set_submodule(name, adapter)
+    with torch.no_grad():
+        merged.get_submodule(name).weight += adapter.up.weight @ adapter.down.weight
+    return beside, merged

@@ -208,18 +208,18 @@ def score_items(lm_head: nn.Module, user_embeddings: Tensor, token_ids: Tensor) 
     return _Scorer(lm_head, user_embeddings, in_double=False)(user_embeddings, token_ids)
 
 
-def is_plain_linear(lm_head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Tell whether scores are the inner products with the rows of `lm_head.weight` and nothing else: no adapter, bias
-    or hook, and no quantised, sharded or offloaded weight."""
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether a layer is the product with its weight and nothing else: no adapter, bias or hook, and no
+    quantised, sharded or offloaded weight."""
     return (
-        type(lm_head) in (nn.Linear, ItemHead)
-        and lm_head.bias is None
-        and type(lm_head.weight) in (nn.Parameter, Tensor)
-        and lm_head.weight.is_floating_point()
-        and not lm_head.weight.is_meta
-        and "forward" not in vars(lm_head)
-        and not lm_head._forward_hooks
-        and not lm_head._forward_pre_hooks
+        type(layer) in (nn.Linear, ItemHead)
+        and layer.bias is None
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.weight.is_floating_point()
+        and not layer.weight.is_meta
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
     )
 
 

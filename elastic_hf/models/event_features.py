@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .catalogue import is_plain_linear
 from .configuration_recommender import RecommenderConfig
 
 
@@ -24,20 +25,25 @@ class EventFeatures(nn.Module):
 
     def __init__(self, config: RecommenderConfig):
         super().__init__()
+        self.sizes = [*config.event_features.values()]
         self.features = nn.ModuleList(
             nn.Embedding(1 + size, config.hidden_size, padding_idx=0)
             if size > 0
             else nn.Linear(1, config.hidden_size, bias=False)
-            for size in config.event_features.values()
+            for size in self.sizes
         )
 
     def forward(self, embeddings: Tensor, event_features: Tensor) -> Tensor:
         """Return the items' embeddings and what is added to them: (B, L, D) and (B, L, F) -> (B, L, D)."""
-        for feature, values in zip(self.features, event_features.unbind(-1), strict=True):
-            if isinstance(feature, nn.Linear):
-                embeddings = torch.addcmul(embeddings, values[..., None].to(embeddings.dtype), feature.weight[:, 0])
-            else:
+        for size, feature, values in zip(self.sizes, self.features, event_features.unbind(-1), strict=True):
+            if size > 0:
                 embeddings = feature(values.long()).add_(embeddings)
+                continue
+            values = values[..., None].to(embeddings.dtype)
+            if is_plain_linear(feature):  # one pass over the embeddings instead of two
+                embeddings = torch.addcmul(embeddings, values, feature.weight[:, 0])
+            else:
+                embeddings = embeddings + feature(values)
         return embeddings
 
 

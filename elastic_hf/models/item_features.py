@@ -119,8 +119,8 @@ class ItemFeatures(nn.Module):
             feature.encoded = torch.cat([F.pad(rows, (0, width - rows.shape[1])) for rows in (old, new)])
 
     def directions(self, token_ids: Tensor) -> Tensor:
-        """Return unit vectors by whose products items are alike: of what their features add, and of their vectors as
-        they are, (n,) -> (n, C). They are 0 for an item of which nothing is known."""
+        """Return unit vectors whose products say how much items are alike, by what their features add and by their
+        vectors as they are: (n,) -> (n, C), zeros for an item of which nothing is known."""
         parts = [self(token_ids)]
         for feature in self.features:
             if isinstance(feature, ItemNumbers) and feature.linear.in_features > 1:

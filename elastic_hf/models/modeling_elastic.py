@@ -552,14 +552,14 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
     def add_items(self, tokenizer: "ElasticItemTokenizer", items: Any, id_scale: float = 1.0) -> Tensor:
         """Add new items to the catalogue, by their features: nothing is trained.
 
-        A new item's id embedding is that of the trained items most like it, see [`~new_items.borrow_ids`]. Items
+        A new item borrows its id embedding from the trained items most like it, see [`~new_items.borrow_ids`]. Items
         that are known keep their token ids and, bit for bit, their scores, and states of users stay valid.
 
         Args:
             tokenizer ([`ElasticItemTokenizer`]): of this model, which gets the items, too.
             items: a table with a row for each, see [`ElasticItemTokenizer.add_items`].
-            id_scale (`float`, defaults to 1.0): factor of the id embeddings of the new items: above 1 they are
-                recommended more, at the cost of the others; 0 leaves them to their features alone.
+            id_scale (`float`, defaults to 1.0): factor of the new items' id embeddings. Above 1, new items are
+                recommended more often, at the cost of the others; 0 leaves them to their features alone.
 
         Returns:
             `torch.LongTensor` of shape `(num_items,)`: the token ids of the items.

@@ -45,7 +45,7 @@ class SequentialRecommendationOutput(ModelOutput):
             The ranks of the targets, with the seen items left out of the competition, and with them kept.
         hidden_states (`tuple(torch.FloatTensor)`, returned with `output_hidden_states=True`):
             The embeddings and the output of each layer, of shape `(batch_size, history_length, hidden_size)`, or the
-            last position of them, where that is all the model computes without `labels`.
+            last position of them, where the model computes no other: without `labels`, and on prefixes.
         attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
             The attention weights of each layer.
         cache (`Any`, returned with `use_cache=True`):
@@ -128,7 +128,7 @@ def validate_histories(input_ids: Tensor, attention_mask: Tensor | None, config:
 
 
 def predicts_last_alone(labels: Tensor, config: RecommenderConfig) -> bool:
-    """Return whether prefixes are trained on, each of which predicts at its last position: (B, L)."""
+    """Return whether a model that trains on prefixes is given labels, (B, L), at their last positions alone."""
     if config.training_objective != "prefix" or torch.compiler.is_compiling() or labels.is_meta:
         return False
     return not bool((labels[:, :-1] >= config.num_special_tokens).any())

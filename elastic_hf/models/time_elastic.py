@@ -9,6 +9,7 @@ Axis letters: B batch, L history length, Q positions that read, D hidden size, H
 
 from torch import Tensor, nn
 
+from .catalogue import is_plain_linear
 from .configuration_elastic import ElasticConfig
 from .event_time import NUM_BUCKETS, NUM_PHASES, elapsed_until, time_buckets, time_phases
 
@@ -40,7 +41,9 @@ class ElasticTime(nn.Module):
 
 
 def _add_projected(embeddings: Tensor, projection: nn.Linear, phases: Tensor) -> Tensor:
-    """Add projected phases to embeddings, in place: (B, L, D) and (B, L, 6) -> (B, L, D)."""
-    rows = embeddings.view(-1, embeddings.shape[-1])
-    rows.addmm_(phases.flatten(0, 1).to(rows.dtype), projection.weight.T)
+    """Add projected phases to embeddings, in place where that is possible: (B, L, D) and (B, L, 6) -> (B, L, D)."""
+    phases = phases.to(embeddings.dtype)
+    if not is_plain_linear(projection):
+        return embeddings + projection(phases)
+    embeddings.view(-1, embeddings.shape[-1]).addmm_(phases.flatten(0, 1), projection.weight.T)
     return embeddings

@@ -1,13 +1,12 @@
 """Recommend items that no training has seen: a tenth of Beauty 5-core's items is held out, and added afterwards.
 
     python examples/benchmarks/new_items.py                    # on a GPU where there is one
-    python examples/benchmarks/new_items.py --seed 43 --output new-items-43.json
+    python examples/benchmarks/new_items.py --seed 43 --output examples/benchmarks/results/new-items-43.json
 
 Every interaction with the items held out is taken from the training and validation data. ELASTIC is trained with the
 attributes and the vectors of the titles of the other items, and once more with ids alone. The new items are added to
-the model with features, which then ranks the test targets in the whole catalogue, at several `--id_scales` (see
-`add_items`; 0: by their features alone). Further arguments are those of
-`elastic-hf train`, and change what the recipe says.
+the model with features, which then ranks the test targets in the whole catalogue, once for each `id_scale` of
+`add_items`. Further arguments are those of `elastic-hf train`, and change what the recipe says.
 
 The recipe's data are read beside `items.parquet` (item_id, attributes, title) and `title_vectors.parquet` (item_id,
 vector), in the folder of its `train_file`.
@@ -135,8 +134,14 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the arguments of this script, and those of a training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(RECIPE), help="YAML file of `elastic-hf train`.")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "new-items.json")
-    parser.add_argument("--id_scales", type=float, nargs="+", default=[0.0, 1.0, 1.25, 1.5, 2.0])
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "new-items.json", help="JSON file.")
+    parser.add_argument(
+        "--id_scales",
+        type=float,
+        nargs="+",
+        default=[0.0, 1.0, 1.25, 1.5, 2.0],
+        help="Factors of the id embeddings that new items borrow; 0 leaves them to their features alone.",
+    )
     args, others = parser.parse_known_args(argv)
     return args, [args.recipe, *others]
 

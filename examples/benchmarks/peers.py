@@ -22,6 +22,11 @@ from pathlib import Path
 TOP_K = 10
 RESULTS = Path(__file__).parent / "results"
 INTERACTIONS, RECOMMENDED, METRICS = "interactions.parquet", "recommended-{}.parquet", "metrics-{}.json"
+TRAINING = "peer.json"
+SPLITS = ("train", "validation", "test")
+SIDES = ("elastic_hf", "peer")
+SETTINGS = ("dataset_name", "hidden_size", "num_attention_heads", "hidden_dropout", "learning_rate", "max_length")
+SETTINGS += ("num_train_epochs", "eval_epochs", "patience", "seed")
 
 
 # In the environment of RecTools
@@ -71,9 +76,13 @@ def train_peer(folder: Path, args: argparse.Namespace) -> None:
             recommended.to_parquet(folder / RECOMMENDED.format("peer"))
         elif epoch - best_epoch >= args.patience:
             break
-    (folder / "peer.json").write_text(
-        json.dumps({"best_epoch": best_epoch, "epochs": epoch, "validation_ndcg@10": best})
-    )
+    found = {"best_epoch": best_epoch, "epochs": epoch, "validation_ndcg@10": best}
+    (folder / TRAINING).write_text(json.dumps(found | settings_of_peer(args)))
+
+
+def settings_of_peer(args: argparse.Namespace) -> dict:
+    """Return what the peer is trained with."""
+    return {name: getattr(args, name) for name in SETTINGS}
 
 
 def measure_by_peer(folder: Path) -> None:
@@ -164,6 +173,21 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+def is_trained(folder: Path, args: argparse.Namespace) -> bool:
+    """Return whether the folder holds a peer that was trained with these arguments.
+
+    Raises:
+        ValueError: if it holds one that was trained with others.
+    """
+    if not (folder / TRAINING).exists():
+        return False
+    found = json.loads((folder / TRAINING).read_text())
+    for name, value in settings_of_peer(args).items():
+        if found.get(name) != value:
+            raise ValueError(f"folder {folder} must hold a peer trained with {name}={value}, found {found.get(name)}")
+    return True
+
+
 def compare(args: argparse.Namespace) -> None:
     """Train the peer, unless that is done in this folder, let both libraries judge both, and write what they found."""
     from transformers import AutoConfig
@@ -173,16 +197,17 @@ def compare(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        steps = ("measure",) if is_trained(folder, args) else ("train", "measure")
         write_interactions(folder, args)
         recommend(folder, args)
-        for step in ("train", "measure"):
-            if step == "measure" or not (folder / "peer.json").exists():
-                command = [args.peer_python, __file__, *sys.argv[1:], "--step", step, "--folder", str(folder)]
-                subprocess.run(command, check=True)
+        for step in steps:
+            command = [args.peer_python, __file__, *sys.argv[1:], "--step", step, "--folder", str(folder)]
+            subprocess.run(command, check=True)
         peer = json.loads((folder / METRICS.format("peer")).read_text())
         config = AutoConfig.from_pretrained(args.model_name_or_path)
-        # Where the environment of RecTools lies is of this machine alone.
-        arguments = ["peers/bin/python" if part == args.peer_python else part for part in sys.argv[1:]]
+        # Where the environment of RecTools and its folder lie is of this machine alone.
+        public = {args.peer_python: "peers/bin/python", str(args.folder): "peer"}
+        arguments = [public.get(part, part) for part in sys.argv[1:]]
         results = {
             "benchmark": "peers",
             "dataset": args.dataset_name,
@@ -190,9 +215,7 @@ def compare(args: argparse.Namespace) -> None:
             "command": f"python examples/benchmarks/peers.py {shlex.join(arguments)}",
             **describe_machine(1),
             "peer_versions": peer["versions"],
-            "peer_training": json.loads((folder / "peer.json").read_text())
-            | {name: getattr(args, name) for name in ("hidden_size", "num_attention_heads", "hidden_dropout")}
-            | {name: getattr(args, name) for name in ("learning_rate", "max_length", "seed")},
+            "peer_training": json.loads((folder / TRAINING).read_text()),
             "model_type": config.model_type,
             "hidden_size": config.hidden_size,
             "metrics_of_elastic_hf": measure(folder),
@@ -200,10 +223,6 @@ def compare(args: argparse.Namespace) -> None:
         }
     write_json(RESULTS / f"peers-{args.dataset_name}.json", results)
     print(json.dumps({key: value for key, value in results.items() if key.startswith("metrics")}, indent=2))
-
-
-SPLITS = ("train", "validation", "test")
-SIDES = ("elastic_hf", "peer")
 
 
 def main() -> None:
@@ -224,7 +243,7 @@ def main() -> None:
     parser.add_argument("--patience", type=int, default=40, help="Epochs without a better one before the peer stops.")
     parser.add_argument("--seed", type=int, default=42, help="Seed of the peer.")
     parser.add_argument("--step", choices=("train", "measure"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help="Folder that keeps what the peer has learned, to go on from it.")
+    parser.add_argument("--folder", type=Path, help="Folder that keeps the trained peer, for another comparison.")
     args = parser.parse_args()
     if args.step == "train":
         train_peer(args.folder, args)

@@ -45,8 +45,9 @@ def timed(tmp_path_factory):
     return save(tmp_path_factory.mktemp("timed"), use_timestamps=True)
 
 
-# Of the values in the log some are of no category that was trained on, and "true" is one of strings.
-LOG = {"action": [["buy", "true"]], "is_gift": [[True, False]], "price": [[1.5, 4.0]], "rating": [[1, 2, 3]]}
+# Of the values in the log some are of no category that was trained on, and "true" is one of strings. Rows have a
+# `position` in the program, too.
+LOG = {"is_gift": [[True, False]], "position": [["top", "true"]], "price": [[1.5, 4.0]], "rating": [[1, 2, 3]]}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def events():
     generator.shuffle(rows)
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     of_item = {
-        "action": [("buy", "view", "true", None)[item % 4] for item in frame["item_id"]],
         "is_gift": [(True, None, False)[item % 3] for item in frame["item_id"]],
+        "position": [("top", "side", "true", None)[item % 4] for item in frame["item_id"]],
         "price": [None if item % 7 == 0 else item / 8 for item in frame["item_id"]],
         "rating": [(1, 2, None, 3, 9)[item % 5] for item in frame["item_id"]],
     }

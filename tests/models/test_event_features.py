@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import reference
+from adapters import adapted
 from elastic_hf import ElasticCache
 from elastic_hf.models.event_features import EventFeatures
 from factories import (
@@ -322,6 +323,23 @@ def test_integer_categories_are_no_floating_tensor():
     batch["event_features"] = batch["event_features"].long()
     with pytest.raises(ValueError, match=f"{NAMES} torch.int64 of shape"):
         featured_model()(**batch)
+
+
+@every_reader
+def test_an_adapter_of_a_number_takes_part(model_type):
+    model = reader(model_type)
+    name = next(name for name, module in model.named_modules() if isinstance(module, EventFeatures))
+    beside, merged = adapted(model, f"{name}.features.1")
+    with torch.no_grad():
+        torch.testing.assert_close(beside(**batch_of()).logits, merged(**batch_of()).logits)
+
+
+@every_reader
+def test_an_offloaded_model_reads_the_same(model_type):
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = reader(model_type), batch_of()
+    expected = model(**batch).logits
+    torch.testing.assert_close(accelerate.cpu_offload(model, execution_device="cpu")(**batch).logits, expected)
 
 
 def test_one_program_reads_all_lengths():

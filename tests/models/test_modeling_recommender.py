@@ -719,9 +719,10 @@ def test_prefixes_are_read_at_their_last_position_alone(model_type, monkeypatch)
     loss = model.loss(everywhere, input_ids, labels)
     torch.testing.assert_close(model(input_ids, labels=labels).loss, loss)
     loss.backward()
-    for name, weight in model.named_parameters():
-        if name in found and weight.grad is not None:
-            torch.testing.assert_close(found[name], weight.grad, msg=name)
+    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
     assert calls == [True, False, True]
     labels[1, 3] = 4  # a label of another position
     model(input_ids, labels=labels)

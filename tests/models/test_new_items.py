@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import reference
 from elastic_hf.models import catalogue
-from elastic_hf.models.new_items import borrow_ids
+from elastic_hf.models.new_items import NUM_NEAREST, borrow_ids
 
 
 @pytest.mark.parametrize("rows", [2, 16])
@@ -20,3 +20,14 @@ def test_ids_are_borrowed_from_the_nearest_items(num_nearest, rows, monkeypatch)
     found = borrow_ids(new, known, ids, num_nearest)
     torch.testing.assert_close(found, reference.borrow_ids(new, known, ids, num_nearest))
     assert not found[4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_at_the_end(dtype):
+    generator = torch.Generator().manual_seed(0)
+    new, known = (F.normalize(torch.randn(n, 5, generator=generator), dim=-1) for n in (7, 11))
+    new[4] = 0  # whose sum has the length 0
+    ids = torch.randn(11, 3, generator=generator).to(dtype)
+    found = borrow_ids(new, known, ids)
+    assert found.dtype == torch.float32 and not found[4].any()
+    torch.testing.assert_close(found, reference.borrow_ids(new, known, ids.float(), NUM_NEAREST))

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel
 
 import reference
+from adapters import adapted
 from elastic_hf import ElasticConfig, ElasticForSequentialRecommendation
 from elastic_hf.models import event_time
 from factories import assert_pieces_change_nothing, elastic_config, elastic_model, histories, times
@@ -381,6 +382,21 @@ def test_retrieved_slots_are_those_whose_values_get_a_gradient():
         model(**{name: value[row : row + 1] for name, value in batch.items()}).logits.square().sum().backward()
         read = values.grad.abs().sum(dim=-1).nonzero().flatten().tolist()
         assert read == sorted({*slots[row].flatten().tolist()})
+
+
+@pytest.mark.parametrize("name", ["phases", "request_phases"])
+def test_an_adapter_of_the_phases_takes_part(name):
+    beside, merged = adapted(timed_model(), f"model.time.{name}")
+    batch = at_last(batch_of())
+    with torch.no_grad():
+        torch.testing.assert_close(beside(**batch).logits, merged(**batch).logits)
+
+
+def test_an_offloaded_model_reads_the_same():
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = timed_model(), at_last(batch_of())
+    expected = model(**batch).logits
+    torch.testing.assert_close(accelerate.cpu_offload(model, execution_device="cpu")(**batch).logits, expected)
 
 
 # Saving, loading, compiling

@@ -35,3 +35,13 @@ def test_both_sides_get_the_same_interactions_in_order(tmp_path, monkeypatch):
     assert sorted(table.select("user_id", "item_id", "place").rows()) == sorted(rows)
     last = table.filter(pl.col("place") >= 4).sort("user_id", "place")
     assert last["split"].to_list() == ["validation", "test"] * 30 and (table["split"] == "train").sum() == 120
+
+
+def test_a_peer_that_was_trained_with_other_arguments_is_refused(tmp_path):
+    args = peers.argparse.Namespace(**{name: 1 for name in peers.SETTINGS})
+    assert not peers.is_trained(tmp_path, args)
+    (tmp_path / peers.TRAINING).write_text(peers.json.dumps({"best_epoch": 7, **peers.settings_of_peer(args)}))
+    assert peers.is_trained(tmp_path, args)
+    args.seed = 2
+    with pytest.raises(ValueError, match="folder .* must hold a peer trained with seed=2, found 1"):
+        peers.is_trained(tmp_path, args)
