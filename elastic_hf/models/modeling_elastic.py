@@ -35,6 +35,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_elastic import ElasticCache, digest_weights
+from .catalogue import row_chunks
 from .causal_convolution import causal_convolution, prepend
 from .configuration_elastic import ElasticConfig
 from .dispatcher_attention import (
@@ -583,9 +584,12 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
         PreTrainedModel.resize_token_embeddings(self, len(tokenizer), mean_resizing=False)
         features, weight = self.model.item_features, self.model.embed_tokens.weight
         features.add(encoded)
-        trained = torch.arange(config.num_special_tokens, old_size - config.num_added_items, device=weight.device)
-        directions = features.directions(torch.arange(old_size, len(tokenizer), device=weight.device))
-        weight[old_size:] = id_scale * borrow_ids(directions, features.directions(trained), weight[trained])
+        token_ids = torch.arange(len(tokenizer), device=weight.device)
+        trained = slice(config.num_special_tokens, old_size - config.num_added_items)
+        chunks = row_chunks(trained.stop - trained.start, len(tokenizer) - old_size, weight.device)
+        known = (features.directions(token_ids[trained][rows]) for rows in chunks)
+        new = features.directions(token_ids[old_size:])
+        weight[old_size:] = id_scale * borrow_ids(new, known, weight[trained])
         config.item_features = tokenizer.item_features
         config.num_added_items += len(tokenizer) - old_size
         return torch.arange(old_size, len(tokenizer))

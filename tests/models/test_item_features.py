@@ -266,7 +266,7 @@ def test_a_new_item_takes_the_id_of_those_that_are_like_it(featured):
     weight = model.get_input_embeddings().weight
     directions = model.model.item_features.directions(torch.arange(NUM_TOKENS + 1))
     torch.testing.assert_close(directions[token_id], directions[12])
-    expected = borrow_ids(directions[token_id:], directions[3:NUM_TOKENS], weight[3:NUM_TOKENS])
+    expected = borrow_ids(directions[token_id:], [directions[3:NUM_TOKENS]], weight[3:NUM_TOKENS])
     torch.testing.assert_close(weight[token_id], expected[0])
     (again,) = model.add_items(tokenizer, twin.set_column(0, "item_id", pa.array([10])))
     weight = model.get_input_embeddings().weight
