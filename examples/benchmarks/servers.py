@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ class Service:
             self.log.append(line)
             if found := re.search(r"http://([\d.]+):(\d+)", line):
                 self.host, self.port = found[1], int(found[2])
+                # A pipe that nobody reads would stop the service once it is full.
+                self.reader = threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True)
+                self.reader.start()
                 return
         raise RuntimeError(f"the service must start, found the end of it: {''.join(self.log)}")
 
@@ -59,8 +63,8 @@ class Service:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, and return the exit status."""
         self.process.send_signal(number)
-        self.log.append(self.process.communicate()[1])
-        return self.process.returncode
+        self.reader.join()
+        return self.process.wait()
 
 
 def ask(
