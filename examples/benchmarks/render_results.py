@@ -893,14 +893,17 @@ def new_items() -> str:
         "features, trained items": "ids and features, among the items trained on",
         "features, all items": "ids and features, new items added",
     }
+    found_by = read_results("new-items*.json").values()
     rows = []
-    for run in read_results("new-items*.json").values():
+    for run in found_by:
         for name, found in run["results"].items():
             rates = [describe_metric(found[on], "hr@10") if on in found else "" for on in ("new", "trained")]
             who, _, scale = name.partition(", id_scale ")
             rows.append([names[who], scale, *rates, str(run["seed"])])
     header = ["who recommends", "`id_scale`", "HR@10 where the target is new", "HR@10 where it was trained on", "seed"]
-    return table(header, rows) if rows else NOT_MEASURED
+    if not rows:
+        return NOT_MEASURED
+    return "\n\n".join([table(header, rows), *(f"Trained by `{run['command']}`" for run in found_by)])
 
 
 def recommendations() -> str:
