@@ -8,8 +8,8 @@ spreads the requests over them and replaces those that end. They share the state
 Requests, answers, the token and the address to listen on are those of `serve.py`; `/metrics` are those of the process
 that answers. Where too many requests wait, Ray Serve answers 503 itself, in its own words.
 
-The token and the URL of Redis are part of what Ray runs: whoever reaches the cluster can read them, as they can run code
-there.
+The token and the URL of Redis are part of what Ray runs: whoever reaches the cluster can read them, as they can run
+code there.
 
 It needs `pip install -e ".[ray,serve]"` in a clone, and starts Ray on this machine, or joins the cluster of
 `RAY_ADDRESS`, where all machines must have the clone and a model's folder at the same path, and must reach Redis. It
