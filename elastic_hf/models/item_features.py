@@ -4,7 +4,7 @@
 
 Item vectors are what a history is read by, and what its user embedding is scored with. In training, the id embedding
 is left out at random, so that the features alone can stand for an item. One that was never trained on takes its id
-embedding from the items that are most like it ([`~new_items.borrow_ids`]).
+embedding from the items that are most like it ([`~borrowed_ids.borrow_ids`]).
 
 Axis letters: V vocabulary, D hidden size.
 """

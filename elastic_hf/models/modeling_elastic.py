@@ -34,6 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
+from .borrowed_ids import borrow_ids
 from .cache_elastic import ElasticCache, digest_weights
 from .catalogue import row_chunks
 from .causal_convolution import causal_convolution, prepend
@@ -64,7 +65,6 @@ from .modeling_recommender import (
     validate_histories,
     validate_outputs,
 )
-from .new_items import borrow_ids
 from .time_elastic import ElasticTime
 
 
@@ -553,8 +553,8 @@ class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreT
     def add_items(self, tokenizer: "ElasticItemTokenizer", items: Any, id_scale: float = 1.0) -> Tensor:
         """Add new items to the catalogue, by their features: nothing is trained.
 
-        A new item borrows its id embedding from the trained items most like it, see [`~new_items.borrow_ids`]. Items
-        that are known keep their token ids and, bit for bit, their scores, and states of users stay valid.
+        A new item borrows its id embedding from the trained items most like it, see [`~borrowed_ids.borrow_ids`].
+        Items that are known keep their token ids and, bit for bit, their scores, and states of users stay valid.
 
         Args:
             tokenizer ([`ElasticItemTokenizer`]): of this model, which gets the items, too.

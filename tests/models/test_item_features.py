@@ -9,7 +9,7 @@ import reference
 from elastic_hf import ElasticForSequentialRecommendation, ElasticItemTokenizer, ItemIndex
 from elastic_hf.baselines import SASRecConfig
 from elastic_hf.models import item_features
-from elastic_hf.models.new_items import borrow_ids
+from elastic_hf.models.borrowed_ids import borrow_ids
 from factories import ITEM_FEATURES, NUM_TOKENS, elastic_config, elastic_model, featured_model, histories, item_table
 
 

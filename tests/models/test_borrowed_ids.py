@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import reference
-from elastic_hf.models.new_items import NUM_NEAREST, borrow_ids
+from elastic_hf.models.borrowed_ids import NUM_NEAREST, borrow_ids
 
 
 @pytest.mark.parametrize("num_rows", [2, 16])
