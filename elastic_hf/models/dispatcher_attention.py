@@ -86,11 +86,12 @@ def sum_later(values: Tensor, start: float) -> Tensor:
     Summed from the latest on: a difference of two sums over the whole would round off what is recent. Blocks of
     positions are summed side by side, which a processor does sooner than one long sum.
     """
+    if torch.compiler.is_compiling():  # blocks of a length that is not known are slow to trace
+        return values.flip(1).cumsum(1).flip(1).sub(values).add(start)
     length = values.shape[1]
-    size = SUM_BLOCK if torch.compiler.is_compiling() else min(SUM_BLOCK, length)
-    padding = -length % size
-    if not isinstance(padding, int) or padding > 0:
-        values = F.pad(values, (0, 0, 0, padding))
+    size = min(SUM_BLOCK, length)
+    if length % size > 0:
+        values = F.pad(values, (0, 0, 0, -length % size))
     blocks = values.unflatten(1, (-1, size))
     *sums, whole = itertools.accumulate(blocks.unbind(2)[::-1])  # from the last of each block on, (B, J, M)
     after = whole.flip(1).cumsum_(1).flip(1).sub_(whole).add_(start)
