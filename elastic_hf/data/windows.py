@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 
-HISTORIES_PER_BATCH = 100  # few, since the prefixes of a history are up to max_length times as long as it
+# Histories that are cut at once: the prefixes of one are up to max_length times as long as it.
+WINDOWED_AT_ONCE, PREFIXED_AT_ONCE = 1_000, 100
 
 
 def split_into_windows(histories: Dataset, max_length: int, event_columns: Sequence[str] = ()) -> Dataset:
@@ -29,7 +30,7 @@ def split_into_windows(histories: Dataset, max_length: int, event_columns: Seque
         `datasets.Dataset`: The windows, with the columns of `histories`.
     """
     columns = [name for name in ("input_ids", "timestamps", *event_columns) if name in histories.column_names]
-    return _split(histories, max_length, step=max_length, columns=columns)
+    return _split(histories, max_length, max_length, columns, WINDOWED_AT_ONCE)
 
 
 def split_into_prefixes(histories: Dataset, max_length: int, columns: Sequence[str] = ()) -> Dataset:
@@ -66,10 +67,10 @@ def split_into_prefixes(histories: Dataset, max_length: int, columns: Sequence[s
         raise ValueError(
             f"histories must have the columns {', '.join(kept)}, found {', '.join(histories.column_names)}"
         )
-    return _split(histories.select_columns(kept), max_length, step=1, columns=kept)
+    return _split(histories.select_columns(kept), max_length, 1, kept, PREFIXED_AT_ONCE)
 
 
-def _split(histories: Dataset, max_length: int, step: int, columns: list[str]) -> Dataset:
+def _split(histories: Dataset, max_length: int, step: int, columns: list[str], batch_size: int) -> Dataset:
     """Cut `columns` of each history at its end and every `step` items before it, as long as a row has two items."""
     return (
         histories.with_format("arrow")
@@ -77,7 +78,7 @@ def _split(histories: Dataset, max_length: int, step: int, columns: list[str]) -
             _split_batch,
             fn_kwargs={"max_length": max_length, "step": step, "columns": columns},
             batched=True,
-            batch_size=HISTORIES_PER_BATCH,
+            batch_size=batch_size,
             load_from_cache_file=False,  # a damaged file of the cache would be taken for the result
             desc="Cutting histories",
         )

@@ -34,7 +34,8 @@ def test_prefixes_are_all_and_hold_the_most_recent_items():
 def test_histories_are_cut_alike_in_any_number_of_batches(split, monkeypatch):
     dataset = Dataset.from_dict({"input_ids": [[*range(3, 5 + n)] for n in range(9)]}).with_format("numpy")
     whole = split(dataset, 4)
-    monkeypatch.setattr("elastic_hf.data.windows.HISTORIES_PER_BATCH", 2)
+    for name in ("WINDOWED_AT_ONCE", "PREFIXED_AT_ONCE"):
+        monkeypatch.setattr(f"elastic_hf.data.windows.{name}", 2)
     parts = split(dataset, 4)
     assert whole.format["type"] == "numpy" and len(whole) == len(parts)
     assert all(np.array_equal(one, other) for one, other in zip(whole["input_ids"], parts["input_ids"], strict=True))
