@@ -39,15 +39,14 @@ def digest_weights(model: nn.Module, weights: Iterable[Tensor], tables: Iterable
     """
     if torch.compiler.is_exporting():
         return ""
-    tables = [*tables]
-    weights = [*weights, *tables]
-    if any(weight.is_meta for weight in weights):
+    weights, tables = [*weights], [*tables]
+    if any(weight.is_meta for weight in weights + tables):
         raise ValueError("use_cache needs weights in memory, found a model whose weights are offloaded")
-    versions = versions_of(weights)
+    versions = versions_of(weights + tables)
     if model not in _DIGESTS or _DIGESTS[model][0] != versions:
         sha256 = hashlib.sha256()
         filled = [table[:, : int(table.any(dim=0).cumsum(dim=0).argmax()) + 1] for table in tables]
-        for weight in (*weights[: len(weights) - len(tables)], *filled):
+        for weight in weights + filled:
             sha256.update(str(weight.shape).encode())
             sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         _DIGESTS[model] = (versions, sha256.hexdigest())

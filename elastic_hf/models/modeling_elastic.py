@@ -510,8 +510,8 @@ class ElasticModel(ElasticPreTrainedModel):
         num_trained = self.config.vocab_size - self.config.num_added_items
         weights = (weight for module in modules for weight in module.parameters())
         tables = () if self.item_features is None else self.item_features.buffers()
-        trained = [table[:num_trained] for table in (self.embed_tokens.weight, *tables)]
-        return digest_weights(self, [trained[0], *weights], trained[1:])
+        trained = self.embed_tokens.weight[:num_trained]
+        return digest_weights(self, [trained, *weights], [table[:num_trained] for table in tables])
 
 
 class ElasticForSequentialRecommendation(SequentialRecommenderMixin, ElasticPreTrainedModel):
