@@ -84,20 +84,21 @@ def read_command_line(argv: Sequence[str]) -> tuple[ModelArguments, DataArgument
             raise ValueError("item_features and text_column need items_file, the table that has them, found none")
     if training_args.split_into_windows and training_args.split_into_prefixes:
         raise ValueError("split_into_windows and split_into_prefixes cut in different places, found both")
-    if training_args.split_into_prefixes and named_objective(model_args) not in (None, "prefix"):
+    objective = named_overrides(model_args).get("training_objective", "prefix")
+    if training_args.split_into_prefixes and objective != "prefix":
         raise ValueError(
             "split_into_prefixes needs training_objective='prefix', which need not be named, found "
-            f"{named_objective(model_args)!r} in config_overrides"
+            f"{objective!r} in config_overrides"
         )
     if training_args.hub_token is not None:
         raise ValueError("hub_token would be written into the results: set HF_TOKEN, or log in with `hf auth login`")
     return model_args, data_args, training_args
 
 
-def named_objective(model_args: ModelArguments) -> str | None:
-    """Return the training objective that the overrides of the configuration name, if they do."""
+def named_overrides(model_args: ModelArguments) -> dict[str, str]:
+    """Return the fields that the overrides of the configuration name, with their values as they are written."""
     overrides = (override.partition("=") for override in (model_args.config_overrides or "").split(","))
-    return {name: value for name, _, value in overrides}.get("training_objective")
+    return {name: value for name, _, value in overrides}
 
 
 def make_run_name(model_args: ModelArguments, data_args: DataArguments, training_args: SeqRecTrainingArguments) -> str:
@@ -202,13 +203,13 @@ def make_config(
     if training_args.do_train and training_args.split_into_prefixes:
         config.training_objective = "prefix"
     try:
-        overrides = model_args.config_overrides or ""
+        overrides = named_overrides(model_args)
         if is_new and "exclude_seen" not in overrides:
             config.exclude_seen = infer_exclude_seen(counts)
         if "mask_seen_in_loss" in overrides:
             config.mask_seen_in_loss = config.masks_seen  # Transformers updates no field that is None
-        if overrides:
-            config.update_from_string(overrides)
+        if model_args.config_overrides:
+            config.update_from_string(model_args.config_overrides)
         if is_new and hasattr(config, "max_position_embeddings") and "max_position_embeddings" not in overrides:
             # The mask that is appended to histories at inference takes a position, too.
             has_mask = config.training_objective == "masked_item"

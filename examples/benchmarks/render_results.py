@@ -642,8 +642,7 @@ def claims(variant: str = "") -> str:
     """The abstract's two figures beside what was found for them, at the lengths of the benchmark."""
     seconds = by_length("inference", "inference", variant)
     peaks = by_length("memory", "training", variant)
-    programs = {f"{name}, {FASTEST}": fastest(seconds, name) for name in ("elastic", NAIVE, SDPA)}
-    seconds |= programs
+    seconds |= {f"{name}, {FASTEST}": fastest(seconds, name) for name in ("elastic", NAIVE, SDPA)}
     names = ("elastic", "elastic, checkpointed", "elastic_paper")
     pairs = [*itertools.product((NAIVE, SDPA), names)]
     pairs += [(f"{other}, {FASTEST}", f"elastic, {FASTEST}") for other in (NAIVE, SDPA)]
