@@ -7,11 +7,13 @@ python examples/benchmarks/peers.py --peer_python peers/bin/python --model_name_
 
 RecTools has an environment of its own: this file runs itself there, with the interactions in Parquet, trains, and
 recommends ten items for each user. Both libraries' metrics then judge both libraries' recommendations, and
-`peers-<dataset>.json` says what they found.
+`peers-<dataset>.json` says what they found. With `--folder` the peer may have been trained before, on another machine
+too: `--step prepare` writes its interactions there, and `--step train` needs nothing but RecTools.
 """
 
 import argparse
 import json
+import platform
 import shlex
 import subprocess
 import sys
@@ -36,6 +38,7 @@ def train_peer(folder: Path, args: argparse.Namespace) -> None:
     """Train SASRec of RecTools, and recommend after the epoch that is best on the validation items."""
     import pandas as pd
     import pytorch_lightning
+    import torch
     from rectools import Columns
     from rectools.dataset import Dataset
     from rectools.metrics import NDCG, calc_metrics
@@ -76,7 +79,8 @@ def train_peer(folder: Path, args: argparse.Namespace) -> None:
             recommended.to_parquet(folder / RECOMMENDED.format("peer"))
         elif epoch - best_epoch >= args.patience:
             break
-    found = {"best_epoch": best_epoch, "epochs": epoch, "validation_ndcg@10": best}
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    found = {"best_epoch": best_epoch, "epochs": epoch, "validation_ndcg@10": best, "hardware": hardware}
     (folder / TRAINING).write_text(json.dumps(found | settings_of_peer(args)))
 
 
@@ -85,7 +89,7 @@ def settings_of_peer(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in SETTINGS}
 
 
-def measure_by_peer(folder: Path) -> None:
+def measure_by_peer(folder: Path, args: argparse.Namespace) -> None:
     """Let RecTools' metrics judge both libraries' recommendations."""
     from importlib.metadata import version
 
@@ -225,6 +229,9 @@ def compare(args: argparse.Namespace) -> None:
     print(json.dumps({key: value for key, value in results.items() if key.startswith("metrics")}, indent=2))
 
 
+STEPS = {"prepare": write_interactions, "train": train_peer, "measure": measure_by_peer}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer_python", required=True, help="Python of the environment of RecTools.")
@@ -242,13 +249,14 @@ def main() -> None:
     parser.add_argument("--eval_epochs", type=int, default=5, help="Epochs between two evaluations of the peer.")
     parser.add_argument("--patience", type=int, default=40, help="Epochs without a better one before the peer stops.")
     parser.add_argument("--seed", type=int, default=42, help="Seed of the peer.")
-    parser.add_argument("--step", choices=("train", "measure"), help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=STEPS, help="One step alone, in the folder.")
     parser.add_argument("--folder", type=Path, help="Folder that keeps the trained peer, for another comparison.")
     args = parser.parse_args()
-    if args.step == "train":
-        train_peer(args.folder, args)
-    elif args.step == "measure":
-        measure_by_peer(args.folder)
+    if args.step and not args.folder:
+        parser.error("--step needs a --folder")
+    if args.step:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        STEPS[args.step](args.folder, args)
     else:
         compare(args)
 
