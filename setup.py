@@ -19,8 +19,8 @@ trackio = ["trackio>=0.21"]
 text = ["sentence-transformers>=5.0"]
 docs = ["mkdocstrings-python>=2.0", "zensical>=0.0.73"]
 test = [*demo, *faiss, *onnx, *optuna, *ray, *serve, *tensorboard, *trackio, "ipykernel>=7"]
-test += ["nbclient>=0.10", "parameterized>=0.9", "pillow>=11", "playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6"]
-test += ["ruff>=0.12", "setuptools>=77"]
+test += ["flask>=3", "flask-cors>=5", "moto[s3]>=5", "nbclient>=0.10", "parameterized>=0.9", "pillow>=11"]
+test += ["playwright>=1.50", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77"]
 
 setup(
     name="elastic_hf",

@@ -244,12 +244,21 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is none, or if a number in it is not finite.
     """
+    return parse_json(file.read_bytes(), str(file))
+
+
+def parse_json(text: bytes, name: str) -> dict[str, Any]:
+    """Return the object that the bytes of a JSON file hold; `name` is what errors call the file.
+
+    Raises:
+        ValueError: as [`read_json`].
+    """
     try:
-        contents = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        contents = json.loads(text.decode(), parse_constant=_refuse_constant)
     except ValueError as error:
-        raise ValueError(f"{file} must hold JSON: {error}") from error
+        raise ValueError(f"{name} must hold JSON: {error}") from error
     if not isinstance(contents, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(contents).__name__}")
+        raise ValueError(f"{name} must hold a JSON object, found {type(contents).__name__}")
     return contents
 
 

@@ -18,6 +18,9 @@ With `--states folder` the first run reads whole histories and keeps a state of 
 read the new events alone, which have timestamps and come after those read before, and recommend for the users who have
 any what their whole histories say. States read all of a history, and not its latest `model_max_length` items alone.
 
+The input and the output may be in an object store that PyArrow reads, `--output s3://bucket/scored`. Nothing keeps
+another run out of an output there; the states are on a file system that locks files.
+
 It needs `pip install -e ".[ray]"` in a clone. It starts Ray on this machine, or joins the cluster of `RAY_ADDRESS`,
 where all paths must be on a file system that all machines share.
 """
@@ -30,7 +33,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +47,7 @@ from transformers.hf_argparser import string_to_bool
 from elastic_hf.commands.recommend import recommend_for_users, recommendations_schema
 from elastic_hf.models.cache_elastic import digest_weights
 from elastic_hf.models.pipeline import SequentialRecommendationPipeline
-from elastic_hf.results import read_json, write_json, written_whole
-from elastic_hf.training.output_folder import lock_output_dir, make_folder
+from storage import Folder, absolute, is_uri
 from user_histories import Source, find_source, histories_of, read_piece
 from user_states import NEXT_FOLDER, SUCCESS_FILE, UserStates, begin, commit
 
@@ -102,8 +104,8 @@ class Scorer:
             states = Path(self.settings["states"])
             users = UserStates(self.recommend, self.settings, user_type)
             tables = users.score(histories, states / name, states / NEXT_FOLDER / name)
-        file = Path(self.settings["output"], name)
-        with written_whole(file) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+        output = Folder(self.settings["output"], "output")
+        with output.written_whole(name) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
             for table in tables:
                 writer.write_table(table)
 
@@ -124,33 +126,34 @@ def part_name(partition: int) -> str:
 
 def is_done(settings: dict[str, Any], partition: int) -> bool:
     """Return whether all files of a partition are there."""
-    folders = [Path(settings["output"])]
+    folders = [Folder(settings["output"], "output")]
     if settings["states"] is not None:
-        folders.append(Path(settings["states"], NEXT_FOLDER))
-    return all((folder / part_name(partition)).exists() for folder in folders)
+        folders.append(Folder(f"{settings['states']}/{NEXT_FOLDER}", "states"))
+    return all(folder.has(part_name(partition)) for folder in folders)
 
 
 # 2. the run
 
 
-def settle(folder: Path, field: str, settings: dict[str, Any]) -> dict[str, Any]:
+def settle(folder: Folder, settings: dict[str, Any]) -> dict[str, Any]:
     """Write the settings into a folder that is empty, or check that they are those of an earlier run.
 
     Raises:
         ValueError: if the folder holds something else; the message names what differs.
     """
-    file = folder / SETTINGS_FILE
-    if not file.exists():
-        others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    if not folder.has(SETTINGS_FILE):
+        others = [name for name in folder.names() if name[0] != "."]
         if others:
-            raise ValueError(f"{field} {folder} must be empty or of an earlier run, found {', '.join(others[:10])}")
-        write_json(file, settings)
-    found = read_json(file)
+            raise ValueError(
+                f"{folder.field} {folder.place} must be empty or of an earlier run, found {', '.join(others[:10])}"
+            )
+        folder.write_json(SETTINGS_FILE, settings)
+    found = folder.read_json(SETTINGS_FILE)
     for name in sorted({*found, *settings}):
         if found.get(name) != settings.get(name):
             raise ValueError(
-                f"{field} {folder} is of a run with another {name}: {name} must be {found.get(name)!r}, found "
-                f"{settings.get(name)!r}; choose another folder"
+                f"{folder.field} {folder.place} is of a run with another {name}: {name} must be {found.get(name)!r}, "
+                f"found {settings.get(name)!r}; choose another folder"
             )
     return found
 
@@ -168,25 +171,25 @@ def prepare(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     names = ("model", "revision", "top_k", "exclude_seen", "unknown", "fallback", "batch_size", "num_gpus")
     settings = {name: getattr(args, name) for name in names}
     if Path(args.model).exists():  # workers may have another working directory
-        settings["model"] = str(Path(args.model).absolute())
+        settings["model"] = absolute(args.model)
     recommend = load_model(settings, "cpu")
-    output, states = Path(args.output).absolute(), None
-    earlier = read_json(output / SETTINGS_FILE) if (output / SETTINGS_FILE).exists() else {}
-    settings |= {"output": str(output), "states": None, "now": _moment(args.now, earlier, recommend, source)}
+    output = Folder(args.output, "output")
+    earlier = output.read_json(SETTINGS_FILE) if output.has(SETTINGS_FILE) else {}
+    settings |= {"output": output.place, "states": None, "now": _moment(args.now, earlier, recommend, source)}
     digest = digest_model(recommend)
     num_partitions = args.num_partitions or math.ceil(source.num_bytes / FILE_BYTES_PER_PARTITION)
     if args.states is not None:
         if not recommend.model.supports_cache or not source.has_timestamps:
             raise ValueError("states need a model that keeps them and an input with timestamps, found one without")
-        states = Path(args.states).absolute()
-        if args.num_partitions is None and (states / SETTINGS_FILE).exists():
-            num_partitions = read_json(states / SETTINGS_FILE).get("num_partitions")
-        settle(states, "states", {"model": digest, "num_partitions": num_partitions})
-        settings["states"] = str(states)
+        states = Folder(args.states, "states")
+        if args.num_partitions is None and states.has(SETTINGS_FILE):
+            num_partitions = states.read_json(SETTINGS_FILE).get("num_partitions")
+        settle(states, {"model": digest, "num_partitions": num_partitions})
+        settings["states"] = states.place
     settings["num_partitions"] = num_partitions
     kept = ("top_k", "exclude_seen", "unknown", "fallback", "now", "states", "num_partitions")
     described = {name: settings[name] for name in kept}
-    settle(output, "output", {"model": digest, "input": source.describe(), **described})
+    settle(output, {"model": digest, "input": source.describe(), **described})
     return settings
 
 
@@ -267,13 +270,13 @@ def score_users(source: Source, settings: dict[str, Any], num_workers: int) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="File or folder of histories or interactions.")
+    parser.add_argument("--input", required=True, help="Path or URI of a file or folder of histories or interactions.")
     parser.add_argument("--user_column", help="Column of the user ids.")
     parser.add_argument("--item_column", help="Column of the item ids, of interactions.")
     parser.add_argument("--timestamp_column", help="Column of the timestamps, of interactions.")
     parser.add_argument("--model", required=True, help="Folder or Hub id of a trained model.")
     parser.add_argument("--revision", help="Commit, tag or branch of the Hub id.")
-    parser.add_argument("--output", required=True, help="Folder of the recommendations.")
+    parser.add_argument("--output", required=True, help="Path or URI of the folder of the recommendations.")
     parser.add_argument("--states", help="Folder of the users' states: read new events alone, and keep the states.")
     parser.add_argument("--top_k", type=int, default=10, help="Number of items for each user.")
     parser.add_argument("--now", type=float, help="For which moment to recommend, in Unix seconds; the present one.")
@@ -296,24 +299,29 @@ def main() -> None:
     config = AutoConfig.from_pretrained(args.model, revision=args.revision)
     names = {role: name for role, name in roles.items() if name is not None}
     source = find_source(args.input, names, tuple(config.event_features))
-    for field in ("output", "states"):
-        if getattr(args, field) is not None:
-            make_folder(getattr(args, field), field)
-    with lock_output_dir(args.output), nullcontext() if args.states is None else lock_output_dir(args.states):
+    if args.states is not None and is_uri(args.states):
+        raise ValueError(f"states must be a folder whose files can be locked, found {args.states!r}")
+    output = Folder(args.output, "output")
+    folders = [output] if args.states is None else [output, Folder(args.states, "states")]
+    with ExitStack() as locks:
+        for folder in folders:
+            folder.make()
+            locks.enter_context(folder.lock())
         settings = prepare(args, source)
         if source.is_histories and settings["now"] is None and settings["states"] is None:
             source.has_timestamps = False  # they are not read
-        output, states = Path(settings["output"]), settings["states"]
+        states = settings["states"]
         if states is not None:
-            begin(Path(states), output)
-        if not (output / SUCCESS_FILE).exists():
+            begin(Path(states), output.place)
+        if not output.has(SUCCESS_FILE):
             with ray_cluster(args.num_workers, args.object_store_memory):
                 score_users(source, settings, args.num_workers)
             if states is not None:
                 commit(Path(states))
-            (output / SUCCESS_FILE).touch()
-    num_rows = sum(pq.read_metadata(file).num_rows for file in output.glob("part-*.parquet"))
-    print(f"{output}: {args.top_k:,} items for each of {num_rows // args.top_k:,} users")
+            output.touch(SUCCESS_FILE)
+    parts = [f"{output.path}/{name}" for name in output.names() if name.startswith("part-")]
+    num_rows = sum(pq.read_metadata(part, filesystem=output.filesystem).num_rows for part in parts)
+    print(f"{output.place}: {args.top_k:,} items for each of {num_rows // args.top_k:,} users")
 
 
 if __name__ == "__main__":

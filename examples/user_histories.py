@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from elastic_hf.data.columns import EVENT_PREFIX, ColumnRequest, Columns, check_columns
 from elastic_hf.data.encoding import decode_events
@@ -22,6 +23,7 @@ from elastic_hf.data.interactions import (
     warn_of_milliseconds,
 )
 from elastic_hf.data.values import check_rows
+from storage import find_place, list_files
 
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -32,7 +34,8 @@ ROWS_PER_BATCH, HISTORIES_PER_BATCH = 65_536, 1_024
 class Source:
     """The files of the input and what their columns mean; histories have no `columns.item`, and lists of events."""
 
-    paths: list[Path]
+    filesystem: fs.FileSystem
+    files: list[fs.FileInfo]
     columns: Columns
     has_timestamps: bool
 
@@ -42,7 +45,7 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
+        return sum(file.size for file in self.files)
 
     @property
     def lists(self) -> list[str]:
@@ -58,30 +61,28 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """Return what tells this input from another one, or from its files before they changed."""
-        stats = [(str(path.resolve()), path.stat()) for path in self.paths]
         return {
-            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+            "files": [[file.path, file.size, file.mtime_ns] for file in self.files],
             "columns": self.names,
         }
 
     def pieces(self) -> list[dict[str, Any]]:
         """Return what is read by one task each: the row groups of Parquet files, and other files."""
         pieces = []
-        for number, path in enumerate(self.paths):
+        for number, file in enumerate(self.files):
             first_row = 0
-            if path.suffix in DELIMITERS:
-                pieces.append({"path": str(path), "file": number, "row_group": -1, "first_row": 0})
+            if _suffix(file) in DELIMITERS:
+                pieces.append({"file": number, "row_group": -1, "first_row": 0})
                 continue
-            metadata = pq.read_metadata(path)
+            metadata = pq.read_metadata(file.path, filesystem=self.filesystem)
             for row_group in range(metadata.num_row_groups):
                 num_rows = metadata.row_group(row_group).num_rows
                 if num_rows:
-                    piece = {"path": str(path), "file": number, "row_group": row_group, "first_row": first_row}
-                    pieces.append(piece)
+                    pieces.append({"file": number, "row_group": row_group, "first_row": first_row})
                 first_row += num_rows
         if not pieces:
-            others = f", nor has any of the other {len(self.paths) - 1:,} files" if len(self.paths) > 1 else ""
-            raise ValueError(f"{self.paths[0]} has no rows{others}")
+            others = f", nor has any of the other {len(self.files) - 1:,} files" if len(self.files) > 1 else ""
+            raise ValueError(f"{self.files[0].path} has no rows{others}")
         return pieces
 
 
@@ -89,53 +90,61 @@ def find_source(source: str, names: dict[str, str], events: tuple[str, ...] = ()
     """Return the files of a file or folder, with their columns.
 
     Args:
-        source (`str`): A file or a folder.
+        source (`str`): A file or a folder, by its path or URI.
         names (`dict[str, str]`): Columns by their role; common names are recognised where it does not say.
         events (`tuple[str]`): Columns of features of events.
 
     Raises:
         ValueError: if there is no such file, there are files of two kinds, or a column is missing.
     """
-    folder = Path(source).absolute()
-    paths = [folder]
-    if folder.is_dir():
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
-    kinds = {path.suffix for path in paths if path.is_file()}
+    filesystem, path = find_place(source, "input")
+    files = list_files(filesystem, path)
+    kinds = {_suffix(file) for file in files}
     if len(kinds) != 1 or not kinds <= {".parquet", *DELIMITERS}:
         raise ValueError(
             f"input must be a file or a folder of files that all end in one of .parquet, {', '.join(DELIMITERS)}, "
             f"found {source!r} with {', '.join(sorted(kinds)) or 'no file'}"
         )
-    first = _schema_of(paths[0])
+    place = filesystem, files
+    first = _schema_of(filesystem, files[0])
     if "item_ids" in first.names and "item" not in names:
         request = ColumnRequest({role: name for role, name in names.items() if role == "user"}, ("user",), events)
-        source = Source(paths, request.find(first.names, paths[0]), "timestamps" in first.names)
+        source = Source(*place, request.find(first.names, files[0].path), "timestamps" in first.names)
     else:
-        source = Source(paths, ColumnRequest(names, events=events).find(first.names, paths[0]), True)
-    for path in paths[1:]:
-        schema = _schema_of(path)
-        check_columns(schema.names, source.names, path)
+        source = Source(*place, ColumnRequest(names, events=events).find(first.names, files[0].path), True)
+    for file in files[1:]:
+        schema = _schema_of(filesystem, file)
+        check_columns(schema.names, source.names, file.path)
         for name in source.names:
             wanted, found = first.field(name).type, schema.field(name).type
-            if path.suffix == ".parquet" and found != wanted:
+            if _suffix(file) == ".parquet" and found != wanted:
                 raise ValueError(
-                    f"{path}: column {name!r} must have the type it has in {paths[0]}, {wanted}, found {found}"
+                    f"{file.path}: column {name!r} must have the type it has in {files[0].path}, {wanted}, "
+                    f"found {found}"
                 )
     return source
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part[0] in "._" for part in path.relative_to(folder).parts)
+def _suffix(file: fs.FileInfo) -> str:
+    return PurePosixPath(file.path).suffix
 
 
-def _schema_of(path: Path) -> pa.Schema:
+def _schema_of(filesystem: fs.FileSystem, file: fs.FileInfo) -> pa.Schema:
     try:
-        if path.suffix == ".parquet":
-            return pq.read_schema(path)
-        with pa.csv.open_csv(path, parse_options=pa.csv.ParseOptions(delimiter=DELIMITERS[path.suffix])) as reader:
+        if _suffix(file) == ".parquet":
+            return pq.read_schema(file.path, filesystem=filesystem)
+        with _open_text(filesystem, file) as reader:
             return reader.schema
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{file.path}: {error}") from error
+
+
+def _open_text(
+    filesystem: fs.FileSystem, file: fs.FileInfo, convert_options: pa.csv.ConvertOptions | None = None
+) -> pa.csv.CSVStreamingReader:
+    delimiter = pa.csv.ParseOptions(delimiter=DELIMITERS[_suffix(file)])
+    stream = filesystem.open_input_stream(file.path)
+    return pa.csv.open_csv(stream, parse_options=delimiter, convert_options=convert_options)
 
 
 def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[int]) -> Iterator[pa.Table]:
@@ -147,19 +156,19 @@ def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[
         ValueError: if a value is missing or is not what its column holds; the message names the file and the row.
     """
     (values,) = piece.to_pylist()
-    path, first_row = Path(values["path"]), values["first_row"]
-    for batch in _read_batches(path, values["row_group"], source):
+    file, first_row = source.files[values["file"]], values["first_row"]
+    for batch in _read_batches(source, file, values["row_group"]):
         table = pa.table(batch)
 
         def position(row: int, first_row: int = first_row) -> str:
             return f"row {first_row + row + 1}"
 
         columns = source.columns._replace(events=()) if source.is_histories else source.columns
-        rows = check_rows(table, columns, path, position)
+        rows = check_rows(table, columns, file.path, position)
         if source.is_histories:
             for name in source.lists:
                 if table[name].null_count:
-                    raise ValueError(f"{path}: {name} must be lists, found {table[name].null_count} nulls")
+                    raise ValueError(f"{file.path}: {name} must be lists, found {table[name].null_count} nulls")
                 prefix = EVENT_PREFIX if name in source.columns.events else ""
                 rows = rows.append_column(prefix + name, table[name])
         else:
@@ -171,12 +180,12 @@ def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[
         yield rows.filter(pa.array(~np.isin(partitions, done)))
 
 
-def _read_batches(path: Path, row_group: int, source: Source) -> Iterator[pa.RecordBatch]:
+def _read_batches(source: Source, file: fs.FileInfo, row_group: int) -> Iterator[pa.RecordBatch]:
     names = source.names
     if row_group >= 0:
-        file = pq.ParquetFile(path, pre_buffer=False)
+        table = pq.ParquetFile(file.path, filesystem=source.filesystem, pre_buffer=False)
         num_rows = HISTORIES_PER_BATCH if source.is_histories else ROWS_PER_BATCH
-        yield from file.iter_batches(num_rows, row_groups=[row_group], columns=names)
+        yield from table.iter_batches(num_rows, row_groups=[row_group], columns=names)
         return
     text = pa.csv.ConvertOptions(
         include_columns=names,
@@ -185,10 +194,9 @@ def _read_batches(path: Path, row_group: int, source: Source) -> Iterator[pa.Rec
         null_values=[""],
     )
     try:
-        delimiter = pa.csv.ParseOptions(delimiter=DELIMITERS[path.suffix])
-        yield from pa.csv.open_csv(path, parse_options=delimiter, convert_options=text)
+        yield from _open_text(source.filesystem, file, text)
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{file.path}: {error}") from error
 
 
 def partition_of(users: pa.ChunkedArray, num_partitions: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from elastic_hf.models.catalogue import CatalogueQuery
 from elastic_hf.models.item_tokenizer import NUM_SPECIAL_TOKENS
 from elastic_hf.models.pipeline import SequentialRecommendationPipeline
 from elastic_hf.results import read_json, write_json, written_whole
+from storage import Folder
 
 
 SUCCESS_FILE = "_SUCCESS"
@@ -32,16 +33,16 @@ STATES_PER_BATCH = 4_096
 SEEN_TYPE = pa.list_(pa.field("element", pa.int32()))  # named as Parquet names it
 
 
-def begin(states: Path, output: Path) -> Path:
+def begin(states: Path, output: str) -> Path:
     """Return the folder of the next states of the run with this output; those of a run that was given up are gone."""
     roll_forward(states)
     folder = states / NEXT_FOLDER
     run = folder / RUN_FILE
-    if folder.exists() and not (run.exists() and read_json(run)["output"] == str(output)):
+    if folder.exists() and not (run.exists() and read_json(run)["output"] == output):
         shutil.rmtree(folder)
     if not folder.exists():
         folder.mkdir()
-        write_json(run, {"output": str(output)})
+        write_json(run, {"output": output})
     return folder
 
 
@@ -58,9 +59,9 @@ def roll_forward(states: Path) -> None:
         return
     for file in sorted(folder.glob("part-*.parquet")):
         os.replace(file, states / file.name)
-    output = Path(read_json(folder / RUN_FILE)["output"])
-    if output.exists():
-        (output / SUCCESS_FILE).touch()
+    output = Folder(read_json(folder / RUN_FILE)["output"], "output")
+    if output.names():
+        output.touch(SUCCESS_FILE)
     (folder / COMMIT_FILE).unlink()
     shutil.rmtree(folder)
 

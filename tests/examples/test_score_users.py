@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
 
 import score_users
 import user_states
@@ -18,6 +20,7 @@ from elastic_hf import ElasticItemTokenizer, load_histories
 from elastic_hf.commands import recommend
 from factories import elastic_model
 from scoring import score_here
+from storage import Folder, list_files
 from user_histories import find_source, partition_of
 
 
@@ -147,6 +150,75 @@ def test_every_form_of_input_gives_what_recommend_does(kind, shop, events, here,
     loaded = load_histories(str(shop), event_columns=columns, k_core=0, split="none", cache_dir=tmp_path / "cache")
     loaded.histories["train"].to_parquet(tmp_path / "histories.parquet")
     same(run(tmp_path / "histories.parquet", model, *now, output="of histories"), wanted)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The URI of a bucket of an object store on this machine."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    secrets = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**secrets, "AWS_ENDPOINT_URL": url}.items():
+        monkeypatch.setenv(name, value)
+    fs.FileSystem.from_uri("s3://shop?allow_bucket_creation=true")[0].create_dir("shop")
+    yield "s3://shop"
+    server.stop()
+
+
+@pytest.mark.parametrize("kind", ["s3", "file"])
+def test_input_and_output_by_their_uris(kind, events, model, here, tmp_path, monkeypatch, request):
+    """A file of the output is there when it is whole, and what was written is not written again."""
+    root = request.getfixturevalue("bucket") if kind == "s3" else tmp_path.as_uri()
+    store, path = fs.FileSystem.from_uri(root)
+    store.create_dir(f"{path}/log/_delta_log")
+    for number, part in enumerate((events[:200], events[200:])):
+        pq.write_table(part.to_arrow(), f"{path}/log/{number}.parquet", filesystem=store)
+    options = {"input": f"{root}/log", "model": model, "output": f"{root}/scored", "top_k": TOP_K}
+    options |= {"num_partitions": NUM_PARTITIONS, "batch_size": 3}
+    arguments = ["score_users.py", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    monkeypatch.setattr(sys, "argv", arguments)
+    folder = Folder(options["output"], "output")
+    write_table, written = pq.ParquetWriter.write_table, []
+
+    def interrupted(writer, table):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(write_table(writer, table))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pq.ParquetWriter, "write_table", interrupted)
+        score_users.main()
+    parts = [name for name in folder.names() if name.startswith("part-")]
+    assert 0 < len(parts) < NUM_PARTITIONS and "_SUCCESS" not in folder.names()
+    stopped = {info.path: info.mtime_ns for info in list_files(store, f"{path}/scored")}
+    score_users.main()
+    files = list_files(store, f"{path}/scored")
+    assert len(files) == NUM_PARTITIONS and {"_SUCCESS", "_settings.json"} < set(folder.names())
+    assert stopped.items() <= {info.path: info.mtime_ns for info in files}.items()
+    found = pl.concat(pl.from_arrow(pq.read_table(info.path, filesystem=store)) for info in files)
+    events.write_parquet(tmp_path / "whole.parquet")
+    same(found.sort("user_id", "rank"), expected(tmp_path / "whole.parquet", model, tmp_path))
+    monkeypatch.setattr(sys, "argv", [*arguments, "--exclude_seen", "False"])
+    with pytest.raises(ValueError, match=f"output {root}/scored is of a run with another exclude_seen"):
+        score_users.main()
+
+
+def test_places_that_cannot_be_used(shop, model, here, bucket, monkeypatch):
+    def run(**places):
+        places = {"input": str(shop), "model": model, "output": f"{bucket}/scored", **places}
+        arguments = [part for name, value in places.items() for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["score_users.py", *arguments])
+        score_users.main()
+
+    for places, message in (
+        ({"input": "s4://shop/log"}, "input must be a path, or a URI that PyArrow reads, found 's4://shop/log'"),
+        ({"input": f"{bucket}/nothing"}, "input must be a file or a folder .* found 's3://shop/nothing' with no file"),
+        ({"output": "s3://nowhere/scored"}, "output s3://nowhere/scored must be a folder that can be written to"),
+        ({"states": f"{bucket}/states"}, "states must be a folder whose files can be locked, found 's3://shop/states'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**places)
 
 
 def test_a_model_that_reads_times(shop, timed, here, run, tmp_path):
