@@ -9,7 +9,7 @@ Axis letters: B batch, D hidden size, V vocabulary, S seen items, C candidates.
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from numbers import Integral
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .configuration_recommender import RecommenderConfig
-from .item_features import ItemHead
 from .limits import limit
+from .plain_linear import is_plain_linear
 
 
 # Scores held at once: 4 MiB of float32 stay in a processor's cache, 64 MiB keep a GPU busy.
@@ -206,21 +206,6 @@ def first_read(token_ids: Tensor, rows: Tensor, items: Tensor) -> Tensor:
 def score_items(lm_head: nn.Module, user_embeddings: Tensor, token_ids: Tensor) -> Tensor:
     """Return the scores of some items, in float32 at least: (B, D) user embeddings and (N,) token ids to (B, N)."""
     return _Scorer(lm_head, user_embeddings, in_double=False)(user_embeddings, token_ids)
-
-
-def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a layer is the product with its weight and nothing else: no adapter, bias or hook, and no
-    quantised, sharded or offloaded weight."""
-    return (
-        type(layer) in (nn.Linear, ItemHead)
-        and layer.bias is None
-        and type(layer.weight) in (nn.Parameter, Tensor)
-        and layer.weight.is_floating_point()
-        and not layer.weight.is_meta
-        and "forward" not in vars(layer)
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-    )
 
 
 def item_embeddings(lm_head: nn.Module, reader: str) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .catalogue import is_plain_linear
 from .configuration_recommender import RecommenderConfig
+from .plain_linear import add_projected
 
 
 class EventFeatures(nn.Module):
@@ -38,12 +38,8 @@ class EventFeatures(nn.Module):
         for size, feature, values in zip(self.sizes, self.features, event_features.unbind(-1), strict=True):
             if size > 0:
                 embeddings = feature(values.long()).add_(embeddings)
-                continue
-            values = values[..., None].to(embeddings.dtype)
-            if is_plain_linear(feature):  # one pass over the embeddings instead of two
-                embeddings = torch.addcmul(embeddings, values, feature.weight[:, 0])
             else:
-                embeddings = embeddings + feature(values)
+                embeddings = add_projected(embeddings, feature, values[..., None])
         return embeddings
 
 

@@ -9,9 +9,9 @@ Axis letters: B batch, L history length, Q positions that read, D hidden size, H
 
 from torch import Tensor, nn
 
-from .catalogue import is_plain_linear
 from .configuration_elastic import ElasticConfig
 from .event_time import NUM_BUCKETS, NUM_PHASES, elapsed_until, time_buckets, time_phases
+from .plain_linear import add_projected
 
 
 class ElasticTime(nn.Module):
@@ -30,20 +30,11 @@ class ElasticTime(nn.Module):
     def add_events(self, embeddings: Tensor, timestamps: Tensor, pauses: Tensor) -> Tensor:
         """Return the items' embeddings and what is added to them: (B, L, D) and (B, L) twice -> (B, L, D)."""
         embeddings = self.pause(time_buckets(pauses)).add_(embeddings)
-        return _add_projected(embeddings, self.phases, time_phases(timestamps))
+        return add_projected(embeddings, self.phases, time_phases(timestamps))
 
     def of_requests(self, request_timestamps: Tensor, last_timestamps: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is added to the reader's embedding and to the experts' logits: (B, Q) twice -> (B, Q, D) and
         (B, H, Q, E)."""
         buckets = time_buckets(elapsed_until(request_timestamps, last_timestamps))
         bias = self.expert_bias(buckets).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return _add_projected(self.elapsed(buckets), self.request_phases, time_phases(request_timestamps)), bias
-
-
-def _add_projected(embeddings: Tensor, projection: nn.Linear, phases: Tensor) -> Tensor:
-    """Add projected phases to embeddings, in place where that is possible: (B, L, D) and (B, L, 6) -> (B, L, D)."""
-    phases = phases.to(embeddings.dtype)
-    if not is_plain_linear(projection):
-        return embeddings + projection(phases)
-    embeddings.view(-1, embeddings.shape[-1]).addmm_(phases.flatten(0, 1), projection.weight.T)
-    return embeddings
+        return add_projected(self.elapsed(buckets), self.request_phases, time_phases(request_timestamps)), bias

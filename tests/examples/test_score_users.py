@@ -215,7 +215,10 @@ def test_places_that_cannot_be_used(shop, model, here, bucket, monkeypatch):
         ({"input": "s4://shop/log"}, "input must be a path, or a URI that PyArrow reads, found 's4://shop/log'"),
         ({"input": f"{bucket}/nothing"}, "input must be a file or a folder .* found 's3://shop/nothing' with no file"),
         ({"output": "s3://nowhere/scored"}, "output s3://nowhere/scored must be a folder that can be written to"),
-        ({"states": f"{bucket}/states"}, "states must be a folder whose files can be locked, found 's3://shop/states'"),
+        (
+            {"states": f"{bucket}/states"},
+            "states must be a folder whose files can be locked, found 's3://shop/states'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(**places)

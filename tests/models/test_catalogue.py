@@ -11,12 +11,12 @@ from elastic_hf.models import catalogue
 from elastic_hf.models.catalogue import (
     CatalogueQuery,
     first_read,
-    is_plain_linear,
     item_embeddings,
     row_chunks,
     search_catalogue,
 )
 from elastic_hf.models.configuration_recommender import RecommenderConfig
+from elastic_hf.models.plain_linear import is_plain_linear
 
 
 NUM_ITEMS, NUM_SPECIAL, D = 31, 3, 5
