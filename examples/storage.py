@@ -5,13 +5,25 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 from pyarrow import fs
 
 from elastic_hf.results import parse_json, written_whole
 from elastic_hf.training.output_folder import lock_output_dir, make_folder
+
+
+class File(NamedTuple):
+    """A file as it was found; unlike PyArrow's `FileInfo` it can be sent to other processes."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
 
 
 def is_uri(place: str) -> bool:
@@ -37,16 +49,15 @@ def find_place(place: str, field: str) -> tuple[fs.FileSystem, str]:
         raise ValueError(f"{field} must be a path, or a URI that PyArrow reads, found {place!r}: {error}") from error
 
 
-def list_files(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
+def list_files(filesystem: fs.FileSystem, path: str) -> list[File]:
     """Return the file of a path, or all files below a folder in the order of their paths, but for hidden ones: those
     with a name, or in a folder with one, that begins with `.` or `_`."""
-    found = filesystem.get_file_info(path)
-    if found.type != fs.FileType.Directory:
-        return [found] if found.type == fs.FileType.File else []
-    below = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    files = {PurePosixPath(info.path): info for info in below if info.type == fs.FileType.File}
+    found = [filesystem.get_file_info(path)]
+    if found[0].type == fs.FileType.Directory:
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    files = {PurePosixPath(info.path): info for info in found if info.type == fs.FileType.File}
     shown = [name for name in files if not any(part[0] in "._" for part in name.relative_to(path).parts)]
-    return [files[name] for name in sorted(shown)]
+    return [File(files[name].path, files[name].size, files[name].mtime_ns) for name in sorted(shown)]
 
 
 class Folder:

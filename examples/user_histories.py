@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from elastic_hf.data.interactions import (
     warn_of_milliseconds,
 )
 from elastic_hf.data.values import check_rows
-from storage import find_place, list_files
+from storage import File, find_place, list_files
 
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -35,7 +34,7 @@ class Source:
     """The files of the input and what their columns mean; histories have no `columns.item`, and lists of events."""
 
     filesystem: fs.FileSystem
-    files: list[fs.FileInfo]
+    files: list[File]
     columns: Columns
     has_timestamps: bool
 
@@ -71,7 +70,7 @@ class Source:
         pieces = []
         for number, file in enumerate(self.files):
             first_row = 0
-            if _suffix(file) in DELIMITERS:
+            if file.suffix in DELIMITERS:
                 pieces.append({"file": number, "row_group": -1, "first_row": 0})
                 continue
             metadata = pq.read_metadata(file.path, filesystem=self.filesystem)
@@ -99,7 +98,7 @@ def find_source(source: str, names: dict[str, str], events: tuple[str, ...] = ()
     """
     filesystem, path = find_place(source, "input")
     files = list_files(filesystem, path)
-    kinds = {_suffix(file) for file in files}
+    kinds = {file.suffix for file in files}
     if len(kinds) != 1 or not kinds <= {".parquet", *DELIMITERS}:
         raise ValueError(
             f"input must be a file or a folder of files that all end in one of .parquet, {', '.join(DELIMITERS)}, "
@@ -117,7 +116,7 @@ def find_source(source: str, names: dict[str, str], events: tuple[str, ...] = ()
         check_columns(schema.names, source.names, file.path)
         for name in source.names:
             wanted, found = first.field(name).type, schema.field(name).type
-            if _suffix(file) == ".parquet" and found != wanted:
+            if file.suffix == ".parquet" and found != wanted:
                 raise ValueError(
                     f"{file.path}: column {name!r} must have the type it has in {files[0].path}, {wanted}, "
                     f"found {found}"
@@ -125,13 +124,9 @@ def find_source(source: str, names: dict[str, str], events: tuple[str, ...] = ()
     return source
 
 
-def _suffix(file: fs.FileInfo) -> str:
-    return PurePosixPath(file.path).suffix
-
-
-def _schema_of(filesystem: fs.FileSystem, file: fs.FileInfo) -> pa.Schema:
+def _schema_of(filesystem: fs.FileSystem, file: File) -> pa.Schema:
     try:
-        if _suffix(file) == ".parquet":
+        if file.suffix == ".parquet":
             return pq.read_schema(file.path, filesystem=filesystem)
         with _open_text(filesystem, file) as reader:
             return reader.schema
@@ -140,9 +135,9 @@ def _schema_of(filesystem: fs.FileSystem, file: fs.FileInfo) -> pa.Schema:
 
 
 def _open_text(
-    filesystem: fs.FileSystem, file: fs.FileInfo, convert_options: pa.csv.ConvertOptions | None = None
+    filesystem: fs.FileSystem, file: File, convert_options: pa.csv.ConvertOptions | None = None
 ) -> pa.csv.CSVStreamingReader:
-    delimiter = pa.csv.ParseOptions(delimiter=DELIMITERS[_suffix(file)])
+    delimiter = pa.csv.ParseOptions(delimiter=DELIMITERS[file.suffix])
     stream = filesystem.open_input_stream(file.path)
     return pa.csv.open_csv(stream, parse_options=delimiter, convert_options=convert_options)
 
@@ -180,7 +175,7 @@ def read_piece(piece: pa.Table, source: Source, num_partitions: int, done: list[
         yield rows.filter(pa.array(~np.isin(partitions, done)))
 
 
-def _read_batches(source: Source, file: fs.FileInfo, row_group: int) -> Iterator[pa.RecordBatch]:
+def _read_batches(source: Source, file: File, row_group: int) -> Iterator[pa.RecordBatch]:
     names = source.names
     if row_group >= 0:
         table = pq.ParquetFile(file.path, filesystem=source.filesystem, pre_buffer=False)

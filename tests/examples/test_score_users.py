@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 import sys
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from elastic_hf.commands import recommend
 from factories import elastic_model
 from scoring import score_here
 from storage import Folder, list_files
-from user_histories import find_source, partition_of
+from user_histories import find_source, partition_of, read_piece
 
 
 NUM_ITEMS, TOP_K, NUM_PARTITIONS = 97, 5, 7
@@ -190,6 +191,10 @@ def test_input_and_output_by_their_uris(kind, events, model, here, tmp_path, mon
         patch.setattr(pq.ParquetWriter, "write_table", interrupted)
         score_users.main()
     parts = [name for name in folder.names() if name.startswith("part-")]
+    source = pickle.loads(pickle.dumps(find_source(options["input"], {})))  # as it is sent to workers
+    assert [file.path for file in source.files] == [f"{path}/log/{number}.parquet" for number in range(2)]
+    pieces = [pa.Table.from_pylist([piece]) for piece in source.pieces()]
+    assert sum(rows.num_rows for piece in pieces for rows in read_piece(piece, source, 1, [])) == len(events)
     assert 0 < len(parts) < NUM_PARTITIONS and "_SUCCESS" not in folder.names()
     stopped = {info.path: info.mtime_ns for info in list_files(store, f"{path}/scored")}
     score_users.main()
