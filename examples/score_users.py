@@ -300,7 +300,7 @@ def main() -> None:
     names = {role: name for role, name in roles.items() if name is not None}
     source = find_source(args.input, names, tuple(config.event_features))
     if args.states is not None and is_uri(args.states):
-        raise ValueError(f"states must be a folder whose files can be locked, found {args.states!r}")
+        raise ValueError("states must be a folder whose files can be locked, found a URI")
     output = Folder(args.output, "output")
     folders = [output] if args.states is None else [output, Folder(args.states, "states")]
     with ExitStack() as locks:

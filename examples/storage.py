@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -39,10 +40,13 @@ def find_place(place: str, field: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of a path or URI, and the path in it.
 
     Raises:
-        ValueError: if it is the URI of no file system that PyArrow knows; the message names the `field`.
+        ValueError: if it is the URI of no file system that PyArrow knows, or holds a secret; the message names the
+            `field`.
     """
     if not is_uri(place):
         return fs.LocalFileSystem(), absolute(place)
+    if urlsplit(place).password is not None:
+        raise ValueError(f"{field} must be a URI without a secret, which belongs in the environment, found one")
     try:
         return fs.FileSystem.from_uri(place)
     except (pa.ArrowException, OSError) as error:

@@ -219,10 +219,11 @@ def test_places_that_cannot_be_used(shop, model, here, bucket, monkeypatch):
     for places, message in (
         ({"input": "s4://shop/log"}, "input must be a path, or a URI that PyArrow reads, found 's4://shop/log'"),
         ({"input": f"{bucket}/nothing"}, "input must be a file or a folder .* found 's3://shop/nothing' with no file"),
+        ({"output": "s3://key:word@shop/scored"}, "output must be a URI without a secret, .*environment, found one$"),
         ({"output": "s3://nowhere/scored"}, "output s3://nowhere/scored must be a folder that can be written to"),
         (
             {"states": f"{bucket}/states"},
-            "states must be a folder whose files can be locked, found 's3://shop/states'",
+            "states must be a folder whose files can be locked, found a URI",
         ),
     ):
         with pytest.raises(ValueError, match=message):
