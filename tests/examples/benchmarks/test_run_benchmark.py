@@ -173,12 +173,18 @@ def test_results_of_a_gpu_have_files_of_their_own():
     assert names == [f"benchmark-inference{suffix}.json" for suffix in ("", "-cuda", "-cuda-bfloat16")]
 
 
-def test_files_are_measured(tmp_path):
+def test_a_fresh_process_is_another_one():
+    assert run_benchmark.in_fresh_process(os.getpid) != os.getpid()
+
+
+def test_files_are_measured(tmp_path, monkeypatch):
+    """In this process, which spares the start of eight others."""
+    monkeypatch.setattr(run_benchmark, "in_fresh_process", lambda function, *args: function(*args))
     output = tmp_path / "benchmark-data.json"
     settings = ["--num_rows", "3000", "5000", "--longest_in_memory", "3000", "--quantities", "memory"]
-    command = [sys.executable, run_benchmark.__file__, "data", *settings, "--folder", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, "--output", str(output)], check=True, capture_output=True, env=environment)
+    command = ["run_benchmark.py", "data", *settings, "--folder", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    run_benchmark.main()
     results = json.loads(output.read_text())
     assert results["quantities"] == ["memory"]
     rows = {(row.pop("route"), row.pop("file"), row["num_rows"]): row for row in results["rows"]}

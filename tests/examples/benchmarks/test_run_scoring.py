@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import polars as pl
 import psutil
@@ -16,7 +17,9 @@ from scoring import score_here
 
 @pytest.fixture
 def here(monkeypatch):
-    """Run the script in this process, without Ray."""
+    """Run the script, and the other side, in this process and without Ray."""
+    monkeypatch.setattr(run_scoring, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(run_scoring.torch, "set_num_threads", lambda num_threads: None)
 
     def run_script(args, source, output, *more, kill=False):
         command = ["score_users.py", "--input", str(source), "--output", str(output), "--num_partitions", "3", *more]
@@ -24,6 +27,7 @@ def here(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command)
             patch.setattr(score_users, "score_users", score_here)
+            patch.setattr(score_users, "ray_cluster", lambda *args: nullcontext())
             score_users.main()
         num_users = pl.read_parquet(output / run_scoring.PARTS)["user_id"].n_unique()
         measured = {"seconds": 2.0, "users_per_second": num_users / 2, "num_users": num_users}
