@@ -230,12 +230,21 @@ def write_json(file: Path, results: dict) -> None:
     Raises:
         ValueError: If a number is not finite, which JSON has no word for.
     """
-    try:
-        text = json.dumps(results, indent=2, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"{file} must hold finite numbers: {error}") from error
+    text = format_json(results, str(file))
     with written_whole(file) as stream:
-        stream.write(f"{text}\n".encode())
+        stream.write(text)
+
+
+def format_json(values: dict, name: str) -> bytes:
+    """Return the bytes of a JSON file; `name` is what errors call it.
+
+    Raises:
+        ValueError: as [`write_json`].
+    """
+    try:
+        return f"{json.dumps(values, indent=2, allow_nan=False)}\n".encode()
+    except ValueError as error:
+        raise ValueError(f"{name} must hold finite numbers: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

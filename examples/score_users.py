@@ -85,12 +85,12 @@ class Scorer:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         transformers.logging.disable_progress_bar()
-        self.settings = settings
+        self.settings, self.folders = settings, folders_of(settings)
         self.recommend = load_model(settings, "cuda" if settings["num_gpus"] else "cpu")
 
     def __call__(self, rows: pa.Table) -> dict[str, list[int]]:
         partition = rows["partition"][0].as_py()
-        if not is_done(self.settings, partition):  # as it is where a worker was killed after its last write
+        if not is_done(self.folders, partition):  # as it is where a worker was killed after its last write
             self.write(histories_of(rows, partition), part_name(partition))
         return {"partition": [partition]}
 
@@ -104,8 +104,10 @@ class Scorer:
             states = Path(self.settings["states"])
             users = UserStates(self.recommend, self.settings, user_type)
             tables = users.score(histories, states / name, states / NEXT_FOLDER / name)
-        output = Folder(self.settings["output"], "output")
-        with output.written_whole(name) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+        with (
+            self.folders[0].written_whole(name) as stream,
+            pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+        ):
             for table in tables:
                 writer.write_table(table)
 
@@ -124,12 +126,23 @@ def part_name(partition: int) -> str:
     return f"part-{partition:05}.parquet"
 
 
-def is_done(settings: dict[str, Any], partition: int) -> bool:
-    """Return whether all files of a partition are there."""
+def folders_of(settings: dict[str, Any]) -> list[Folder]:
+    """Return the output, and the folder of the next states if there are any: each holds a file of each partition."""
     folders = [Folder(settings["output"], "output")]
     if settings["states"] is not None:
         folders.append(Folder(f"{settings['states']}/{NEXT_FOLDER}", "states"))
+    return folders
+
+
+def is_done(folders: list[Folder], partition: int) -> bool:
+    """Return whether all files of a partition are there."""
     return all(folder.has(part_name(partition)) for folder in folders)
+
+
+def done_partitions(settings: dict[str, Any]) -> list[int]:
+    """Return the partitions of which all files are there."""
+    folders = folders_of(settings)
+    return [partition for partition in range(settings["num_partitions"]) if is_done(folders, partition)]
 
 
 # 2. the run
@@ -158,7 +171,7 @@ def settle(folder: Folder, settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def prepare(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+def prepare(args: argparse.Namespace, source: Source, output: Folder, states: Folder | None) -> dict[str, Any]:
     """Return the settings of a run, checked, of which its folders keep what the recommendations depend on.
 
     Raises:
@@ -173,15 +186,13 @@ def prepare(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     if Path(args.model).exists():  # workers may have another working directory
         settings["model"] = absolute(args.model)
     recommend = load_model(settings, "cpu")
-    output = Folder(args.output, "output")
     earlier = output.read_json(SETTINGS_FILE) if output.has(SETTINGS_FILE) else {}
     settings |= {"output": output.place, "states": None, "now": _moment(args.now, earlier, recommend, source)}
     digest = digest_model(recommend)
     num_partitions = args.num_partitions or math.ceil(source.num_bytes / FILE_BYTES_PER_PARTITION)
-    if args.states is not None:
+    if states is not None:
         if not recommend.model.supports_cache or not source.has_timestamps:
             raise ValueError("states need a model that keeps them and an input with timestamps, found one without")
-        states = Folder(args.states, "states")
         if args.num_partitions is None and states.has(SETTINGS_FILE):
             num_partitions = states.read_json(SETTINGS_FILE).get("num_partitions")
         settle(states, {"model": digest, "num_partitions": num_partitions})
@@ -240,7 +251,7 @@ def score_users(source: Source, settings: dict[str, Any], num_workers: int) -> N
     import ray.data
 
     num_partitions = settings["num_partitions"]
-    done = [partition for partition in range(num_partitions) if is_done(settings, partition)]
+    done = done_partitions(settings)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -302,22 +313,21 @@ def main() -> None:
     if args.states is not None and is_uri(args.states):
         raise ValueError("states must be a folder whose files can be locked, found a URI")
     output = Folder(args.output, "output")
-    folders = [output] if args.states is None else [output, Folder(args.states, "states")]
+    states = None if args.states is None else Folder(args.states, "states")
     with ExitStack() as locks:
-        for folder in folders:
+        for folder in (output,) if states is None else (output, states):
             folder.make()
             locks.enter_context(folder.lock())
-        settings = prepare(args, source)
-        if source.is_histories and settings["now"] is None and settings["states"] is None:
+        settings = prepare(args, source, output, states)
+        if source.is_histories and settings["now"] is None and states is None:
             source.has_timestamps = False  # they are not read
-        states = settings["states"]
         if states is not None:
-            begin(Path(states), output.place)
+            begin(Path(states.place), output.place)
         if not output.has(SUCCESS_FILE):
             with ray_cluster(args.num_workers, args.object_store_memory):
                 score_users(source, settings, args.num_workers)
             if states is not None:
-                commit(Path(states))
+                commit(Path(states.place))
             output.touch(SUCCESS_FILE)
     parts = [f"{output.path}/{name}" for name in output.names() if name.startswith("part-")]
     num_rows = sum(pq.read_metadata(part, filesystem=output.filesystem).num_rows for part in parts)

@@ -1,6 +1,5 @@
 """Files of this machine, or of an object store that PyArrow reads: `s3://`, `gs://`, `abfss://`, `hdfs://`."""
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from elastic_hf.results import parse_json, written_whole
+from elastic_hf.results import format_json, parse_json, written_whole
 from elastic_hf.training.output_folder import lock_output_dir, make_folder
 
 
@@ -122,8 +121,9 @@ class Folder:
             return parse_json(stream.read(), f"{self.place}/{name}")
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
+        text = format_json(values, f"{self.place}/{name}")
         with self.written_whole(name) as stream:
-            stream.write(json.dumps(values, indent=2, allow_nan=False).encode())
+            stream.write(text)
 
     def touch(self, name: str) -> None:
         """Write an empty file."""

@@ -104,13 +104,13 @@ def find_source(source: str, names: dict[str, str], events: tuple[str, ...] = ()
             f"input must be a file or a folder of files that all end in one of .parquet, {', '.join(DELIMITERS)}, "
             f"found {source!r} with {', '.join(sorted(kinds)) or 'no file'}"
         )
-    place = filesystem, files
     first = _schema_of(filesystem, files[0])
     if "item_ids" in first.names and "item" not in names:
         request = ColumnRequest({role: name for role, name in names.items() if role == "user"}, ("user",), events)
-        source = Source(*place, request.find(first.names, files[0].path), "timestamps" in first.names)
+        source = Source(filesystem, files, request.find(first.names, files[0].path), "timestamps" in first.names)
     else:
-        source = Source(*place, ColumnRequest(names, events=events).find(first.names, files[0].path), True)
+        columns = ColumnRequest(names, events=events).find(first.names, files[0].path)
+        source = Source(filesystem, files, columns, True)
     for file in files[1:]:
         schema = _schema_of(filesystem, file)
         check_columns(schema.names, source.names, file.path)

@@ -10,7 +10,7 @@ from user_histories import read_piece
 def score_here(source, settings, num_workers):
     """What Ray does, in this process and the order of the input: read, group by partition, score."""
     pieces = [pa.Table.from_pylist([piece]) for piece in source.pieces()]
-    done = [n for n in range(settings["num_partitions"]) if score_users.is_done(settings, n)]
+    done = score_users.done_partitions(settings)
     rows = pa.concat_tables(
         rows for piece in pieces for rows in read_piece(piece, source, settings["num_partitions"], done)
     )

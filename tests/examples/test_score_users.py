@@ -221,10 +221,7 @@ def test_places_that_cannot_be_used(shop, model, here, bucket, monkeypatch):
         ({"input": f"{bucket}/nothing"}, "input must be a file or a folder .* found 's3://shop/nothing' with no file"),
         ({"output": "s3://key:word@shop/scored"}, "output must be a URI without a secret, .*environment, found one$"),
         ({"output": "s3://nowhere/scored"}, "output s3://nowhere/scored must be a folder that can be written to"),
-        (
-            {"states": f"{bucket}/states"},
-            "states must be a folder whose files can be locked, found a URI",
-        ),
+        ({"states": f"{bucket}/states"}, "states must be a folder whose files can be locked, found a URI"),
     ):
         with pytest.raises(ValueError, match=message):
             run(**places)
@@ -505,7 +502,7 @@ class Killed(score_users.Scorer):
 def test_two_workers_of_which_one_is_killed(shop, rated, ray_cluster, run, tmp_path, monkeypatch):
     """And blocks so small that each partition would be several of them, if Ray were to divide it."""
     monkeypatch.setattr(score_users, "Scorer", Killed)
-    monkeypatch.setattr(score_users, "BLOCK_BYTES", 4_000)
+    monkeypatch.setattr(score_users, "BLOCK_BYTES", 1_000)
     found = run(shop, rated, "--batch_size", "1", "--now", "1.1e9")
     assert (tmp_path / "scored" / "_killed").exists()
     same(found, expected(shop, rated, tmp_path, "--now", "1.1e9"))
@@ -526,7 +523,7 @@ def test_states_when_a_worker_is_killed(events, shop, model, ray_cluster, run, t
 
 def test_partitions_without_users(shop, model, ray_cluster, run, tmp_path):
     """Of the first run there is nothing left to do but to say so."""
-    more = ["--num_partitions", "50", "--num_workers", "1"]
+    more = ["--num_partitions", "90", "--num_workers", "1"]
     found = run(shop, model, *more)
     assert found["user_id"].n_unique() == 40 and len(contents(tmp_path / "scored")) < 40
     (tmp_path / "scored" / "_SUCCESS").unlink()
