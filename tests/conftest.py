@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import sys
@@ -14,6 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # each training collects garbage, which would look at all that was imported every time
 
 
 @pytest.fixture
