@@ -10,8 +10,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 class LengthGroupedEpochSampler(LengthGroupedSampler):
     """
-    A [`LengthGroupedSampler`] whose order depends on the seed and the epoch alone. The stock one draws from the global
-    generator, which processes consume at different rates and which a run resumed within an epoch has moved on.
+    A [`LengthGroupedSampler`] with two differences:
+
+    - The order depends on the seed and the epoch alone. The stock one draws from the global generator, which processes
+      consume at different rates and which a run resumed within an epoch has moved on.
+    - The batches of an epoch are shuffled. The stock order is that of falling lengths, so that the model has just
+      learned from the shortest histories whenever it is evaluated. The first batch still holds the longest history, so
+      that memory runs out at once or not at all; the last one is the one that may not be full.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
@@ -24,7 +29,10 @@ class LengthGroupedEpochSampler(LengthGroupedSampler):
 
     def __iter__(self):
         self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        first, *batches = torch.tensor(list(super().__iter__())).split(self.batch_size)
+        last = batches[-1:]
+        order = torch.randperm(len(batches[:-1]), generator=self.generator)
+        return iter(torch.cat([first, *(batches[number] for number in order), *last]).tolist())
 
 
 class SeededCollator:

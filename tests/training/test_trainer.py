@@ -284,7 +284,7 @@ def test_a_model_that_is_told_when_predicts_what_depends_on_it(tmp_path, model_t
     users = trainer.eval_dataset.remove_columns(["timestamps", "target_timestamp"])
     users = users.add_column("timestamps", [row[:-1] for row in seconds])
     users = users.add_column("target_timestamp", [row[-1] for row in seconds])
-    trainer.args.num_train_epochs = 30
+    trainer.args.num_train_epochs = 40
     trainer.args.eval_strategy = "no"
     trainer.train()
     told = trainer.evaluate(users)
