@@ -54,8 +54,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
       without these is the configuration's `exclude_seen`. No user is dropped, whatever `dataloader_drop_last` says.
     - A training prints one line per evaluation: its metrics are with seen items excluded or kept as `exclude_seen`
       says. `metric_for_best_model` is to be `"ndcg@10"` or, where they are kept, `"ndcg@10_seen_kept"`.
-    - `train_sampling_strategy="group_by_length"` groups by the number of items the model sees, and takes the batches in
-      random order.
+    - `train_sampling_strategy="group_by_length"` groups the histories of a step, on all devices, by the number of items
+      the model sees, and takes the steps in random order.
     - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
     - With FSDP2, embeddings and head are sharded with the whole model, and not in a group of their own.
     - Weight decay applies to the weights of linear layers and to embeddings, those of the items above all: not to
@@ -137,7 +137,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(train_dataset, datasets.Dataset):
             return super()._get_train_sampler(train_dataset)
         num_inputs = np.minimum(history_lengths(train_dataset) - 1, self.data_collator.max_length)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # Of all processes: none waits for another that has longer histories.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedEpochSampler(batch_size, num_inputs.tolist(), self._data_seed())
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler | None:

@@ -525,21 +525,23 @@ def run_everything(output_dir, num_processes):
     prediction = trainer.predict(evaluation_rows(make_histories()))
     ranks, top_ids = (array.tolist() for array in prediction.predictions)
     trainer.train()
-    # Grouped by length, the processes' batches are different halves of the same order.
+    # Grouped by length, the processes' batches of a step are different halves of a group.
+    trainer.train_dataset = train_rows(make_histories(640, longest=20))
     trainer.args.train_sampling_strategy = "group_by_length"
     loader = trainer.get_train_dataloader()
     loader.set_epoch(1)
     # Dropout and padding move the processes' generators apart.
     torch.rand(trainer.args.process_index)
-    lengths = torch.tensor([batch["attention_mask"].sum() for batch in loader])
-    lengths = trainer.accelerator.gather(lengths).tolist()
+    sizes = torch.tensor([[batch["attention_mask"].sum(), batch["input_ids"].shape[1]] for batch in loader])
+    num_inputs, widths = trainer.accelerator.gather(sizes[None]).unbind(-1)  # (num_processes, num_steps) each
     if trainer.is_world_process_zero():
         result = {
             "ranks": ranks,
             "top_ids": top_ids,
             "metrics": {key: value for key, value in prediction.metrics.items() if "@" in key},
             "losses": losses(trainer),
-            "num_inputs": sum(lengths),
+            "num_inputs": num_inputs.sum().item(),
+            "widths": widths.amax(dim=0).tolist(),
         }
         Path(output_dir, "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
@@ -560,6 +562,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert one["metrics"] == two["metrics"]
     assert one["losses"] == pytest.approx(two["losses"], abs=2e-4)
     assert one["num_inputs"] == two["num_inputs"]
+    assert one["widths"] == two["widths"]
 
 
 if __name__ == "__main__":
