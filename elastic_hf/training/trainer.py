@@ -54,8 +54,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
       without these is the configuration's `exclude_seen`. No user is dropped, whatever `dataloader_drop_last` says.
     - A training prints one line per evaluation: its metrics are with seen items excluded or kept as `exclude_seen`
       says. `metric_for_best_model` is to be `"ndcg@10"` or, where they are kept, `"ndcg@10_seen_kept"`.
-    - `train_sampling_strategy="group_by_length"` groups the histories of a step, on all devices, by the number of items
-      the model sees, and takes the steps in random order.
+    - `train_sampling_strategy="group_by_length"` groups the histories of a step, on all devices, by the number of
+      items that the model sees, and takes the steps in random order.
     - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
     - With FSDP2, embeddings and head are sharded with the whole model, and not in a group of their own.
     - Weight decay applies to the weights of linear layers and to embeddings, those of the items above all: not to
