@@ -266,6 +266,7 @@ def trials() -> str:
 CHOICE = {
     "s8-shared": "one set of experts that all layers read, 16,384 slots in the memory",
     "s8-memory4k": "the model: 4,096 slots, as many as the catalogue asks for",
+    "s8-memory4k-shuffled": "the same with the batches in random order, as the trainer takes them now",
     "s8-no-memory": "no memory",
     "s8-memory262k": "262,144 slots",
     "s8-memory-heads2": "two heads of the memory instead of four",
