@@ -17,6 +17,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    if os.environ.get("ELASTIC_HF_LONG_TESTS") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("long") is not None:
+            item.add_marker(pytest.mark.skip(reason="takes most of a minute: ELASTIC_HF_LONG_TESTS=1 asks for it"))
+
+
 def pytest_collection_finish():
     gc.freeze()  # each training collects garbage, which would look at all that was imported every time
 

@@ -360,6 +360,7 @@ def test_bfloat16_weights_run():
     assert output.logits.isfinite().all() and output.user_embeddings.dtype == torch.bfloat16
 
 
+@pytest.mark.long
 @every_objective
 def test_compiled_equals_eager(objective):
     model = tiny_model(training_objective=objective)

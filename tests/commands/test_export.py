@@ -67,6 +67,7 @@ def test_steps_are_the_whole_history(exported):
     np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("exported", [False], indirect=True, ids=["plain"])
 def test_a_program_that_differs_is_refused(exported, tmp_path, monkeypatch):
     model, _ = exported
     run = onnxruntime.InferenceSession.run

@@ -499,6 +499,7 @@ class Killed(score_users.Scorer):
         super().write(histories, name)
 
 
+@pytest.mark.long
 def test_two_workers_of_which_one_is_killed(shop, rated, ray_cluster, run, tmp_path, monkeypatch):
     """And blocks so small that each partition would be several of them, if Ray were to divide it."""
     monkeypatch.setattr(score_users, "Scorer", Killed)
@@ -508,6 +509,7 @@ def test_two_workers_of_which_one_is_killed(shop, rated, ray_cluster, run, tmp_p
     same(found, expected(shop, rated, tmp_path, "--now", "1.1e9"))
 
 
+@pytest.mark.long
 def test_states_when_a_worker_is_killed(events, shop, model, ray_cluster, run, tmp_path, monkeypatch):
     first, second = days(events, tmp_path, 1e9 + 9_000)
     more = ["--states", str(tmp_path / "states"), "--batch_size", "1"]
@@ -521,6 +523,7 @@ def test_states_when_a_worker_is_killed(events, shop, model, ray_cluster, run, t
     same(found, wanted.filter(pl.col("user_id").is_in(pl.read_parquet(second)["user_id"].unique().to_list())))
 
 
+@pytest.mark.long
 def test_partitions_without_users(shop, model, ray_cluster, run, tmp_path):
     """Of the first run there is nothing left to do but to say so."""
     more = ["--num_partitions", "90", "--num_workers", "1"]

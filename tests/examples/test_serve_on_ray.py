@@ -46,6 +46,7 @@ def address(arguments, redis_url, ray_cluster, monkeypatch):
     serve_on_ray.ray.serve.shutdown()
 
 
+@pytest.mark.long
 def test_replicas_share_the_states_of_users(address, arguments):
     """Four clients send all events of two users, each in the same order: every event counts once, whoever answers."""
     items = [10 + 7 * i % 20 for i in range(25)]

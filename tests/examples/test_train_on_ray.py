@@ -5,6 +5,7 @@ import pytest
 from transformers import AutoModel, TrainerState
 
 
+@pytest.mark.long
 def test_two_workers_train_one_model(ray_cluster, tmp_path, monkeypatch, capsys):
     """60 histories in batches of 8 by two processes are 4 steps, and the model recommends."""
     train_on_ray = pytest.importorskip("train_on_ray", reason="needs Ray Train")

@@ -411,6 +411,7 @@ def test_safetensors_round_trip_is_exact(tmp_path):
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+@pytest.mark.long
 def test_compiled_equals_eager():
     model = timed_model()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager", dynamic=True)
@@ -420,6 +421,7 @@ def test_compiled_equals_eager():
             torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
 
 
+@pytest.mark.long
 def test_compiled_training_equals_eager():
     model = timed_model(hidden_dropout=0.0, request_dropout=0.0).train()
     compiled = copy.deepcopy(model)

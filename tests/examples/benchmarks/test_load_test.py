@@ -14,6 +14,7 @@ def run(monkeypatch, *arguments):
     load_test.main()
 
 
+@pytest.mark.long
 def test_each_level_is_measured_with_each_store(tmp_path, monkeypatch, redis_url):
     """A few users of a small catalogue, some seconds: all that they ask is answered."""
     output = tmp_path / "results.json"

@@ -86,6 +86,7 @@ def test_batch_sizes_go_with_the_lengths(tmp_path, monkeypatch):
         measure("training", tmp_path / "results.json", monkeypatch, "--batch_sizes", "1", "2", "3")
 
 
+@pytest.mark.long
 def test_other_benchmarks(tmp_path, monkeypatch):
     """Each writes what it is asked for."""
     streaming = measure("streaming", tmp_path / "streaming.json", monkeypatch)
@@ -118,6 +119,7 @@ def test_scores_stay_when_items_are_added(tmp_path, monkeypatch):
     assert all(row["old_scores_are_the_same"] for row in results["rows"])
 
 
+@pytest.mark.long
 def test_quantized_programs_rank_the_test_items(tmp_path, monkeypatch):
     """Those in float32 as the model does, those in int8 nearly so, in less room."""
     results = measure("quantization", tmp_path / "quantization.json", monkeypatch)
@@ -139,6 +141,7 @@ def test_quantized_programs_rank_the_test_items(tmp_path, monkeypatch):
     assert history["metrics"]["int8"]["ndcg@10"] == pytest.approx(sum(gains) / 9, abs=0.1)
 
 
+@pytest.mark.long
 def test_two_processes_hold_half_of_a_sharded_model_each(tmp_path, monkeypatch):
     rows = measure("distributed", tmp_path / "distributed.json", monkeypatch)["rows"]
     assert [(row["model"], row["optimizer"]) for row in rows] == list(run_benchmark.HOLDINGS)
