@@ -5,6 +5,7 @@ writes is one transaction, whatever other threads, processes or machines do to t
 """
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -37,9 +38,21 @@ class SQLiteStore:
             self.connection = sqlite3.connect(
                 file, timeout=SECONDS_TO_WAIT, isolation_level=None, check_same_thread=False
             )
-            self.connection.execute("PRAGMA journal_mode = WAL")
+            self._write_ahead()
             self.connection.execute("PRAGMA synchronous = FULL")
             self.connection.execute("CREATE TABLE IF NOT EXISTS users (user TEXT PRIMARY KEY, state BLOB NOT NULL)")
+
+    def _write_ahead(self) -> None:
+        """Have the file keep a write-ahead log. SQLite does not wait for others here, as it does elsewhere."""
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while True:
+            try:
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def read(self, users: list[str]) -> dict[str, bytes]:
         """Return the values of those users that have one.

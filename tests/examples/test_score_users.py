@@ -533,6 +533,7 @@ def test_partitions_without_users(shop, model, ray_cluster, run, tmp_path):
     assert run(shop, model, *more).equals(found) and (tmp_path / "scored" / "_SUCCESS").exists()
 
 
+@pytest.mark.long
 def test_errors_of_workers_are_those_of_the_script(events, model, ray_cluster, run, tmp_path):
     strange = events.with_columns(pl.lit(555).alias("item_id"))
     strange.write_parquet(tmp_path / "shop.parquet")

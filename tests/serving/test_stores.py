@@ -1,3 +1,4 @@
+import sqlite3
 import threading
 
 import pytest
@@ -57,6 +58,20 @@ def test_concurrent_updates_lose_nothing(store_name):
     for writer in writers:
         writer.join()
     assert open_store(store_name).read(["shared", "a", "b"]) == {"shared": b"200", "a": b"100", "b": b"100"}
+
+
+def test_a_new_file_that_another_process_writes_to_is_waited_for(tmp_path):
+    other = sqlite3.connect(tmp_path / "users.sqlite", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("CREATE TABLE others (name TEXT)")
+    commit = threading.Timer(0.3, other.execute, ["COMMIT"])
+    commit.start()
+    store = open_store(str(tmp_path / "users.sqlite"))
+    store.update(["ada"], lambda stored: {"ada": b"1"})
+    assert store.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    commit.join()
+    store.close()
+    other.close()
 
 
 def test_another_writer_is_waited_for_or_seen(store, store_name):
