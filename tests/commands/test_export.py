@@ -76,6 +76,7 @@ def test_a_program_that_differs_is_refused(exported, tmp_path, monkeypatch):
         export.export(model, tmp_path / "history.onnx", with_state=False)
 
 
+@pytest.mark.long
 def test_programs_of_a_model_with_features_take_its_states_and_stay_valid_when_it_grows(tmp_path):
     model, tokenizer = featured_model()
     model.save_pretrained(tmp_path / "model")

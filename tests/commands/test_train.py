@@ -693,7 +693,7 @@ def test_another_objective_than_that_of_prefixes_is_refused_before_data_are_read
     ("launcher", "module"),
     [
         (TORCHRUN, MODULE),
-        (accelerate_launch("ddp"), MODULE),
+        pytest.param(accelerate_launch("ddp"), MODULE, marks=pytest.mark.long),
         (accelerate_launch("fsdp2"), ("-m", "launcher")),
     ],
     ids=["torchrun", "accelerate", "FSDP2"],

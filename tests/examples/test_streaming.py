@@ -224,6 +224,7 @@ def test_a_model_that_reads_features_of_events_is_told_them(store):
         streaming.append(model, store, "ada", 4, 5)
 
 
+@pytest.mark.long
 def test_lines_for_a_model_that_reads_features_of_events(folder, tmp_path):
     events = Dataset.from_dict({"action": [["buy", "view"]], "rating": [[4, 5]]})
     tokenizer = ElasticItemTokenizer.from_items(ElasticItemTokenizer.from_pretrained(folder).items, 50, events)

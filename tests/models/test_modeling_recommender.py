@@ -602,6 +602,7 @@ def check_slots(mesh, input_ids):
         model.explain(input_ids)
 
 
+@pytest.mark.long
 def test_a_sharded_model_recommends_the_same():
     launch(TORCHRUN, __file__)
 
