@@ -67,7 +67,11 @@ def test_steps_are_the_whole_history(exported):
     np.testing.assert_allclose(logits, expected.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("exported", [False], indirect=True, ids=["plain"])
+@pytest.mark.parametrize(
+    "exported",
+    [pytest.param(False, id="plain"), pytest.param(True, id="timed and featured", marks=pytest.mark.long)],
+    indirect=True,
+)
 def test_a_program_that_differs_is_refused(exported, tmp_path, monkeypatch):
     model, _ = exported
     run = onnxruntime.InferenceSession.run
