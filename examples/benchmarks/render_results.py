@@ -250,7 +250,7 @@ def trials() -> str:
         overrides = dict(zip(arguments, arguments[1:], strict=False)).get("--config_overrides", "")
         training = run.training
         setting = cells(run, keys)
-        row = [*setting, f"{training['epochs']:g}", run.model_type, run.variant, str(run.seed)]
+        row = [*setting, f"{training['epochs']:g}", run.model_type, run.variant or "earlier main row", str(run.seed)]
         row += [overrides.replace(",", ", "), f"{training['learning_rate']:g}", f"{training['weight_decay']:g}"]
         row += [str(training["batch_size"])]
         row += ["yes" if run.split_into_windows else "no"]
