@@ -62,6 +62,7 @@ MODELS = {
     "elastic": ("elastic", {}),
     "elastic, no memory": ("elastic", {"num_memory_subkeys": 0}),
     "elastic, 4 layers": ("elastic", {"num_hidden_layers": 4}),
+    "elastic, block on the stream": ("elastic", {"stream_intermediate_size": 256}),
     "elastic, checkpointed": ("elastic", {}),
     "elastic, compiled": ("elastic", {}),
     "elastic, CUDA graph": ("elastic", {}),

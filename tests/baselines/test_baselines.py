@@ -56,6 +56,10 @@ MODELS = {
     "lightsans prefix": ("lightsans", {**SIZES, "num_latent_interests": 4}),
     "lightsans masked": ("lightsans", {**SIZES, **MASKED, "num_latent_interests": 4}),
 }
+OTHER_FORMS = [
+    *("elastic_paper masked", "elastic_paper without memory", "sasrec modern"),
+    *("linrec prefix", "linrec masked", "lightsans masked"),
+]
 every_model = pytest.mark.parametrize(("model_type", "settings"), MODELS.values(), ids=MODELS.keys())
 
 
@@ -271,7 +275,13 @@ def test_attentions_are_returned_or_refused(model_type, settings):
     assert len(of_head) == 2 and of_head[-1].shape[2] == 1  # the last position alone
 
 
-@every_model
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        pytest.param(*model, id=name, marks=pytest.mark.long if name in OTHER_FORMS else ())
+        for name, model in MODELS.items()
+    ],
+)
 def test_overfits_50_users(model_type, settings, tmp_path):
     generator = np.random.default_rng(0)
     histories = [3 + generator.permutation(28)[: generator.integers(4, 9)] for _ in range(50)]

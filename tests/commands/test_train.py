@@ -132,6 +132,7 @@ def test_results(finished):
     assert {"hardware", "num_parameters", "torch_version", "transformers_version", "elastic_hf_version"} <= {*results}
 
 
+@pytest.mark.long
 def test_a_run_is_one_run_of_trackio(shop, tmp_path):
     """With the metrics of its training and its test, without those of popularity, and without a warning."""
     pytest.importorskip("trackio", reason="trackio is not installed")
@@ -692,7 +693,7 @@ def test_another_objective_than_that_of_prefixes_is_refused_before_data_are_read
 @pytest.mark.parametrize(
     ("launcher", "module"),
     [
-        (TORCHRUN, MODULE),
+        pytest.param(TORCHRUN, MODULE, marks=pytest.mark.long),
         pytest.param(accelerate_launch("ddp"), MODULE, marks=pytest.mark.long),
         (accelerate_launch("fsdp2"), ("-m", "launcher")),
     ],
@@ -820,20 +821,16 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path, text, found):
         read_arguments([str(tmp_path / "recipe.yaml")])
 
 
-def test_titles_that_the_locale_has_no_letters_for(shop, finished, tmp_path):
+def test_titles_that_the_locale_has_no_letters_for(shop, finished, tmp_path, monkeypatch):
     titles = [f"Nº {item} “ö”" for item in range(NUM_ITEMS)]
     pl.DataFrame({"item_id": range(NUM_ITEMS), "title": titles}).write_csv(tmp_path / "titles.csv")
     arguments = arguments_for(
         shop, tmp_path / "out", items_file=str(tmp_path / "titles.csv"), num_train_epochs=1, save_strategy="no"
     )
-    process = subprocess.run(
-        [sys.executable, *MODULE, *command_line(arguments | {"eval_strategy": "no"})],
-        capture_output=True,
-        timeout=1_800,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
-    )
-    assert process.returncode == 0, process.stderr
-    assert b"N? " in process.stdout and process.stdout.isascii()
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+    train.main(command_line(arguments | {"eval_strategy": "no"}))
+    assert b"N? " in printed.getvalue() and printed.getvalue().isascii()
 
 
 # Faults
@@ -880,6 +877,7 @@ def test_a_killed_run_ends_with_the_results_of_a_whole_one(shop, tmp_path, figur
     assert read_state(tmp_path / "again") == last
 
 
+@pytest.mark.long
 def test_a_run_that_finds_the_disk_full_ends_when_it_has_space(shop, tmp_path, figures_without_matplotlib):
     start(shop, tmp_path / "whole")
     expected = outcome(tmp_path / "whole")

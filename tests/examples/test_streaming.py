@@ -1,5 +1,6 @@
+import io
+import runpy
 import sqlite3
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -35,24 +36,32 @@ def folder(tmp_path_factory):
     return path
 
 
-def serve(folder, store, events, *more):
-    command = [sys.executable, str(ROOT / "examples" / "streaming.py")]
-    command += ["--model_name_or_path", str(folder), "--store", str(store), "--top_k", "4", *more]
-    text = "".join("\t".join(event) + "\n" for event in events)
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, input=text, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def serve(monkeypatch, capsys):
+    """Runs the program on events: its exit status and the lines of its output and errors."""
+
+    def run(folder, store, events, *more):
+        options = ["--model_name_or_path", folder, "--store", store, "--top_k", 4, *more]
+        monkeypatch.setattr(sys, "argv", ["streaming.py", *map(str, options)])
+        text = "".join("\t".join(event) + "\n" for event in events)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(streaming.__file__, run_name="__main__")
+        return ended.value.code, *map(str.splitlines, capsys.readouterr())
+
+    return run
 
 
-def test_the_service_recommends_what_the_whole_history_says(folder, tmp_path):
-    """Two processes, one after the other, on one store; users come back, one of them to an item."""
+def test_the_service_recommends_what_the_whole_history_says(serve, folder, tmp_path):
+    """Two runs, one after the other, on one store; users come back, one of them to an item."""
     store = tmp_path / "users.sqlite"
     first = [("ada", "sku 3"), ("bob", "sku 7"), ("ada", "sku 5")]
     second = [("ada", "sku 3"), ("bob", "sku 0"), ("eve", "sku 19")]
     lines = []
     for events in (first, second):
-        result = serve(folder, store, events)
-        assert result.returncode == 0, result.stderr
-        lines += result.stdout.splitlines()
+        status, printed, errors = serve(folder, store, events)
+        assert status == 0, errors
+        lines += printed
 
     model = ElasticForSequentialRecommendation.from_pretrained(folder).eval()
     tokenizer = ElasticItemTokenizer.from_pretrained(folder)
@@ -67,23 +76,23 @@ def test_the_service_recommends_what_the_whole_history_says(folder, tmp_path):
     assert max(size for _, size in sizes) - min(size for _, size in sizes) <= 2 * 8  # the ids of two items seen more
 
 
-def test_an_event_that_cannot_be_read_is_reported_and_the_stream_goes_on(folder, tmp_path):
+def test_an_event_that_cannot_be_read_is_reported_and_the_stream_goes_on(serve, folder, tmp_path):
     events = [("ada", "sku 1"), ("ada", "sku 99"), ("ada", "x", "sku 1"), ("bob", "[PAD]"), ("", "sku 2")]
-    result = serve(folder, tmp_path / "users.sqlite", events)
-    assert result.returncode == 1
-    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == ["ada", ""]
-    assert [line for line in result.stderr.splitlines() if line.startswith("line ")] == [
+    status, printed, errors = serve(folder, tmp_path / "users.sqlite", events)
+    assert status == 1
+    assert [line.split("\t")[0] for line in printed] == ["ada", ""]
+    assert [line for line in errors if line.startswith("line ")] == [
         "line 2: the model does not know the item 'sku 99'",
         "line 3: a line must be a user, an item with tabs between them, found b'ada\\tx\\tsku 1\\n'",
         "line 4: the model does not know the item '[PAD]'",
     ]
 
 
-def test_an_event_that_is_sent_again_is_answered_again_and_counts_once(folder, tmp_path):
+def test_an_event_that_is_sent_again_is_answered_again_and_counts_once(serve, folder, tmp_path):
     """As after a kill between storing and answering; the same id is another event of another user."""
     file = tmp_path / "users.sqlite"
     events = [("ada", "sku 3", "1"), ("ada", "sku 5", "2"), ("bob", "sku 3", "1")]
-    lines = [serve(folder, file, events, "--event_ids").stdout.splitlines() for _ in range(2)]
+    lines = [serve(folder, file, events, "--event_ids")[1] for _ in range(2)]
     assert len(lines[0]) == 3 and lines[1] == [lines[0][1], *lines[0][1:]]
     state = streaming.UserStore(file).read("ada")
     assert [state[0].num_items.tolist(), state[1].tolist()] == [[2], [6, 8]]
@@ -187,13 +196,13 @@ def test_a_model_that_reads_times_is_told_them(store):
         streaming.append(elastic_model(), store, "bob", 4, 5, 1.7e9)
 
 
-def test_lines_for_a_model_that_reads_times(folder, tmp_path):
+def test_lines_for_a_model_that_reads_times(serve, folder, tmp_path):
     elastic_model(use_timestamps=True, vocab_size=NUM_ITEMS + 3).save_pretrained(tmp_path)
     ElasticItemTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     events = [("ada", "sku 1"), ("ada", "sku 1", "yesterday"), ("ada", "sku 1", "17.5"), ("ada", "sku 2", "17")]
-    result = serve(tmp_path, tmp_path / "users.sqlite", events)
-    assert result.returncode == 1 and result.stdout.startswith("ada\t") and len(result.stdout.splitlines()) == 1
-    reports = [line for line in result.stderr.splitlines() if line.startswith("line ")]
+    status, (printed,), errors = serve(tmp_path, tmp_path / "users.sqlite", events)
+    assert status == 1 and printed.startswith("ada\t")
+    reports = [line for line in errors if line.startswith("line ")]
     assert [report.partition(" found")[0] for report in reports] == [
         "line 1: a line must be a user, an item, Unix seconds with tabs between them,",
         "line 2: Unix seconds must be a number,",
@@ -224,8 +233,7 @@ def test_a_model_that_reads_features_of_events_is_told_them(store):
         streaming.append(model, store, "ada", 4, 5)
 
 
-@pytest.mark.long
-def test_lines_for_a_model_that_reads_features_of_events(folder, tmp_path):
+def test_lines_for_a_model_that_reads_features_of_events(serve, folder, tmp_path):
     events = Dataset.from_dict({"action": [["buy", "view"]], "rating": [[4, 5]]})
     tokenizer = ElasticItemTokenizer.from_items(ElasticItemTokenizer.from_pretrained(folder).items, 50, events)
     tokenizer.save_pretrained(tmp_path)
@@ -237,8 +245,8 @@ def test_lines_for_a_model_that_reads_features_of_events(folder, tmp_path):
         ("ada", "sku 1", "18", "buy"),
         ("ada", "sku 1", "18", "buy", "five"),
     ]
-    result = serve(tmp_path, tmp_path / "users.sqlite", [*lines, ("ada", "sku 3", "18", "", "4")])
-    first, second = result.stdout.splitlines()
+    lines.append(("ada", "sku 3", "18", "", "4"))
+    _, (first, second), errors = serve(tmp_path, tmp_path / "users.sqlite", lines)
     expected = model.recommend(
         [[4, 6]],
         timestamps=[[17.5, 18]],
@@ -247,11 +255,11 @@ def test_lines_for_a_model_that_reads_features_of_events(folder, tmp_path):
         top_k=4,
     )
     assert second.split("\t") == ["ada", *tokenizer.convert_ids_to_titles(expected.token_ids[0])]
-    reports = [line for line in result.stderr.splitlines() if line.startswith("line ")]
+    reports = [line for line in errors if line.startswith("line ")]
     assert [report.partition(" found")[0] for report in reports] == [
         "line 2: a line must be a user, an item, Unix seconds, action, rating with tabs between them,",
         "line 3: event column 'rating' must hold integers,",
     ]
     known = [("ada", "sku 3", "18", "", "4", "1"), ("ada", "sku 3", "18", "", "4", "1")]
-    again = serve(tmp_path, tmp_path / "others.sqlite", known, "--event_ids").stdout.splitlines()
+    _, again, _ = serve(tmp_path, tmp_path / "others.sqlite", known, "--event_ids")
     assert len(again) == 2 and again[0] == again[1]

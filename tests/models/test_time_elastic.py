@@ -68,20 +68,18 @@ def test_training_and_serving_equal_the_loop(name, knows):
     torch.manual_seed(0)
     weights = torch.randn(3, 7, 24, dtype=torch.float64) * batch["attention_mask"][..., None]
 
-    def with_gradients(output, weights):
-        return output, torch.autograd.grad((output * weights).sum(), parameters, allow_unused=True)
+    def gradients(output, weights):
+        return torch.autograd.grad((output * weights).sum(), parameters, allow_unused=True, retain_graph=True)
 
-    expected, gradients = with_gradients(reference.user_embeddings(model, **batch), weights)
-    output, found = with_gradients(model(**batch).last_hidden_state, weights)
+    expected = reference.user_embeddings(model, **batch)
+    output = model(**batch).last_hidden_state
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(output[real], expected[real], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found, gradients, atol=1e-4, rtol=1e-5)
-
-    expected, gradients = with_gradients(reference.user_embeddings(model, **batch)[:, -1:], weights[:, -1:])
+    torch.testing.assert_close(gradients(output, weights), gradients(expected, weights), atol=1e-4, rtol=1e-5)
     last = model(**at_last(batch), last_position_only=True).last_hidden_state
-    output, found = with_gradients(last, weights[:, -1:])
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found, gradients, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(last, expected[:, -1:], atol=1e-5, rtol=1e-5)
+    found, wanted = gradients(last, weights[:, -1:]), gradients(expected[:, -1:], weights[:, -1:])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -100,6 +100,7 @@ def run_and_resume(folder):
     trainer.end()
 
 
+@pytest.mark.long
 def test_a_run_of_two_processes_resumed_within_an_epoch_is_the_same_run(tmp_path):
     launch(TORCHRUN, __file__, tmp_path)
 

@@ -268,7 +268,7 @@ def timed_histories(num_users=200):
     return histories, seconds
 
 
-@pytest.mark.parametrize("model_type", ["elastic", "hstu"])
+@pytest.mark.parametrize("model_type", ["elastic", pytest.param("hstu", marks=pytest.mark.long)])
 def test_a_model_that_is_told_when_predicts_what_depends_on_it(tmp_path, model_type):
     histories, seconds = timed_histories()
     model = make_model(
@@ -331,7 +331,9 @@ def test_a_model_without_times_does_not_fetch_them(tmp_path):
 # Features of events
 
 
-@pytest.mark.parametrize("model_type", ["elastic", "hstu", "sasrec"])
+@pytest.mark.parametrize(
+    "model_type", ["elastic", *(pytest.param(name, marks=pytest.mark.long) for name in ("hstu", "sasrec"))]
+)
 def test_a_model_that_reads_a_feature_of_each_event_predicts_what_depends_on_it(tmp_path, model_type):
     """Items that go on by 11 after a like and by 7 after none; the last event's feature is read, too."""
     generator = np.random.default_rng(0)

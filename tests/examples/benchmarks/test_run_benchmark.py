@@ -154,7 +154,9 @@ def test_two_processes_hold_half_of_a_sharded_model_each(tmp_path, monkeypatch):
     assert all(row["peak_bytes"] > row["weights_bytes"] + row["optimizer_bytes"] for row in rows)
 
 
-@pytest.mark.parametrize("subject", ["inference", "training", "memory"])
+@pytest.mark.parametrize(
+    "subject", ["inference", *(pytest.param(name, marks=pytest.mark.long) for name in ("training", "memory"))]
+)
 def test_models_are_measured_with_torch_and_transformers_alone(subject, tmp_path):
     code = f"""
 import runpy, sys
