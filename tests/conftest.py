@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.get_closest_marker("long") is not None:
-            item.add_marker(pytest.mark.skip(reason="takes most of a minute: ELASTIC_HF_LONG_TESTS=1 asks for it"))
+            item.add_marker(pytest.mark.skip(reason="a long test: ELASTIC_HF_LONG_TESTS=1 asks for it"))
 
 
 def pytest_collection_finish():

@@ -369,6 +369,7 @@ def test_compiled_training_equals_eager():
         torch.testing.assert_close(other.grad, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.long
 def test_a_compiled_base_model_goes_on_from_a_cache():
     model = elastic_model()
     input_ids, _ = histories(9, padding=0)
