@@ -121,6 +121,19 @@ def accuracy() -> str:
     return accuracy_table(main_rows(), "model_type", "max_length")
 
 
+PLACES = (1, 5, 10, 20)
+
+
+def places() -> str:
+    """How many targets are in the first place and among the first few, where histories are short."""
+    rows = []
+    for dataset in ("beauty", "beauty-5core", "sports-5core"):
+        for model, seeds in itertools.islice(main_runs(dataset).items(), 4):
+            shares = [[run.metrics[f"test_hr@{place}"] for run in seeds] for place in PLACES]
+            rows.append([dataset, model, *map(mean_and_deviation, shares), str(len(seeds))])
+    return table(["dataset", "model", *(f"HR@{place}" for place in PLACES), "seeds"], rows)
+
+
 def temporal() -> str:
     """The main rows of the temporal split, which is for data with times alone."""
     chosen = main_rows(split="temporal")
@@ -690,7 +703,7 @@ def main_runs(dataset: str) -> dict[str, list[RunResults]]:
     """The main rows' runs of a dataset under the usual protocol, by model: ELASTIC first, then the best first."""
     models = {}
     for run in runs(f"{dataset}-*.json"):
-        if run.main_row and protocol(run) == USUAL_PROTOCOL:
+        if run.dataset == dataset and run.main_row and protocol(run) == USUAL_PROTOCOL:
             models.setdefault(run.model_type, []).append(run)
 
     def order(model: str) -> tuple:
@@ -932,6 +945,7 @@ TABLES = {
     for function in (
         accuracy,
         differences,
+        places,
         temporal,
         times,
         events,

@@ -58,6 +58,7 @@ def test_ratios_are_those_of_sasrec_over_elastic(results):
 def test_the_front_page_puts_elastic_first(results, tmp_path):
     results(factor=6)
     data = {"num_users": 3, "num_items": 5, "num_interactions": 20, "max_length": 7, "num_parameters": 11}
+    data["dataset"] = "ml-1m"
     for model, seed, ndcg in (("sasrec", 42, 0.25), ("gru4rec", 42, 0.2), ("gru4rec", 43, 0.4), ("elastic", 42, 0.15)):
         run = {**data, "model_type": model, "main_row": True, "protocol": "leave_one_out, full ranking"}
         run |= {"test_hr@10": 0.5, "test_ndcg@10": ndcg}
