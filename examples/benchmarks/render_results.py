@@ -121,17 +121,14 @@ def accuracy() -> str:
     return accuracy_table(main_rows(), "model_type", "max_length")
 
 
-PLACES = (1, 5, 10, 20)
-
-
 def places() -> str:
     """How many targets are in the first place and among the first few, where histories are short."""
-    rows = []
+    rows, first = [], (1, 5, 10, 20)
     for dataset in ("beauty", "beauty-5core", "sports-5core"):
         for model, seeds in itertools.islice(main_runs(dataset).items(), 4):
-            shares = [[run.metrics[f"test_hr@{place}"] for run in seeds] for place in PLACES]
+            shares = [[run.metrics[f"test_hr@{place}"] for run in seeds] for place in first]
             rows.append([dataset, model, *map(mean_and_deviation, shares), str(len(seeds))])
-    return table(["dataset", "model", *(f"HR@{place}" for place in PLACES), "seeds"], rows)
+    return table(["dataset", "model", *(f"HR@{place}" for place in first), "seeds"], rows)
 
 
 def temporal() -> str:
