@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from elastic_hf.baselines import BASELINES
-from elastic_hf.results import RunResults
+from elastic_hf.results import CUTOFFS, RunResults
 from elastic_hf.sharing.tables import describe_metric, mean_and_deviation, table
 
 
@@ -50,16 +50,18 @@ def runs(pattern: str = "*.json") -> list[RunResults]:
 
 
 def main_rows(
-    pattern: str = "*.json", with_times: bool = False, with_events: bool = False, split: str = "leave_one_out"
+    dataset: str = "", with_times: bool = False, with_events: bool = False, split: str = "leave_one_out"
 ) -> list[RunResults]:
-    """The runs of the main rows of a split, of models that read times, or features of events, or that do not."""
+    """The runs of the main rows of a dataset, or of all, and of a split, of models that read times, or features of
+    events, or that do not."""
     wanted = (with_times, with_events, split)
 
     def kind(run: RunResults) -> tuple[bool, bool, str]:
         read = (bool(run.config.get(name)) for name in ("use_timestamps", "event_features"))
         return (*read, run.protocol.split(",")[0])
 
-    return [run for run in runs(pattern) if run.main_row and kind(run) == wanted]
+    chosen = [run for run in runs(f"{dataset}*.json") if run.main_row and kind(run) == wanted]
+    return [run for run in chosen if dataset in ("", run.dataset)]
 
 
 # What figures are under unless a table says otherwise.
@@ -76,6 +78,19 @@ def with_protocol(chosen: list[RunResults], first: str, *keys: str) -> tuple[str
 def protocol(run: RunResults) -> str:
     """How the data were split and ranked, and whether seen items could be recommended."""
     return str(run.protocol) if run.exclude_seen else f"{run.protocol}, seen items kept"
+
+
+def main_runs(dataset: str) -> dict[str, list[RunResults]]:
+    """The main rows' runs of a dataset under the usual protocol, by model: ELASTIC first, then the best first."""
+    models = {}
+    for run in main_rows(dataset):
+        if protocol(run) == USUAL_PROTOCOL:
+            models.setdefault(run.model_type, []).append(run)
+
+    def order(model: str) -> tuple:
+        return model != "elastic", -statistics.mean(run.metrics["test_ndcg@10"] for run in models[model])
+
+    return {model: models[model] for model in sorted(models, key=order)}
 
 
 def regime(run: RunResults) -> str:
@@ -123,12 +138,12 @@ def accuracy() -> str:
 
 def places() -> str:
     """How many targets are in the first place and among the first few, where histories are short."""
-    rows, first = [], (1, 5, 10, 20)
+    rows = []
     for dataset in ("beauty", "beauty-5core", "sports-5core"):
         for model, seeds in itertools.islice(main_runs(dataset).items(), 4):
-            shares = [[run.metrics[f"test_hr@{place}"] for run in seeds] for place in first]
+            shares = [[run.metrics[f"test_hr@{place}"] for run in seeds] for place in CUTOFFS]
             rows.append([dataset, model, *map(mean_and_deviation, shares), str(len(seeds))])
-    return table(["dataset", "model", *(f"HR@{place}" for place in first), "seeds"], rows)
+    return table(["dataset", "model", *(f"HR@{place}" for place in CUTOFFS), "seeds"], rows)
 
 
 def temporal() -> str:
@@ -142,7 +157,7 @@ def published() -> str:
     rows = []
     for dataset, reports in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")).items():
         by_protocol = {}
-        for run in (run for run in main_rows(f"{dataset}-*.json") if run.dataset == dataset):
+        for run in main_rows(dataset):
             by_protocol.setdefault(protocol(run), {}).setdefault(run.model_type, []).append(run)
         found = []
         for name, models in sorted(by_protocol.items()):
@@ -694,19 +709,6 @@ def gpu() -> str:
                 if text != NOT_MEASURED:
                     parts += [f"{title}:", text] if title else [text]
     return "\n\n".join(parts) or "Nothing has been measured on a GPU yet."
-
-
-def main_runs(dataset: str) -> dict[str, list[RunResults]]:
-    """The main rows' runs of a dataset under the usual protocol, by model: ELASTIC first, then the best first."""
-    models = {}
-    for run in runs(f"{dataset}-*.json"):
-        if run.dataset == dataset and run.main_row and protocol(run) == USUAL_PROTOCOL:
-            models.setdefault(run.model_type, []).append(run)
-
-    def order(model: str) -> tuple:
-        return model != "elastic", -statistics.mean(run.metrics["test_ndcg@10"] for run in models[model])
-
-    return {model: models[model] for model in sorted(models, key=order)}
 
 
 def front_page() -> str:
