@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import EvalPrediction, get_scheduler
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, IntervalStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
@@ -55,7 +56,8 @@ class SequentialRecommendationTrainer(ResumableTrainer):
     - A training prints one line per evaluation: its metrics are with seen items excluded or kept as `exclude_seen`
       says. `metric_for_best_model` is to be `"ndcg@10"` or, where they are kept, `"ndcg@10_seen_kept"`.
     - `train_sampling_strategy="group_by_length"` groups the histories of a step, on all devices, by the number of
-      items that the model sees, and takes the steps in random order.
+      items that the model sees, and takes the steps in random order. `"batch_rebalance"` leaves the steps random and
+      groups the histories within each, over its `gradient_accumulation_steps` and all devices.
     - `lr_scheduler_type="reduce_lr_on_plateau"` follows `metric_for_best_model` in its direction.
     - With FSDP2, embeddings and head are sharded with the whole model, and not in a group of their own.
     - Weight decay applies to the weights of linear layers and to embeddings, those of the items above all: not to
@@ -134,12 +136,24 @@ class SequentialRecommendationTrainer(ResumableTrainer):
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(train_dataset, datasets.Dataset):
+        args = self.args
+        by_length = ("group_by_length", "batch_rebalance")
+        if args.train_sampling_strategy not in by_length or not isinstance(train_dataset, datasets.Dataset):
             return super()._get_train_sampler(train_dataset)
-        num_inputs = np.minimum(history_lengths(train_dataset) - 1, self.data_collator.max_length)
+        num_inputs = np.minimum(history_lengths(train_dataset) - 1, self.data_collator.max_length).tolist()
         # Of all processes: none waits for another that has longer histories.
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedEpochSampler(batch_size, num_inputs.tolist(), self._data_seed())
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.train_sampling_strategy == "group_by_length":
+            return LengthGroupedEpochSampler(step_size, num_inputs, self._data_seed())
+        return BatchRebalanceSampler(  # the stock one, with the seed of the run
+            num_inputs,
+            step_size,
+            dp_size=args.world_size,
+            grad_accum=args.gradient_accumulation_steps,
+            seed=self._data_seed(),
+            rank=args.process_index,
+            drop_last=args.dataloader_drop_last,
+        )
 
     def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler | None:
         # Always the order of the dataset: the stock sampler shuffles the predictions with group_by_length.

@@ -17,6 +17,7 @@ from trainers import make_model, make_trainer
 OBJECTIVES = [
     ("group_by_length", {}),
     ("random", {}),
+    ("batch_rebalance", {}),
     ("group_by_length", {"model_type": "bert4rec"}),
     ("group_by_length", {"training_objective": "prefix", "training_loss": "sampled_softmax", "num_negatives": 8}),
 ]

@@ -402,33 +402,69 @@ def test_own_metrics_and_several_evaluation_sets(tmp_path):
     assert trainer.evaluate()["eval_median_rank"] > 1
 
 
+def make_unequal_histories():
+    generator = np.random.default_rng(0)
+    lengths = np.minimum(4 + generator.lognormal(1.5, 1.0, size=640).astype(int), 500)
+    return [list(range(3, 3 + length % NUM_ITEMS)) + [3] * (length - length % NUM_ITEMS) for length in lengths]
+
+
 def padding_share(trainer):
     masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
     return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def test_grouping_by_length_saves_padding(tmp_path):
-    generator = np.random.default_rng(0)
-    lengths = np.minimum(4 + generator.lognormal(1.5, 1.0, size=640).astype(int), 500)
-    histories = [list(range(3, 3 + length % NUM_ITEMS)) + [3] * (length - length % NUM_ITEMS) for length in lengths]
+    options = {
+        "random": {},
+        "group_by_length": {},
+        "batch_rebalance": dict(per_device_train_batch_size=8, gradient_accumulation_steps=8),
+    }
     shares = {
-        strategy: padding_share(make_trainer(tmp_path, histories=histories, train_sampling_strategy=strategy))
-        for strategy in ("random", "group_by_length")
+        strategy: padding_share(
+            make_trainer(
+                tmp_path, histories=make_unequal_histories(), train_sampling_strategy=strategy, **options[strategy]
+            )
+        )
+        for strategy in options
     }
     assert shares["random"] > 0.5
     assert shares["group_by_length"] < 0.15
+    assert shares["batch_rebalance"] < 0.25
 
 
-def test_grouped_batches_cover_the_data_in_a_new_order_each_epoch(tmp_path):
-    trainer = make_trainer(tmp_path)
-    loader = trainer.get_train_dataloader()
-    epochs = []
-    for epoch in (0, 1, 0):
-        loader.set_epoch(epoch)
-        epochs.append([row.tolist() for batch in loader for row in batch["labels"][:, -4:]])
-    assert sorted(epochs[0]) == sorted(epochs[1])
-    assert epochs[0] != epochs[1]
-    assert epochs[0] == epochs[2]
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_grouped_batches_cover_the_data_in_a_new_order_each_epoch(tmp_path, strategy):
+    orders = []
+    for seed in (1, 2):
+        trainer = make_trainer(tmp_path, train_sampling_strategy=strategy, seed=seed)
+        loader = trainer.get_train_dataloader()
+        for epoch in (0, 1, 0):
+            loader.set_epoch(epoch)
+            orders.append([row[row != -100].tolist() for batch in loader for row in batch["labels"]])
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    first, second, first_again, of_another_seed = orders[:4]
+    assert first == first_again
+    assert first != second
+    assert first != of_another_seed
+
+
+def test_rebalanced_steps_are_those_of_a_random_order(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        histories=make_unequal_histories(),
+        train_sampling_strategy="batch_rebalance",
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=8,
+    )
+    sampler = trainer._get_train_sampler()
+    order = torch.randperm(640, generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
+    batches = list(sampler)
+    assert len(batches) == 80
+    for step, start in enumerate(range(0, 640, 64)):
+        rows = batches[8 * step : 8 * step + 8]
+        assert sorted(sum(rows, [])) == sorted(order[start : start + 64])
+        widths = [max(sampler.lengths[row] for row in batch) for batch in rows]
+        assert max(map(len, rows)) > 8 and len(rows[widths.index(max(widths))]) < 8  # short histories share a batch
 
 
 def test_histories_longer_than_the_window_count_as_equally_long(tmp_path):
