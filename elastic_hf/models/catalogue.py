@@ -175,9 +175,10 @@ def search_catalogue(
     return CatalogueAnswer(*(torch.cat(parts) if parts else None for parts in (token_ids, best_scores, ranks)))
 
 
-def row_chunks(num_rows: int, num_scores: int, device: torch.device) -> Iterator[slice]:
-    """Yield the rows whose scores are held at once, where each row has `num_scores`."""
-    size = max(MIN_ROWS, limit(MAX_SCORES, device) // num_scores)
+def row_chunks(num_rows: int, num_scores: int, device: torch.device, min_rows: int | None = None) -> Iterator[slice]:
+    """Yield the rows whose scores are held at once, where each row has `num_scores`: at least `min_rows`, by default
+    [`MIN_ROWS`]."""
+    size = max(MIN_ROWS if min_rows is None else min_rows, limit(MAX_SCORES, device) // num_scores)
     return (slice(start, start + size) for start in range(0, num_rows, size))
 
 

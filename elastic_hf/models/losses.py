@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from .catalogue import first_read, row_chunks
 
 
+# Targets scored at once at least: each such chunk adds a gradient of the size of the item embeddings.
+MIN_TARGETS = 64
+
+
 class SeenItems(NamedTuple):
     """
     What has been read where a target is predicted, in memory linear in the length of the histories.
@@ -139,7 +143,7 @@ class _FullSoftmaxLoss(torch.autograd.Function):
         gradients += [torch.zeros_like(weight, dtype=_float32(weight)) for weight in weights]
         if seen is not None:
             seen_ids, first_reads = distinct_items(seen.token_ids)
-        for chunk in row_chunks(len(targets), vocab_size, targets.device):
+        for chunk in row_chunks(len(targets), vocab_size, targets.device, MIN_TARGETS):
             wanted = targets[chunk, None]
             with torch.set_grad_enabled(needs_gradient):
                 users = user_embeddings[chunk].detach().requires_grad_(needs_gradient)
@@ -262,7 +266,7 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
         if seen is not None:
             rows = torch.arange(len(seen.token_ids), device=negatives.device)
             first_reads = first_read(seen.token_ids, rows[:, None], negatives)  # (B, N)
-        for chunk in row_chunks(len(targets), len(negatives), targets.device):
+        for chunk in row_chunks(len(targets), len(negatives), targets.device, MIN_TARGETS):
             users, wanted = user_embeddings[chunk], target_embeddings[chunk]
             wanted_scores = (users * wanted).sum(dim=-1, keepdim=True).to(dtype)
             scores = (users @ negative_embeddings.T).to(dtype).sub_(log_q)

@@ -324,6 +324,7 @@ def test_chunks_cover_the_rows(monkeypatch):
     monkeypatch.setattr(catalogue, "MIN_ROWS", 2)
     assert list(row_chunks(7, 33, device)) == [slice(0, 3), slice(3, 6), slice(6, 9)]
     assert list(row_chunks(3, 1000, device)) == [slice(0, 2), slice(2, 4)]
+    assert list(row_chunks(3, 1000, device, min_rows=3)) == [slice(0, 3)]
     assert list(row_chunks(0, 5, device)) == []
 
 

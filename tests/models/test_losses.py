@@ -7,7 +7,7 @@ from torch import nn
 
 import reference
 from adapters import LowRankAdapter
-from elastic_hf.models import catalogue
+from elastic_hf.models import catalogue, losses
 from elastic_hf.models.losses import (
     SeenItems,
     bce_loss,
@@ -51,7 +51,7 @@ def make_head(items):
 
 def set_chunks(monkeypatch, rows):
     monkeypatch.setattr(catalogue, "MAX_SCORES", {"cpu": 1, "cuda": 1})
-    monkeypatch.setattr(catalogue, "MIN_ROWS", rows)
+    monkeypatch.setattr(losses, "MIN_TARGETS", rows)
 
 
 def softmax_loop(scores, targets, candidates, seen=None, log_q=None):
