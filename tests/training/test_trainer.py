@@ -414,18 +414,16 @@ def padding_share(trainer):
 
 
 def test_grouping_by_length_saves_padding(tmp_path):
-    options = {
+    strategies = {
         "random": {},
         "group_by_length": {},
         "batch_rebalance": dict(per_device_train_batch_size=8, gradient_accumulation_steps=8),
     }
     shares = {
         strategy: padding_share(
-            make_trainer(
-                tmp_path, histories=make_unequal_histories(), train_sampling_strategy=strategy, **options[strategy]
-            )
+            make_trainer(tmp_path, histories=make_unequal_histories(), train_sampling_strategy=strategy, **arguments)
         )
-        for strategy in options
+        for strategy, arguments in strategies.items()
     }
     assert shares["random"] > 0.5
     assert shares["group_by_length"] < 0.15
