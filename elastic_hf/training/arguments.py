@@ -15,6 +15,16 @@ RANKING_METRICS = tuple(ranking_metrics(np.ones((1, 2)), np.zeros((1, 10)), 1))
 METRIC_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
+# What counts something, and cannot be less.
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "num_train_epochs": 0,
+}
+
+
 def check_arguments(args: TrainingArguments, train_dataset: Any, eval_dataset: Any, has_ranking_metrics: bool) -> None:
     """
     Check the arguments of a training.
@@ -28,6 +38,10 @@ def check_arguments(args: TrainingArguments, train_dataset: Any, eval_dataset: A
     Raises:
         ValueError: If an argument has a value that the trainer cannot honour; the message names it.
     """
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, found {value}")
     if not math.isfinite(args.learning_rate):
         raise ValueError(f"learning_rate must be a finite number, found {args.learning_rate}")
     if args.label_smoothing_factor:

@@ -12,6 +12,16 @@ from trainers import MAX_LENGTH, NUM_ITEMS, evaluation_rows, make_histories, mak
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        *(
+            ({name: 0}, f"{name} must be at least 1, found 0")
+            for name in (
+                "per_device_train_batch_size",
+                "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+                "eval_accumulation_steps",
+            )
+        ),
+        ({"num_train_epochs": -2}, "num_train_epochs must be at least 0, found -2"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, .*found 0.1"),
         ({"learning_rate": float("inf")}, "learning_rate must be a finite number, found inf"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number, found nan"),
