@@ -167,8 +167,8 @@ def build(model: TitledModel) -> gr.Blocks:
         shown = [visit, undo, clear, follow, history, speed, *names, *reasons, *explained]
         # One click after the other: none is lost between reading a visit and writing it.
         options = {"concurrency_id": "visit", "show_progress": "hidden", "api_visibility": "private"}
-        page.load(demo.search, words, [items, *found], **options)
-        page.load(demo.clear, None, shown, **options)
+        # Words may be typed before the page listens to them: they are read once it does.
+        page.load(demo.clear, None, shown, **options).then(demo.search, words, [items, *found], **options)
         words.change(demo.search, words, [items, *found], trigger_mode="always_last", **options)
         for place in range(TOP_K):
             found[place].click(partial(demo.add_found, place=place), [visit, items], shown, **options)

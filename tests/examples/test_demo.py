@@ -111,6 +111,14 @@ def test_a_search_finds_titles_that_hold_all_words(page):
     expect(page.locator(".found:visible").first).to_have_text("Winter Choral Waltz No. 2")
 
 
+def test_words_are_searched_for_that_were_typed_while_the_page_opened(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    search(page, "harbour jazz waltz")
+    expect(page.locator(".found:visible").first).to_contain_text("Harbour Jazz Waltz")
+    page.close()
+
+
 def test_every_click_changes_what_comes_next(page, recommend):
     expect(page.locator(".next:visible")).to_have_count(0)
     expect(page.get_by_text("Nothing yet")).to_be_visible()
