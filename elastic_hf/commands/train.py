@@ -41,7 +41,7 @@ from ..results import RESULTS_FILE, SUFFIXES, RunResults, describe_machine, git_
 from ..sharing.hub import publish
 from ..sharing.model_card import render_model_card
 from ..sharing.trial import load_pipeline, recommend_example
-from ..training.checkpoints import find_checkpoint
+from ..training.checkpoints import choose_checkpoint, find_checkpoint
 from ..training.output_folder import LOCK, lock_output_dir, make_folder
 from ..training.trainer import SequentialRecommendationTrainer
 from .arguments import DataArguments, ModelArguments, SeqRecTrainingArguments, parse_arguments
@@ -413,7 +413,7 @@ def run(
 ) -> None:
     """Train, evaluate, and write the results, from the newest whole checkpoint on if there is one."""
     start_time = time.time()
-    checkpoint = training_args.resume_from_checkpoint
+    checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     if checkpoint is None and training_args.do_train:
         checkpoint = find_checkpoint(training_args.output_dir)
     if checkpoint is not None:

@@ -104,6 +104,22 @@ def find_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return newest
 
 
+def choose_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | os.PathLike) -> str | None:
+    """Return the checkpoint to go on from: the given one, or for `True` the newest whole one of `output_dir`.
+
+    Raises:
+        ValueError: If it is not whole, or `True` finds none.
+    """
+    if resume_from_checkpoint is True:
+        if (newest := find_checkpoint(output_dir)) is None:
+            raise ValueError(f"resume_from_checkpoint must find a whole checkpoint in {output_dir}, found none")
+        return newest
+    checkpoint = resume_from_checkpoint or None
+    if checkpoint is not None and (damage := find_damage(checkpoint)) is not None:
+        raise ValueError(f"resume_from_checkpoint must be a whole checkpoint, found {checkpoint}: {damage}")
+    return checkpoint
+
+
 def put_in_place(checkpoint: Path) -> None:
     """Rename a checkpoint in the folder `incomplete` that is whole, in exchange for an older one of the same name."""
     final = checkpoint.parents[1] / checkpoint.name

@@ -20,7 +20,7 @@ from .batches import SeededCollator
 from .checkpoints import (
     INCOMPLETE,
     RunTotals,
-    find_checkpoint,
+    choose_checkpoint,
     find_damage,
     put_in_place,
     read_record,
@@ -75,17 +75,7 @@ class ResumableTrainer(Trainer):
             FloatingPointError: If a loss or a weight is not finite.
         """
         with lock_output_dir(self.args.output_dir) if self.args.should_save else nullcontext():
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = find_checkpoint(self.args.output_dir)
-                if resume_from_checkpoint is None:
-                    raise ValueError(
-                        f"resume_from_checkpoint must find a whole checkpoint in {self.args.output_dir}, found none"
-                    )
-            self._resumed_from = resume_from_checkpoint or None
-            if self._resumed_from is not None and (damage := find_damage(self._resumed_from)) is not None:
-                raise ValueError(
-                    f"resume_from_checkpoint must be a whole checkpoint, found {self._resumed_from}: {damage}"
-                )
+            self._resumed_from = choose_checkpoint(resume_from_checkpoint, self.args.output_dir)
             if self._resumed_from is not None and self.args.save_only_model:
                 logger.warning("save_only_model keeps no optimizer: what is resumed is not the same run")
             return super().train(self._resumed_from, *args, **kwargs)

@@ -747,6 +747,7 @@ def test_a_run_that_is_pushed_ends_with_its_results(shop, tmp_path, hub):
         ({"config_overrides": "vocab_size=16"}, "vocab_size must be the tokenizer's"),
         ({"config_overrides": "training_loss=mse"}, "training_loss must be one of"),
         ({"item_column": "article"}, "article"),
+        ({"resume_from_checkpoint": "no-run"}, "resume_from_checkpoint must be a whole checkpoint, found no-run: "),
         (
             {"split_into_windows": True, "split_into_prefixes": True},
             "cut in different places, found both",
