@@ -49,7 +49,8 @@ def test_epochs_and_steps_of_a_run_agree_with_its_log(name):
     assert results["epochs"] == epochs[-1] <= results["training"]["epochs"]
     assert results["stopped_early"] == (results["epochs"] < results["training"]["epochs"])
     assert [log["epoch"] for log in logs if "loss" in log] == epochs
-    assert [log["epoch"] for log in logs if metric_of(results) in log] == epochs
+    evaluated = [log["epoch"] for log in logs if metric_of(results) in log]
+    assert evaluated == epochs or ("--eval_delay" in results["command"] and evaluated[-2:] == epochs[-2:])
     if "steps" in results:
         assert [log["step"] for log in logs] == [log["epoch"] * results["steps"] / results["epochs"] for log in logs]
 
