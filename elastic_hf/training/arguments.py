@@ -13,8 +13,6 @@ from .metrics import ranking_metrics
 RANKING_METRICS = tuple(ranking_metrics(np.ones((1, 2)), np.zeros((1, 10)), 1))
 # Schedules that follow a metric of the evaluations.
 METRIC_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-
-
 # What counts something, and cannot be less.
 LEAST = {
     "per_device_train_batch_size": 1,
